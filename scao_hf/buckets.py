@@ -1,0 +1,142 @@
+"""Which parts of which parameters are matrices, and which of them are stepped together.
+
+A parameter with two sides becomes one or more blocks, oriented with the small side first. Blocks of one shape,
+group, device and age form a bucket: their gradients are stacked to ``[N, r, l]`` and stepped by one sequence of
+tensor operations, so the number of operations depends on the number of distinct shapes and not of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous part of a 2-D parameter. ``whole`` spares the slicing, ``transposed`` puts the small side first."""
+
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    transposed: bool
+    whole: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(r, l)`` with ``r <= l`` where the rule orients its blocks."""
+        shape = (self.rows[1] - self.rows[0], self.cols[1] - self.cols[0])
+        return shape[::-1] if self.transposed else shape
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The block as a view of ``tensor`` (the parameter or its gradient)."""
+        if not self.whole:
+            tensor = tensor[self.rows[0] : self.rows[1], self.cols[0] : self.cols[1]]
+        return tensor.mT if self.transposed else tensor
+
+
+def is_matrix(param: Tensor) -> bool:
+    """Whether curvature makes sense for ``param``: two sides of at least two, real numbers."""
+    return param.ndim == 2 and min(param.shape) >= 2 and not param.is_complex()
+
+
+def split_evenly(length: int, largest: int) -> list[tuple[int, int]]:
+    """Cut ``range(length)`` into the fewest contiguous parts of at most ``largest``, as equal as possible."""
+    parts = -(-length // largest)
+    bounds = [length * index // parts for index in range(parts + 1)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def blocks_of(shape: Sequence[int], max_dim: int, split_long_side: bool) -> list[Block]:
+    """Cut a 2-D shape into blocks, small side first, the small side at most ``max_dim``.
+
+    Args:
+        shape: the parameter's two sides.
+        max_dim: the largest side that a dense factor may have.
+        split_long_side: whether the rule keeps a dense factor of the long side too, so that it has to be cut as well.
+    """
+    rows, cols = shape
+    transposed = rows > cols
+    row_limit = max_dim if split_long_side or not transposed else rows
+    col_limit = max_dim if split_long_side or transposed else cols
+    row_parts, col_parts = split_evenly(rows, row_limit), split_evenly(cols, col_limit)
+    whole = len(row_parts) == len(col_parts) == 1
+    return [Block(row, col, transposed, whole) for row in row_parts for col in col_parts]
+
+
+class Member(NamedTuple):
+    """One entry of a bucket: a parameter, the suffix of its fields in that parameter's state, its block (None: no matrix)."""
+
+    param: Tensor
+    suffix: str
+    block: Block | None
+
+
+@dataclass
+class Bucket:
+    """Blocks of one shape that are stepped together.
+
+    Attributes:
+        group: the parameter group whose options hold.
+        shape: ``(r, l)`` of every block; ``(1, numel)`` for parameters without two sides.
+        step: how many steps these blocks have taken, skipped ones included.
+        dtype: arithmetic and moment dtype: float64 for float64 parameters, float32 for all others.
+        members: what is stacked, in order.
+        state: the stacked state, one tensor of leading size ``len(members)`` per field.
+    """
+
+    group: dict[str, Any]
+    shape: tuple[int, int]
+    step: int
+    dtype: torch.dtype
+    members: list[Member] = field(default_factory=list)
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def matrix(self) -> bool:
+        """Whether the members are matrices; the others take plain AdamW steps."""
+        return self.members[0].block is not None
+
+    def gradients(self) -> Tensor:
+        """A stacked copy ``[N, r, l]`` of the gradients in the bucket's arithmetic dtype."""
+        grads = []
+        for param, _, block in self.members:
+            if param.grad is not None:
+                grads.append(block.of(param.grad) if block else as_real(param.grad).reshape(1, -1))
+        return torch.stack(grads).to(self.dtype)
+
+    def decay(self, factors: Tensor) -> None:
+        """Multiply each member's parameter by its factor, ``[N, 1, 1]``."""
+        torch._foreach_mul_(self._targets(), [factor.view(()) for factor in factors.unbind(0)])
+
+    def subtract(self, delta: Tensor) -> None:
+        """Subtract ``delta``, ``[N, r, l]``, from the members' parameters."""
+        targets = self._targets()
+        pieces = [piece.view(target.shape) for piece, target in zip(delta.unbind(0), targets, strict=True)]
+        torch._foreach_sub_(targets, pieces)
+
+    def _targets(self) -> list[Tensor]:
+        return [block.of(param.detach()) if block else as_real(param.detach()) for param, _, block in self.members]
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers count as two reals, as in torch's AdamW."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def members_of(param: Tensor, max_dim: int, split_long_side: bool) -> list[tuple[tuple[int, int], Member]]:
+    """The blocks of a parameter with their shapes: one ``(1, numel)`` entry where it is no matrix, none where it is empty."""
+    if param.numel() == 0:
+        return []
+    if not is_matrix(param):
+        return [((1, as_real(param).numel()), Member(param, "", None))]
+    blocks = blocks_of(param.shape, max_dim, split_long_side)
+    suffixes = [""] if len(blocks) == 1 else [f".{index}" for index in range(len(blocks))]
+    return [(block.shape, Member(param, suffix, block)) for block, suffix in zip(blocks, suffixes, strict=True)]
+
+
+def arithmetic_dtype(param: Tensor) -> torch.dtype:
+    """float64 parameters are stepped in float64, all others in float32."""
+    return torch.float64 if param.dtype in (torch.float64, torch.complex128) else torch.float32

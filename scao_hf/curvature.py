@@ -1,0 +1,147 @@
+"""Curvature: how the Kronecker factors are gathered, damped, decomposed and truncated.
+
+Every function works on stacks of N matrices and keeps no state. Shapes: G is ``[N, r, l]``, a factor ``[N, d, d]``,
+a truncated basis ``[N, d, k]`` whose columns beyond a matrix's own rank are zero.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class Basis(NamedTuple):
+    """A truncated eigenbasis of a stack of factors.
+
+    Attributes:
+        vectors: ``[N, d, k]``, orthonormal columns, zero columns beyond the rank.
+        values: ``[N, k]``, eigenvalues in falling order, zero beyond the rank.
+        tail: ``[N]``, mean eigenvalue of what is left out (the kept minimum where nothing is).
+        mass: ``[N]``, share of the trace that the kept columns hold.
+    """
+
+    vectors: Tensor
+    values: Tensor
+    tail: Tensor
+    mass: Tensor
+
+
+def accumulate(factor: Tensor, outer: Tensor, weight: Tensor) -> Tensor:
+    """(E1) ``L <- rho L + (1 - rho) G G^T`` in place.
+
+    Args:
+        factor: L, ``[N, d, d]``.
+        outer: G G^T, ``[N, d, d]``.
+        weight: 1 - rho, or 0 where a matrix's gradient was not finite, ``[N, 1, 1]``.
+    """
+    return factor.lerp_(outer, weight)
+
+
+def debias(factor: Tensor, rho: float, count: Tensor) -> Tensor:
+    """(E2) Divide an EMA by ``1 - rho^t``, t the number of terms that it holds, ``[N, 1, 1]``."""
+    return factor / (1 - torch.pow(torch.tensor(rho, dtype=count.dtype, device=count.device), count)).clamp_min(1e-30)
+
+
+def damping(factor: Tensor, eps: float) -> Tensor:
+    """(E3) Adaptive Tikhonov: ``max(eps, 1e-4 tr(L) / d)`` of each factor, ``[N]``."""
+    return (1e-4 * factor.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(eps)
+
+
+def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Eigenvalues of ``L + damping I`` in falling order, at least ``damping``, and eigenvectors; None if it fails.
+
+    Each matrix is scaled to a trace of d first, so that float32 neither over- nor underflows. A stack on which the
+    decomposition fails is tried once more in float64 with a thousandth of the mean eigenvalue on the diagonal. A factor
+    that int8 rounding has made slightly indefinite comes out with the damping in place of its negative eigenvalues.
+
+    Args:
+        factor: L, symmetric, ``[N, d, d]``.
+        damping: ``[N]``, not negative.
+    """
+    side = factor.shape[-1]
+    mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(factor.dtype).tiny)[:, None, None]
+    scaled = factor / mean
+    for attempt in (scaled, scaled.double() + 1e-3 * torch.eye(side, dtype=torch.float64, device=factor.device)):
+        try:
+            values, vectors = torch.linalg.eigh(attempt)
+        except torch.linalg.LinAlgError as error:
+            log.warning("eigendecomposition of %s factors of side %s failed: %s", len(factor), side, error)
+            continue
+        values = values.flip(-1).clamp_min(0).to(factor.dtype) * mean[:, 0] + damping[:, None]
+        return values, vectors.flip(-1).to(factor.dtype)
+    return None
+
+
+def adaptive_rank(values: Tensor, total: Tensor, epsilon_sparse: float, k_min: int, k_max: int) -> Tensor:
+    """(E4) The smallest k in ``[k_min, k_max]`` whose eigenvalues hold at least ``1 - epsilon_sparse`` of the mass.
+
+    Args:
+        values: ``[N, d]``, falling.
+        total: ``[N]``, the trace (larger than the sum of ``values`` where these are truncated already).
+
+    Returns:
+        ``[N]``, int64, at most d.
+    """
+    # The tolerance keeps a rounding error in the running sum from costing one more direction.
+    threshold = (1 - epsilon_sparse) * total * (1 - 1e-6)
+    rank = (values.cumsum(-1) < threshold[:, None]).sum(-1) + 1
+    side = values.shape[-1]
+    return rank.clamp(min(k_min, side), min(k_max, side))
+
+
+def truncate(values: Tensor, vectors: Tensor, rank: Tensor, width: int) -> Basis:
+    """(E5) Keep the first ``rank`` columns of each eigenbasis in a stack of width ``width``; the tail keeps its trace.
+
+    The tail's eigenvalue is its mean: (trace - kept mass) / (d - rank), so the truncated factor has the full trace.
+    """
+    side = values.shape[-1]
+    keep = torch.arange(width, device=values.device) < rank[:, None]
+    kept = values[:, :width] * keep
+    total, held = values.sum(-1), kept.sum(-1)
+    left = side - rank
+    smallest = values.gather(1, (rank - 1)[:, None])[:, 0]
+    tail = torch.where(left > 0, (total - held).clamp_min(0) / left.clamp_min(1), smallest)
+    mass = torch.where(total > 0, held / total.clamp_min(torch.finfo(total.dtype).tiny), 1.0)
+    return Basis(vectors[:, :, :width] * keep[:, None, :], kept, tail, mass)
+
+
+def sketch(vectors: Tensor, values: Tensor, rows: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(E6) Top-k eigenbasis of ``decay * U S U^T + X^T X`` through a (k + r) x (k + r) Gram, no l x l matrix.
+
+    Args:
+        vectors: U, ``[N, l, k]``, orthonormal or zero columns.
+        values: S, ``[N, k]``.
+        rows: X, ``[N, r, l]``.
+        decay: what the old basis is worth.
+
+    Returns:
+        New vectors ``[N, l, k]`` (a column without mass is zero), values ``[N, k]`` falling, and the mass that was
+        discarded ``[N]``; None if the decomposition failed.
+    """
+    width = values.shape[-1]
+    tall = torch.cat([vectors * (decay * values).sqrt()[:, None, :], rows.mT], dim=-1)
+    gram = tall.mT @ tall
+    decomposition = eigh(gram, torch.zeros_like(values[:, 0]))
+    if decomposition is None:
+        return None
+    spectrum, mixing = decomposition
+    kept = spectrum[:, :width]
+    # A direction below float32's resolution of the Gram is rounding, not curvature.
+    solid = kept > 1e-6 * kept[:, :1]
+    scale = torch.where(solid, kept.clamp_min(torch.finfo(kept.dtype).tiny).rsqrt(), 0.0)
+    return (tall @ mixing[:, :, :width]) * scale[:, None, :], kept * solid, spectrum[:, width:].sum(-1)
+
+
+def transport(square: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """(E7) Second moments after a change of basis, ``(Q_new^T Q_old)^2 v``: exact where the old coordinates are uncorrelated.
+
+    Args:
+        square: v, ``[N, r, c]``, in coordinates of the old basis.
+        new, old: ``[N, r, r]``, eigenvectors in columns.
+    """
+    return (new.mT @ old).square() @ square

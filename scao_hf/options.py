@@ -1,0 +1,160 @@
+"""The options of SCAO: names, legal values and each rule's defaults, in one table.
+
+The optimizer validates against this table, the Axolotl plugin builds its ``scao_*`` fields from it and the
+README's option table is checked against it, so a name, a range or a default is written down once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its type, its legal range (bounds included unless ``open_*``) and what it does."""
+
+    kind: type
+    doc: str
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    open_high: bool = False
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+
+    @property
+    def valid(self) -> str:
+        """The legal values in words, as error messages and documentation show them."""
+        if self.choices:
+            words = "one of " + ", ".join(repr(choice) for choice in self.choices)
+        elif self.kind is bool:
+            words = "True or False"
+        else:
+            left = "(-inf" if self.low is None else f"{'(' if self.open_low else '['}{self.low:g}"
+            right = "inf)" if self.high is None else f"{self.high:g}{')' if self.open_high else ']'}"
+            words = f"{'an integer' if self.kind is int else 'a number'} in {left}, {right}"
+        return words + (" or None" if self.optional else "")
+
+    def accepts(self, value: Any) -> bool:
+        """Whether ``value`` has the right type and lies in the range."""
+        if value is None:
+            return self.optional
+        if self.choices:
+            return value in self.choices
+        if self.kind is bool or isinstance(value, bool):
+            return self.kind is bool and isinstance(value, bool)
+        if not isinstance(value, int if self.kind is int else (int, float)):
+            return False
+        if not math.isfinite(value):
+            return False
+        above = self.low is None or (value > self.low if self.open_low else value >= self.low)
+        below = self.high is None or (value < self.high if self.open_high else value <= self.high)
+        return above and below
+
+
+RULES = ("eigenbasis", "published")
+
+#: Options that every rule has, beside torch's own lr, betas, eps and weight_decay.
+OPTIONS: dict[str, Option] = {
+    "rule": Option(str, "the update rule: SCAO's own, or the published one as a reference", choices=RULES),
+    "warmup_steps": Option(int, "steps of plain AdamW before phase 2", low=0),
+    "blend_steps": Option(int, "length of the ramp from the AdamW step to the curvature step", low=0),
+    "min_precond_updates": Option(int, "refreshes of the curvature basis required before phase 2", low=1),
+    "precond_freq": Option(int, "steps between two refreshes of the curvature basis", low=1),
+    "rho": Option(float, "EMA decay of the curvature per step", low=0, high=1, open_high=True),
+    "epsilon_sparse": Option(float, "spectral mass that the truncated basis may leave out", low=0, high=1, open_high=True),
+    "k_min": Option(int, "smallest rank of the truncated basis", low=1),
+    "k_max": Option(int, "largest rank of the truncated basis", low=1),
+    "tau": Option(float, "bound on the natural-gradient norm, None for no bound", low=0, open_low=True, optional=True),
+    "max_precond_dim": Option(int, "largest dense curvature factor; a larger side is split into blocks", low=2),
+    "use_int8_ema": Option(bool, "hold the curvature as blockwise int8 with stochastic rounding"),
+    "on_nonfinite": Option(
+        str, "a NaN or Inf gradient leaves its matrix as it is ('skip') or is an error ('raise')", choices=("skip", "raise")
+    ),
+}
+
+#: What an option is when it is not passed: the published table, and what the benchmarks support for SCAO's own rule.
+RULE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "published": {
+        "betas": (0.9, 0.999),
+        "warmup_steps": 100,
+        "blend_steps": 50,
+        "min_precond_updates": 10,
+        "precond_freq": 20,
+        "rho": 0.999,
+        "epsilon_sparse": 0.05,
+        "k_min": 8,
+        "k_max": 128,
+        "tau": None,
+        "max_precond_dim": 4096,
+        "use_int8_ema": False,
+        "on_nonfinite": "skip",
+    },
+    "eigenbasis": {
+        "betas": (0.9, 0.99),
+        "warmup_steps": 10,
+        "blend_steps": 10,
+        "min_precond_updates": 1,
+        "precond_freq": 10,
+        "rho": 0.95,
+        "epsilon_sparse": 0.05,
+        "k_min": 4,
+        "k_max": 16,
+        "tau": None,
+        "max_precond_dim": 512,
+        "use_int8_ema": False,
+        "on_nonfinite": "skip",
+    },
+}
+
+TORCH_OPTIONS: dict[str, Option] = {
+    "lr": Option(float, "learning rate", low=0),
+    "beta": Option(float, "decay of an Adam moment", low=0, high=1, open_high=True),
+    "eps": Option(float, "Adam's epsilon", low=0, open_low=True),
+    "weight_decay": Option(float, "decoupled weight decay", low=0),
+}
+
+
+def check(name: str, value: Any, option: Option) -> None:
+    """Raise ``ValueError`` naming the option, the value and the legal range unless ``value`` is legal."""
+    if not option.accepts(value):
+        raise ValueError(f"{name}={value!r} is not valid: it must be {option.valid}")
+
+
+def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:
+    """Fill the options that were not passed with the rule's defaults, and validate every one.
+
+    Args:
+        rule: one of ``RULES``.
+        passed: options by name; ``None`` means "not passed" (for ``tau``, every rule's default is ``None`` as well).
+
+    Returns:
+        Every option of the rule, ``betas`` included, ``rule`` first.
+
+    Raises:
+        ValueError: an unknown rule, a value outside its range, or two options that contradict each other.
+    """
+    check("rule", rule, OPTIONS["rule"])
+    options = {**RULE_DEFAULTS[rule], **{name: value for name, value in passed.items() if value is not None}}
+    for name, value in options.items():
+        if name != "betas":
+            check(name, value, OPTIONS[name])
+    if options["k_min"] > options["k_max"]:
+        if passed.get("k_min") is not None and passed.get("k_max") is not None:
+            raise ValueError(f"k_min={options['k_min']} must not exceed k_max={options['k_max']}")
+        # Only one of the two was passed: the other one's default gives way.
+        options["k_min"] = options["k_max"] = passed.get("k_max") or options["k_min"]
+    return {"rule": rule, **options}
+
+
+def check_torch_options(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Validate the options that torch's own AdamW has; a tensor ``lr`` is checked by its caller."""
+    check("lr", lr, TORCH_OPTIONS["lr"])
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r} is not valid: it must be two numbers, for example (0.9, 0.99)")
+    for index, beta in enumerate(betas):
+        check(f"betas[{index}]", beta, TORCH_OPTIONS["beta"])
+    check("eps", eps, TORCH_OPTIONS["eps"])
+    check("weight_decay", weight_decay, TORCH_OPTIONS["weight_decay"])

@@ -1,0 +1,166 @@
+"""The two rules as one reads them: float64, one matrix, plain loops, dense factors. Tests hold the fast path to this.
+
+Nothing here is imported by the optimizer. A trajectory is the list of weights after each gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _eigh_falling(factor: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(factor)
+    return values.flip(0), vectors.flip(1)
+
+
+def _rank(values: Tensor, total: float, epsilon_sparse: float, k_min: int, k_max: int) -> int:
+    """(E4): the smallest k whose eigenvalues hold the mass, within its bounds."""
+    held = 0.0
+    rank = len(values)
+    for index, value in enumerate(values.tolist()):
+        held += value
+        if held >= (1 - epsilon_sparse) * total * (1 - 1e-6):
+            rank = index + 1
+            break
+    return max(min(k_min, len(values)), min(rank, k_max, len(values)))
+
+
+def _ramp(step: int, start: int, blend_steps: int) -> float:
+    """(U2)."""
+    return 0.0 if step <= start else min(1.0, (step - start) / (blend_steps + 1))
+
+
+def published(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> list[Tensor]:
+    """The published rule on one matrix that needs no blocks.
+
+    Args:
+        weight: ``[m, n]``.
+        grads: one ``[m, n]`` gradient a step.
+        o: every option by name, with lr, betas, eps and weight_decay.
+    """
+    w, (m, n) = weight.double().clone(), weight.shape
+    b1, b2 = o["betas"]
+    mean, square = torch.zeros(m, n).double(), torch.zeros(m, n).double()
+    factors = [o["eps"] * torch.eye(side).double() for side in (m, n)]
+    roots = [torch.eye(side).double() for side in (m, n)]
+    start = max(o["warmup_steps"], o["min_precond_updates"] * o["precond_freq"])
+    trajectory = []
+    for step, grad in enumerate(grads, start=1):
+        g = grad.double()
+        for index, outer in enumerate((g @ g.T, g.T @ g)):
+            factors[index] = o["rho"] * factors[index] + (1 - o["rho"]) * outer
+            if step % o["precond_freq"] == 0:
+                side = outer.shape[0]
+                unbiased = factors[index] / (1 - o["rho"] ** step)
+                damping = max(o["eps"], 1e-4 * float(unbiased.trace()) / side)
+                values, vectors = _eigh_falling(unbiased + damping * torch.eye(side).double())
+                rank = _rank(values, float(values.sum()), o["epsilon_sparse"], o["k_min"], o["k_max"])
+                rest = values[rank:].mean() if rank < side else values[rank - 1]
+                spectrum = torch.cat([values[:rank], rest.expand(side - rank)])
+                roots[index] = vectors @ torch.diag(spectrum**-0.25) @ vectors.T
+        blend = _ramp(step, start, o["blend_steps"])
+        if blend:
+            natural = roots[0] @ g @ roots[1]
+            if o["tau"] is not None:
+                natural = natural * min(1.0, o["tau"] / float(natural.norm()))
+            g = blend * natural + (1 - blend) * g
+        mean = b1 * mean + (1 - b1) * g
+        square = b2 * square + (1 - b2) * g**2
+        direction = (mean / (1 - b1**step)) / ((square / (1 - b2**step)).sqrt() + o["eps"])
+        w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction
+        trajectory.append(w.clone())
+    return trajectory
+
+
+def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> list[Tensor]:
+    """SCAO's rule on one matrix ``[r, l]`` with r <= l, momentum kept whole and in the weight's own coordinates.
+
+    Args:
+        weight: ``[r, l]``.
+        grads: one ``[r, l]`` gradient a step.
+        o: every option by name, with lr, betas, eps and weight_decay.
+    """
+    w, (r, l) = weight.double().clone(), weight.shape
+    b1, b2 = o["betas"]
+    k = min(o["k_max"], l)
+    momentum, square = torch.zeros(r, l).double(), torch.zeros(r, l).double()
+    factor = torch.zeros(r, r).double()
+    q = torch.eye(r).double()
+    start = max(o["warmup_steps"], o["min_precond_updates"] * o["precond_freq"])
+    decay = o["rho"] ** o["precond_freq"]
+    u, spectrum, tail = torch.zeros(l, k).double(), torch.zeros(k).double(), 0.0
+    used = u
+    row = col = inside_sq = adam_row = adam_col = torch.zeros(1).double()
+    trajectory = []
+    for step, grad in enumerate(grads, start=1):
+        g = grad.double()
+        factor = o["rho"] * factor + (1 - o["rho"]) * g @ g.T
+        if step > start and (step - start) % o["precond_freq"] == 0:
+            # The bases see the momentum of the steps before this one.
+            values, q_new = _eigh_falling(factor)
+            u_new, spectrum, lost = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
+            tail = decay * tail + lost
+            kept = _mask(spectrum, tail, o)
+            used_new = u_new * kept
+            overlap = (used_new.T @ used) ** 2
+            unseen = kept - overlap.sum(1)
+            row = ((q_new.T @ q) ** 2) @ row
+            inside_sq = ((q_new.T @ q) ** 2) @ inside_sq @ overlap.T + torch.outer(row, unseen.clamp(0, 1))
+            q, u, used = q_new, u_new, used_new
+        momentum = b1 * momentum + (1 - b1) * g
+        if step <= start:
+            square = b2 * square + (1 - b2) * g**2
+            direction = (momentum / (1 - b1**step)) / ((square / (1 - b2**step)).sqrt() + o["eps"])
+            if step == start:
+                values, q = _eigh_falling(factor)
+                u, spectrum, tail = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
+                kept = _mask(spectrum, tail, o)
+                used = u * kept
+                share = kept * spectrum / (spectrum.sum() + tail)
+                energy = values.clamp_min(0) / (1 - o["rho"] ** step) * (1 - b2**step) / l
+                left = max(0.05, 1 - float(share.sum()))
+                adam_row, adam_col = square.mean(1), square.mean(0)
+                inside_sq, row, col = torch.outer(energy * l, share), energy * left, adam_col * left
+        else:
+            bias1, bias2 = 1 - b1**step, 1 - b2**step
+            p = q.T @ g @ used
+            residual = q.T @ g - p @ used.T
+            inside_sq = b2 * inside_sq + (1 - b2) * p**2
+            row = b2 * row + (1 - b2) * (residual**2).mean(1)
+            col = b2 * col + (1 - b2) * (residual**2).mean(0)
+            mean_inside = q.T @ momentum @ used
+            mean_residual = q.T @ momentum - mean_inside @ used.T
+            outer = torch.outer(row, col) / col.mean().clamp_min(torch.finfo(torch.float64).tiny)
+            scaled = (mean_residual / bias1) / ((outer / bias2).sqrt() + o["eps"])
+            scaled = scaled + (mean_inside / bias1) / ((inside_sq / bias2).sqrt() + o["eps"]) @ used.T
+            direction = q @ scaled
+            if o["tau"] is not None:
+                direction = direction * min(1.0, o["tau"] / float(direction.norm()))
+            blend = _ramp(step, start, o["blend_steps"])
+            if blend < 1:
+                adam_row = b2 * adam_row + (1 - b2) * (g**2).mean(1)
+                adam_col = b2 * adam_col + (1 - b2) * (g**2).mean(0)
+                plain_sq = torch.outer(adam_row, adam_col) / adam_col.mean() / bias2
+                direction = blend * direction + (1 - blend) * (momentum / bias1) / (plain_sq.sqrt() + o["eps"])
+        w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction
+        trajectory.append(w.clone())
+    return trajectory
+
+
+def _sketch(u: Tensor, spectrum: Tensor, rows: Tensor, decay: float) -> tuple[Tensor, Tensor, float]:
+    """(E6) by the dense l x l matrix that the fast path never forms."""
+    k = spectrum.shape[0]
+    dense = decay * u @ torch.diag(spectrum) @ u.T + rows.T @ rows
+    values, vectors = _eigh_falling(dense)
+    solid = values[:k] > 1e-6 * values[0]
+    return vectors[:, :k] * solid, values[:k] * solid, float(values[k:].clamp_min(0).sum())
+
+
+def _mask(spectrum: Tensor, tail: float, o: dict[str, Any]) -> Tensor:
+    total = float(spectrum.sum()) + tail
+    rank = _rank(spectrum, total, o["epsilon_sparse"], o["k_min"], o["k_max"])
+    return ((torch.arange(len(spectrum)) < rank) & (spectrum > 0)).double()

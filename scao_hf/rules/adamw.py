@@ -1,0 +1,48 @@
+"""Plain AdamW, for parameters without two sides: biases, norms, scalars, convolutions, expert stacks, complex numbers."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scao_hf.rules.rule import Tick
+from scao_hf.update import adam_direction, adam_moments
+
+
+class AdamW:
+    """torch.optim.AdamW's step."""
+
+    split_long_side = False
+
+    def create(
+        self,
+        size: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dict[str, Any],
+        step: int = 0,
+    ) -> dict[str, Tensor]:
+        """Two moments."""
+        return {name: torch.zeros(size, *shape, dtype=dtype, device=device) for name in ("exp_avg", "exp_avg_sq")}
+
+    def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
+        """(U4), then (U6)."""
+        betas, eps = tick.group["betas"], tick.group["eps"]
+        adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, betas, tick.finite)
+        return adam_direction(state["exp_avg"], state["exp_avg_sq"], betas, eps, tick.count)
+
+    def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+        """No curvature, nothing to report."""
+        return {}
+
+    def start(self, group: dict[str, Any]) -> int:
+        """Never leaves phase 1."""
+        return sys.maxsize
+
+    def kind(self, name: str) -> str:
+        """Moments only."""
+        return "moments"

@@ -1,0 +1,127 @@
+"""The published rule: precondition the gradient by L^-1/4 and R^-1/4, then AdamW. Kept as the reference to beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scao_hf import curvature, quantization
+from scao_hf.rules.rule import Tick
+from scao_hf.update import (
+    adam_direction,
+    adam_moments,
+    blend_weight,
+    clip_norm,
+    curvature_start,
+    kronecker_precondition,
+    mix,
+)
+
+SIDES = ("left", "right")
+
+
+class Published:
+    """State: ``exp_avg``, ``exp_avg_sq``; per side the factor (dense, or int8 codes and scales) and its truncated basis."""
+
+    split_long_side = True
+
+    def create(
+        self,
+        size: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dict[str, Any],
+        step: int = 0,
+    ) -> dict[str, Tensor]:
+        """Moments at zero, factors at ``eps I``, no basis yet."""
+
+        def zeros(*sides: int, like: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(size, *sides, dtype=like, device=device)
+
+        state = {"exp_avg": zeros(*shape), "exp_avg_sq": zeros(*shape)}
+        for side, dim in zip(SIDES, shape, strict=True):
+            width = min(group["k_max"], dim)
+            if group["use_int8_ema"]:
+                codes, scales = quantization.encoded_shapes(size, dim * dim)
+                state[f"{side}_codes"] = torch.zeros(codes, dtype=torch.int8, device=device)
+                state[f"{side}_scales"] = torch.zeros(scales, dtype=torch.float32, device=device)
+            else:
+                state[f"{side}_factor"] = zeros(dim, dim)
+            if device.type != "meta":
+                start = group["eps"] * torch.eye(dim, dtype=dtype, device=device).expand(size, dim, dim)
+                _store(state, side, start, seed=0)
+            state[f"{side}_vectors"] = zeros(dim, width)
+            state[f"{side}_values"] = zeros(width)
+            state[f"{side}_tail"] = zeros()
+            state[f"{side}_mass"] = zeros()
+        return state
+
+    def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
+        """(E1) on both sides, a refresh when due, then (U7), (U8), (U9) and AdamW's (U4), (U6) on the result."""
+        group = tick.group
+        betas = group["betas"]
+        weight = (1 - group["rho"]) * tick.finite
+        refresh = tick.step % group["precond_freq"] == 0
+        for index, side in enumerate(SIDES):
+            outer = grads @ grads.mT if side == "left" else grads.mT @ grads
+            factor = _load(state, side, grads.shape[1 + index], grads.dtype)
+            factor = curvature.accumulate(factor, outer, weight)
+            _store(state, side, factor, seed=2 * tick.step + index)
+            if refresh:
+                _refresh(state, side, factor, tick)
+        blend = blend_weight(tick.step, self.start(group), group["blend_steps"])
+        if blend:
+            bases = [tuple(state[f"{side}_{part}"] for part in ("vectors", "values", "tail")) for side in SIDES]
+            natural = kronecker_precondition(grads, *bases)  # type: ignore[arg-type]
+            grads = mix(grads, clip_norm(natural, group["tau"]), blend)
+        adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, betas, tick.finite)
+        return adam_direction(state["exp_avg"], state["exp_avg_sq"], betas, group["eps"], tick.count)
+
+    def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+        """Means over the two sides; the curvature norm is that of the kept eigenvalues."""
+        rank = sum((state[f"{side}_values"] > 0).sum(-1).double() for side in SIDES)
+        mass = sum(state[f"{side}_mass"].double() for side in SIDES)
+        norm = sum(state[f"{side}_values"].double().norm(dim=-1) for side in SIDES)
+        return {"rank": rank / 2, "captured_mass": mass / 2, "curvature_norm": norm / 2}  # type: ignore[dict-item]
+
+    def start(self, group: dict[str, Any]) -> int:
+        """(U1)."""
+        return curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
+
+    def kind(self, name: str) -> str:
+        """Kind of a field."""
+        if name.startswith("exp_avg"):
+            return "moments"
+        return "curvature" if name.endswith(("factor", "codes", "scales")) else "bases"
+
+
+def _load(state: dict[str, Tensor], side: str, dim: int, dtype: torch.dtype) -> Tensor:
+    if f"{side}_factor" in state:
+        return state[f"{side}_factor"]
+    return quantization.decode(state[f"{side}_codes"], state[f"{side}_scales"], (dim, dim), dtype)
+
+
+def _store(state: dict[str, Tensor], side: str, factor: Tensor, seed: int) -> None:
+    if f"{side}_factor" in state:
+        state[f"{side}_factor"].copy_(factor)
+        return
+    codes, scales = quantization.encode(factor, seed)
+    state[f"{side}_codes"].copy_(codes)
+    state[f"{side}_scales"].copy_(scales)
+
+
+def _refresh(state: dict[str, Tensor], side: str, factor: Tensor, tick: Tick) -> None:
+    """(E2), (E3), decomposition, (E4), (E5); a decomposition that fails leaves the last good basis in place."""
+    group = tick.group
+    factor = curvature.debias(factor, group["rho"], tick.count)
+    decomposition = curvature.eigh(factor, curvature.damping(factor, group["eps"]))
+    if decomposition is None:
+        return
+    values, vectors = decomposition
+    rank = curvature.adaptive_rank(values, values.sum(-1), group["epsilon_sparse"], group["k_min"], group["k_max"])
+    basis = curvature.truncate(values, vectors, rank, width=state[f"{side}_values"].shape[-1])
+    for part, fresh in zip(("vectors", "values", "tail", "mass"), basis, strict=True):
+        state[f"{side}_{part}"].copy_(fresh)

@@ -1,0 +1,59 @@
+"""What a rule is: the interface between the optimizer's lifecycle and an update's equations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Tick(NamedTuple):
+    """Where a bucket stands in time.
+
+    Attributes:
+        step: steps taken so far, this one included.
+        count: ``[N, 1, 1]``, finite gradients seen by each matrix so far.
+        finite: ``[N, 1, 1]``, 1 or 0: whether this step's gradient was finite.
+        group: the parameter group with every option.
+    """
+
+    step: int
+    count: Tensor
+    finite: Tensor
+    group: dict[str, Any]
+
+
+class Rule(Protocol):
+    """One update rule on stacks of matrices ``[N, r, l]``."""
+
+    #: Whether the rule keeps a dense factor of the long side too, so that both sides are cut to max_precond_dim.
+    split_long_side: bool
+
+    def create(
+        self,
+        size: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dict[str, Any],
+        step: int = 0,
+    ) -> dict[str, Tensor]:
+        """State of ``size`` matrices that have taken ``step`` steps, leading dimension ``size``; works on the meta device."""
+        ...
+
+    def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
+        """Update ``state`` by one gradient ``[N, r, l]`` (scratch) and return the direction, fresh memory, to be subtracted."""
+        ...
+
+    def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+        """``rank``, ``captured_mass`` and ``curvature_norm`` of each matrix, ``[N]`` each."""
+        ...
+
+    def start(self, group: dict[str, Any]) -> int:
+        """The last step of phase 1."""
+        ...
+
+    def kind(self, name: str) -> str:
+        """What a field of the state is, for the memory report: moments, curvature, bases or counters."""
+        ...
