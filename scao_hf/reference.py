@@ -99,18 +99,6 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
     for step, grad in enumerate(grads, start=1):
         g = grad.double()
         factor = o["rho"] * factor + (1 - o["rho"]) * g @ g.T
-        if step > start and (step - start) % o["precond_freq"] == 0:
-            # The bases see the momentum of the steps before this one.
-            values, q_new = _eigh_falling(factor)
-            u_new, spectrum, lost = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
-            tail = decay * tail + lost
-            kept = _mask(spectrum, tail, o)
-            used_new = u_new * kept
-            overlap = (used_new.T @ used) ** 2
-            unseen = kept - overlap.sum(1)
-            row = ((q_new.T @ q) ** 2) @ row
-            inside_sq = ((q_new.T @ q) ** 2) @ inside_sq @ overlap.T + torch.outer(row, unseen.clamp(0, 1))
-            q, u, used = q_new, u_new, used_new
         momentum = b1 * momentum + (1 - b1) * g
         if step <= start:
             square = b2 * square + (1 - b2) * g**2
@@ -146,6 +134,18 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
                 adam_col = b2 * adam_col + (1 - b2) * (g**2).mean(0)
                 plain_sq = torch.outer(adam_row, adam_col) / adam_col.mean() / bias2
                 direction = blend * direction + (1 - blend) * (momentum / bias1) / (plain_sq.sqrt() + o["eps"])
+        if step > start and (step - start) % o["precond_freq"] == 0:
+            # The new bases hold from the next step on.
+            values, q_new = _eigh_falling(factor)
+            u_new, spectrum, lost = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
+            tail = decay * tail + lost
+            kept = _mask(spectrum, tail, o)
+            used_new = u_new * kept
+            overlap = (used_new.T @ used) ** 2
+            unseen = kept - overlap.sum(1)
+            row = ((q_new.T @ q) ** 2) @ row
+            inside_sq = ((q_new.T @ q) ** 2) @ inside_sq @ overlap.T + torch.outer(row, unseen.clamp(0, 1))
+            q, u, used = q_new, u_new, used_new
         w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction
         trajectory.append(w.clone())
     return trajectory

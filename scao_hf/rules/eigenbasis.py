@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import curvature, quantization
-from scao_hf.rules.rule import Tick
+from scao_hf.rules.rule import Tick, update_finite
 from scao_hf.update import (
     adam_direction,
     adam_moments,
@@ -66,7 +66,7 @@ class Eigenbasis:
         }
 
     def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
-        """Phase 1: (E1) and AdamW. Phase 2: (E1), a refresh when due, (U11), and the ramp (U9)."""
+        """Phase 1: (E1) and AdamW. Phase 2: (E1), (U11), the ramp (U9), and at the end of the step a refresh when due."""
         group = tick.group
         betas, eps = group["betas"], group["eps"]
         start = self.start(group)
@@ -77,13 +77,11 @@ class Eigenbasis:
             if tick.step == start:
                 self._enter(state, tick)
             return direction
+        blend = blend_weight(tick.step, start, group["blend_steps"])
+        direction, plain = self._directions(state, grads, tick, blend)
         if (tick.step - start) % group["precond_freq"] == 0:
             self._refresh(state, tick)
-        direction, plain = self._directions(state, grads, tick, blend := self._blend(tick))
         return direction if plain is None else mix(plain, direction, blend)
-
-    def _blend(self, tick: Tick) -> float:
-        return blend_weight(tick.step, self.start(tick.group), tick.group["blend_steps"])
 
     def _directions(
         self, state: dict[str, Tensor], grads: Tensor, tick: Tick, blend: float
@@ -144,6 +142,7 @@ class Eigenbasis:
         # The Kronecker product of the two sides' spectra is the best guess at the energies in the new coordinates.
         row = curvature.debias(state["factor_values"][..., None], group["rho"], tick.count)
         row = row * bias(group["betas"][1], tick.count) / l
+        row = torch.where(row.sum(1, keepdim=True) > 0, row, state["adam_row"])
         values = state["long_values"][:, None, :]
         share = state["mask"] * values / (values.sum(-1, keepdim=True) + state["long_tail"][:, None, None]).clamp_min(
             torch.finfo(values.dtype).tiny
@@ -198,10 +197,7 @@ class Eigenbasis:
             fresh["long_vectors"] = long_basis.to(state["long_vectors"].dtype)
         else:
             fresh["long_codes"], fresh["long_scales"] = quantization.encode(long_basis, seed=tick.step)
-        keep = tick.finite[:, 0, 0] > 0
-        for name, value in fresh.items():
-            field = state[name]
-            field.copy_(torch.where(keep.view(-1, *[1] * (field.ndim - 1)), value, field))
+        update_finite(state, fresh, tick)
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
         """Rank and captured mass of the long side; the curvature norm is that of the small side's factor."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import curvature, quantization
-from scao_hf.rules.rule import Tick
+from scao_hf.rules.rule import Tick, update_finite
 from scao_hf.update import (
     adam_direction,
     adam_moments,
@@ -55,7 +55,8 @@ class Published:
                 _store(state, side, start, seed=0)
             state[f"{side}_vectors"] = zeros(dim, width)
             state[f"{side}_values"] = zeros(width)
-            state[f"{side}_tail"] = zeros()
+            # A tail eigenvalue of one and no basis is the identity: what holds until a decomposition has worked.
+            state[f"{side}_tail"] = zeros() + 1
             state[f"{side}_mass"] = zeros()
         return state
 
@@ -123,5 +124,4 @@ def _refresh(state: dict[str, Tensor], side: str, factor: Tensor, tick: Tick) ->
     values, vectors = decomposition
     rank = curvature.adaptive_rank(values, values.sum(-1), group["epsilon_sparse"], group["k_min"], group["k_max"])
     basis = curvature.truncate(values, vectors, rank, width=state[f"{side}_values"].shape[-1])
-    for part, fresh in zip(("vectors", "values", "tail", "mass"), basis, strict=True):
-        state[f"{side}_{part}"].copy_(fresh)
+    update_finite(state, {f"{side}_{part}": fresh for part, fresh in basis._asdict().items()}, tick)

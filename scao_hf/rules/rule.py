@@ -24,6 +24,13 @@ class Tick(NamedTuple):
     group: dict[str, Any]
 
 
+def update_finite(state: dict[str, Tensor], fresh: dict[str, Tensor], tick: Tick) -> None:
+    """Write ``fresh`` fields into ``state`` in place, but not for matrices whose gradient was not finite in this step."""
+    for name, value in fresh.items():
+        field = state[name]
+        field.copy_(torch.where(tick.finite.view(-1, *[1] * (field.ndim - 1)) > 0, value, field))
+
+
 class Rule(Protocol):
     """One update rule on stacks of matrices ``[N, r, l]``."""
 

@@ -1,0 +1,328 @@
+"""What torch.optim users rely on, and what a training run throws at an optimizer."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from scao_hf import SCAO, create_scao_optimizer, options
+
+QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
+RULES = pytest.mark.parametrize("rule", options.RULES)
+
+
+def fresh(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
+
+
+def steps(optimizer: SCAO, count: int, first: int = 0) -> None:
+    for step in range(first, first + count):
+        generator = torch.Generator().manual_seed(step)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32).to(param.dtype)
+        optimizer.step()
+
+
+@RULES
+def test_it_learns(rule: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = SCAO(model.parameters(), lr=0.03, rule=rule, **QUICK)
+    inputs = torch.randn(64, 12)
+    targets = torch.tanh(inputs @ torch.randn(12, 3))
+    losses = []
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = (model(inputs) - targets).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert optimizer.metrics()["scao/phase"] == 2
+
+
+@RULES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+def test_every_shape_and_dtype_trains(rule: str, dtype: torch.dtype) -> None:
+    shapes = [(), (1,), (7,), (0,), (0, 4), (1, 9), (9, 1), (2, 2), (3, 50), (50, 3), (5, 3, 2), (4, 3, 2, 2), (2, 2, 2, 2, 2)]
+    params = fresh(*shapes, dtype=dtype)
+    before = [param.detach().clone() for param in params]
+    optimizer = SCAO(params, lr=0.1, rule=rule, **QUICK)
+    steps(optimizer, 8)
+    for param, old in zip(params, before, strict=True):
+        assert torch.isfinite(torch.view_as_real(param) if param.is_complex() else param).all()
+        assert param.numel() == 0 or not torch.equal(param, old)
+
+
+@RULES
+def test_layouts_make_no_difference(rule: str) -> None:
+    grid = torch.randn(6, 10)
+    conv = torch.randn(4, 3, 2, 2)
+    plain = [nn.Parameter(grid.clone()), nn.Parameter(conv.clone())]
+    strided = [
+        nn.Parameter(torch.empty(10, 6).t().copy_(grid)),
+        nn.Parameter(conv.clone().contiguous(memory_format=torch.channels_last)),
+    ]
+    for params in (plain, strided):
+        steps(SCAO(params, lr=0.1, rule=rule, **QUICK), 8)
+    for a, b in zip(plain, strided, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@RULES
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_leaves_its_matrix_alone(rule: str, value: float) -> None:
+    params = fresh((4, 9), (4, 9), (5,))
+    optimizer = SCAO(params, lr=0.1, rule=rule, **QUICK)
+    steps(optimizer, 5)
+    kept = {name: v.clone() for name, v in optimizer.state[params[0]].items() if isinstance(v, torch.Tensor)}
+    weights = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    assert params[0].grad is not None
+    params[0].grad[1, 2] = value
+    optimizer.step()  # a refresh is due in this step
+    assert torch.equal(params[0], weights[0])
+    for name, tensor in kept.items():
+        assert torch.equal(optimizer.state[params[0]][name], tensor), name
+    assert not torch.equal(params[1], weights[1]) and not torch.equal(params[2], weights[2])
+    assert optimizer.metrics()["scao/skipped"] == 1
+    steps(optimizer, 4, first=6)
+    assert not torch.equal(params[0], weights[0])
+
+
+def test_a_non_finite_gradient_can_be_an_error_that_changes_nothing() -> None:
+    params = fresh((4, 9), (5,))
+    optimizer = SCAO(params, on_nonfinite="raise")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    assert params[1].grad is not None
+    params[1].grad[0] = float("nan")
+    weights = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match="holds NaN or Inf"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, weights, strict=True))
+
+
+@RULES
+@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e10, 1e25, 3e38])
+def test_gradients_of_any_scale_give_finite_steps_downhill(rule: str, scale: float) -> None:
+    params = fresh((4, 9), (9, 4), (7,))
+    optimizer = SCAO(params, lr=0.1, weight_decay=0.0, rule=rule, **QUICK)
+    for _ in range(9):
+        before = [param.detach().clone() for param in params]
+        for param in params:
+            param.grad = torch.full_like(param, scale) * torch.linspace(0.5, 1, param.numel()).view(param.shape)
+        optimizer.step()
+        for param, old in zip(params, before, strict=True):
+            assert torch.isfinite(param).all()
+            assert (param - old).mean() <= 0
+
+
+@RULES
+def test_none_gradients_freezing_and_new_groups(rule: str) -> None:
+    params = fresh((4, 9), (4, 9), (9, 4))
+    optimizer = SCAO(params[:2], lr=0.1, rule=rule, **QUICK)
+    optimizer.step()
+    assert not optimizer.state
+    steps(optimizer, 6)
+    idle = params[1].detach().clone()
+    frozen = {name: v.clone() for name, v in optimizer.state[params[1]].items() if isinstance(v, torch.Tensor)}
+    for step in range(6, 9):
+        params[0].grad = torch.randn(4, 9, generator=torch.Generator().manual_seed(step))
+        params[1].grad = None
+        optimizer.step()
+    assert torch.equal(params[1], idle)
+    assert all(torch.equal(optimizer.state[params[1]][name], value) for name, value in frozen.items())
+    optimizer.add_param_group({"params": [params[2]], "lr": 0.01})
+    steps(optimizer, 6, first=9)
+    assert [optimizer.state[param]["step"] for param in params] == [15, 12, 6]
+    assert len(optimizer.statistics()) == 3
+
+
+@RULES
+def test_stacking_makes_no_difference(rule: str) -> None:
+    together, alone = fresh((4, 9), (4, 9), (9, 4), dtype=torch.float64), fresh((4, 9), (4, 9), (9, 4), dtype=torch.float64)
+    optimizer = SCAO(together, lr=0.1, rule=rule, **QUICK)
+    steps(optimizer, 12)
+    separate = [SCAO([param], lr=0.1, rule=rule, **QUICK) for param in alone]
+    for step in range(12):
+        generator = torch.Generator().manual_seed(step)
+        for param, single in zip(alone, separate, strict=True):
+            param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32).double()
+            single.step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_tensor_lr_closure_and_scheduler_act_as_in_torch() -> None:
+    plain, tensor = fresh((4, 9)), fresh((4, 9))
+    lr = torch.tensor(0.1)
+    first, second = SCAO(plain, lr=0.1, **QUICK), SCAO(tensor, lr=lr, **QUICK)
+    steps(first, 6)
+    steps(second, 6)
+    torch.testing.assert_close(plain[0], tensor[0])
+    lr.zero_()
+    held = tensor[0].detach().clone()
+    steps(second, 1, first=6)
+    assert torch.equal(tensor[0], held)
+
+    def closure() -> torch.Tensor:
+        assert torch.is_grad_enabled()
+        first.zero_grad()
+        loss = plain[0].square().sum()
+        loss.backward()
+        return loss
+
+    expected = plain[0].detach().square().sum()
+    assert first.step(closure) == expected
+    cycle = torch.optim.lr_scheduler.OneCycleLR(first, max_lr=0.1, total_steps=10)
+    betas = first.param_groups[0]["betas"]
+    steps(first, 1)
+    cycle.step()
+    assert first.param_groups[0]["betas"] != betas
+    steps(first, 2)
+
+
+def test_gradients_and_the_global_generator_are_left_alone() -> None:
+    params = fresh((4, 9))
+    optimizer = SCAO(params, use_int8_ema=True, **QUICK)
+    before = torch.get_rng_state()
+    params[0].grad = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    grad = params[0].grad.clone()
+    for _ in range(7):
+        optimizer.step()
+    assert torch.equal(params[0].grad, grad)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_sparse_gradient_is_a_clear_error() -> None:
+    embedding = nn.Embedding(5, 4, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="SparseAdam"):
+        SCAO(embedding.parameters()).step()
+
+
+def test_a_failed_decomposition_keeps_the_last_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rule in options.RULES:
+        params = fresh((4, 9))
+        optimizer = SCAO(params, lr=0.1, rule=rule, **QUICK)
+        steps(optimizer, 5)
+        with monkeypatch.context() as patch:
+
+            def failing(_: torch.Tensor) -> None:
+                raise torch.linalg.LinAlgError("no convergence")
+
+            patch.setattr(torch.linalg, "eigh", failing)
+            steps(optimizer, 4, first=5)
+        steps(optimizer, 4, first=9)
+        assert torch.isfinite(params[0]).all()
+
+
+def test_a_decomposition_that_never_worked_leaves_adam_s_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    for rule in options.RULES:
+        params = fresh((4, 9))
+        before = params[0].detach().clone()
+        optimizer = SCAO(params, lr=0.1, weight_decay=0.0, rule=rule, **QUICK)
+        for _ in range(9):
+            params[0].grad = torch.full((4, 9), 0.5)
+            optimizer.step()
+        assert torch.isfinite(params[0]).all()
+        torch.testing.assert_close(before - params[0].detach(), torch.full((4, 9), 0.9), rtol=0.05, atol=0)
+
+
+def test_named_parameters_and_statistics() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 8))
+    optimizer = create_scao_optimizer(model, lr=0.1, weight_decay=0.05, **QUICK)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "2.weight"]
+    steps(optimizer, 8)
+    rows = optimizer.statistics()
+    assert [row["name"] for row in rows] == ["0.weight", "2.weight"]
+    assert all(row["phase"] == 2 and row["rank"] >= 1 and 0 < row["captured_mass"] <= 1 for row in rows)
+    steps(optimizer, 1, first=8)
+
+
+def test_metrics_before_and_after() -> None:
+    params = fresh((4, 9))
+    optimizer = SCAO(params, **QUICK)
+    names = ["scao/phase", "scao/blend", "scao/rank", "scao/captured_mass", "scao/curvature_norm", "scao/skipped"]
+    assert optimizer.metrics() == dict.fromkeys(names, 0.0)
+    steps(optimizer, 1)
+    assert optimizer.metrics()["scao/phase"] == 1
+    steps(optimizer, 6, first=1)
+    metrics = optimizer.metrics()
+    assert metrics["scao/phase"] == 2 and metrics["scao/blend"] == 1 and 1 <= metrics["scao/rank"] <= 4
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_nothing_trainable_is_a_clear_error() -> None:
+    model = nn.Linear(3, 3).requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        create_scao_optimizer(model)
+
+
+def test_precision_settings_are_put_back() -> None:
+    params = fresh((4, 9))
+    torch.set_float32_matmul_precision("high")
+    try:
+        steps(SCAO(params, **QUICK), 2)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+ROOT = Path(__file__).parent.parent
+#: Which modules of scao_hf each one may import; a name not listed may import none of them.
+ARROWS = {
+    "__init__": {"optimizer", "trainer", "ops"},
+    "buckets": set(),
+    "curvature": set(),
+    "optimizer": {"options", "state", "report", "buckets", "rules", "update", "ops"},
+    "options": set(),
+    "quantization": {"ops"},
+    "reference": set(),
+    "report": {"buckets", "rules", "state", "update"},
+    "rules": {"rules", "curvature", "update", "quantization", "ops"},
+    "state": {"options", "buckets", "rules"},
+    "trainer": {"optimizer", "options", "update"},
+    "update": set(),
+    "ops": set(),
+}
+
+
+def test_imports_run_one_way() -> None:
+    for path in sorted((ROOT / "scao_hf").rglob("*.py")):
+        module = path.relative_to(ROOT / "scao_hf").parts[0].removesuffix(".py")
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "scao_hf":
+                rest = node.module.split(".")[1:]
+                imported |= {rest[0]} if rest else {alias.name for alias in node.names}
+        internal = imported & (ARROWS.keys() | {"rules"})
+        assert internal <= ARROWS.get(module, set()), f"{path.name} imports {internal - ARROWS.get(module, set())}"
+
+
+def test_importing_the_core_loads_torch_alone() -> None:
+    code = "import sys, scao_hf; print([m for m in ('transformers', 'accelerate', 'axolotl', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_trainer_integration_without_transformers_names_the_install_line() -> None:
+    code = "import sys; sys.modules['transformers'] = None; import scao_hf; scao_hf.SCAO; scao_hf.SCAOTrainer"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode and "pip install 'scao-hf[hf]'" in done.stderr

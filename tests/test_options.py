@@ -1,0 +1,99 @@
+"""The option table: every value checked, errors that name value and range, defaults by rule."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from scao_hf import SCAO, options
+
+
+def param() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"lr": -1.0}, ["lr=-1.0", "[0, inf)"]),
+        ({"lr": float("nan")}, ["lr=nan", "[0, inf)"]),
+        ({"lr": "1e-3"}, ["lr='1e-3'", "a number"]),
+        ({"lr": torch.zeros(2)}, ["2 elements", "one element"]),
+        ({"betas": (0.9, 1.0)}, ["betas[1]=1.0", "[0, 1)"]),
+        ({"betas": (0.9,)}, ["betas=(0.9,)", "two numbers"]),
+        ({"eps": 0}, ["eps=0", "(0, inf)"]),
+        ({"weight_decay": -0.1}, ["weight_decay=-0.1", "[0, inf)"]),
+        ({"rule": "shampoo"}, ["rule='shampoo'", "'eigenbasis', 'published'"]),
+        ({"warmup_steps": -1}, ["warmup_steps=-1", "[0, inf)"]),
+        ({"warmup_steps": 1.5}, ["warmup_steps=1.5", "an integer"]),
+        ({"blend_steps": True}, ["blend_steps=True", "an integer"]),
+        ({"precond_freq": 0}, ["precond_freq=0", "[1, inf)"]),
+        ({"min_precond_updates": 0}, ["min_precond_updates=0", "[1, inf)"]),
+        ({"rho": 1.0}, ["rho=1.0", "[0, 1)"]),
+        ({"epsilon_sparse": 1.0}, ["epsilon_sparse=1.0", "[0, 1)"]),
+        ({"k_min": 0}, ["k_min=0", "[1, inf)"]),
+        ({"k_min": 9, "k_max": 8}, ["k_min=9", "k_max=8"]),
+        ({"tau": 0.0}, ["tau=0.0", "(0, inf)", "None"]),
+        ({"max_precond_dim": 1}, ["max_precond_dim=1", "[2, inf)"]),
+        ({"use_int8_ema": 1}, ["use_int8_ema=1", "True or False"]),
+        ({"on_nonfinite": "ignore"}, ["on_nonfinite='ignore'", "'skip', 'raise'"]),
+    ],
+)
+def test_illegal_value_is_named_with_its_range(kwargs: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        SCAO([param()], **kwargs)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_an_illegal_option_of_one_group_is_an_error_and_leaves_the_optimizer_alone() -> None:
+    optimizer = SCAO([param()])
+    with pytest.raises(ValueError, match="precond_freq=0"):
+        optimizer.add_param_group({"params": [param()], "precond_freq": 0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("rule", options.RULES)
+def test_what_is_not_passed_takes_the_rule_s_default(rule: str) -> None:
+    group = SCAO([param()], rule=rule).param_groups[0]
+    assert {name: group[name] for name in options.RULE_DEFAULTS[rule]} == options.RULE_DEFAULTS[rule]
+
+
+def test_published_defaults_are_the_published_table() -> None:
+    assert options.RULE_DEFAULTS["published"] | {"on_nonfinite": None} == {
+        "betas": (0.9, 0.999),
+        "warmup_steps": 100,
+        "blend_steps": 50,
+        "min_precond_updates": 10,
+        "precond_freq": 20,
+        "rho": 0.999,
+        "epsilon_sparse": 0.05,
+        "k_min": 8,
+        "k_max": 128,
+        "tau": None,
+        "max_precond_dim": 4096,
+        "use_int8_ema": False,
+        "on_nonfinite": None,
+    }
+
+
+def test_a_group_with_another_rule_takes_that_rule_s_defaults() -> None:
+    optimizer = SCAO([param()], precond_freq=3)
+    optimizer.add_param_group({"params": [param()], "rule": "published"})
+    assert optimizer.param_groups[1]["rho"] == options.RULE_DEFAULTS["published"]["rho"]
+    assert optimizer.param_groups[1]["precond_freq"] == 3
+
+
+def test_a_single_rank_bound_moves_the_other_default() -> None:
+    assert SCAO([param()], k_max=2).param_groups[0]["k_min"] == 2
+    assert SCAO([param()], k_min=40).param_groups[0]["k_max"] == 40
+
+
+def test_every_option_of_the_table_is_an_argument_and_the_reverse() -> None:
+    arguments = set(inspect.signature(SCAO.__init__).parameters) - {"self", "params", "lr", "betas", "eps", "weight_decay"}
+    assert arguments == set(options.OPTIONS)
+    for rule in options.RULES:
+        assert set(options.RULE_DEFAULTS[rule]) == set(options.OPTIONS) - {"rule"} | {"betas"}

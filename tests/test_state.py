@@ -1,0 +1,175 @@
+"""Saving and loading: bit-exact resume in every phase, exact dtypes, refusals that change nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from scao_hf import SCAO, options
+
+SHAPES = [(4, 24), (24, 4), (6, 6), (10, 12), (5,), (3, 4, 2)]
+QUICK: dict[str, Any] = {"warmup_steps": 4, "blend_steps": 3, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
+
+
+def make(dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[list[torch.nn.Parameter], SCAO]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    return params, SCAO(params, lr=0.01, max_precond_dim=8, **{**QUICK, **kwargs})
+
+
+def train(params: list[torch.nn.Parameter], optimizer: SCAO, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        optimizer.step()
+
+
+def through_file(state: dict[str, Any]) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("use_int8_ema", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", options.RULES)
+def test_resume_is_bit_exact_in_every_phase(rule: str, dtype: torch.dtype, use_int8_ema: bool) -> None:
+    settings = {"rule": rule, "use_int8_ema": use_int8_ema}
+    params, optimizer = make(dtype, **settings)
+    train(params, optimizer, range(14))
+    for pause in (0, 1, 4, 6, 11):  # nothing yet, phase 1, its last step, the ramp, phase 2
+        first, before = make(dtype, **settings)
+        train(first, before, range(pause))
+        second, after = make(dtype, **settings)
+        with torch.no_grad():
+            for a, b in zip(second, first, strict=True):
+                a.copy_(b)
+        after.load_state_dict(through_file(before.state_dict()))
+        train(second, after, range(pause, 14))
+        for a, b in zip(second, params, strict=True):
+            assert torch.equal(a, b), f"paused after {pause}"
+
+
+@pytest.mark.parametrize("rule", options.RULES)
+def test_dtypes_survive_and_nothing_is_aliased(rule: str) -> None:
+    params, optimizer = make(torch.bfloat16, rule=rule, use_int8_ema=True)
+    train(params, optimizer, range(6))
+    saved = through_file(optimizer.state_dict())
+    other_params, other = make(torch.bfloat16, rule=rule, use_int8_ema=True)
+    other.load_state_dict(saved)
+    seen = set()
+    for index, param in enumerate(other_params):
+        for name, value in saved["state"][index].items():
+            loaded = other.state[param][name]
+            if isinstance(value, torch.Tensor):
+                assert loaded.dtype == value.dtype and torch.equal(loaded, value)
+                assert loaded.data_ptr() != value.data_ptr()
+                seen.add(value.dtype)
+    assert torch.int8 in seen and torch.float32 in seen
+    assert torch.bfloat16 not in seen
+
+
+def test_fp32_state_loads_under_bf16_parameters_unrounded() -> None:
+    params, optimizer = make()
+    train(params, optimizer, range(6))
+    half, other = make(torch.bfloat16)
+    other.load_state_dict(optimizer.state_dict())
+    assert torch.equal(other.state[half[0]]["exp_avg"], optimizer.state[params[0]]["exp_avg"])
+
+
+def test_state_holds_tensors_and_numbers_only_and_every_name_once() -> None:
+    params, optimizer = make()
+    train(params, optimizer, range(6))
+    for entry in optimizer.state_dict()["state"].values():
+        assert all(isinstance(value, (torch.Tensor, int)) for value in entry.values())
+    report = optimizer.memory_report()
+    held = sum(
+        value.numel() * value.element_size()
+        for entry in optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, torch.Tensor)
+    )
+    assert report["total"] == held
+
+
+def test_a_meta_model_reports_the_same_bytes() -> None:
+    meta = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
+    real, optimizer = make()
+    assert SCAO(meta, max_precond_dim=8, **QUICK).memory_report() == optimizer.memory_report()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_copies_of_the_optimizer_go_on(clone: Callable[[SCAO], SCAO]) -> None:
+    params, optimizer = make()
+    train(params, optimizer, range(6))
+    twin = clone(optimizer)
+    twins = [param for group in twin.param_groups for param in group["params"]]
+    train(twins, twin, range(6, 9))
+    train(params, optimizer, range(6, 9))
+    for a, b in zip(params, twins, strict=True):
+        assert torch.equal(a, b)
+
+
+def spoil(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def spoiled(state: dict[str, Any]) -> dict[str, Any]:
+        change(state)
+        return state
+
+    return spoiled
+
+
+def adamw_state(_: dict[str, Any]) -> dict[str, Any]:
+    params, _ = make()
+    adamw = torch.optim.AdamW(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    adamw.step()
+    return adamw.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (adamw_state, "another optimizer"),
+        (lambda _: {"weights": 1}, "not an optimizer state"),
+        (spoil(lambda s: s["param_groups"][0].update(scao_version=99)), "layout version 99"),
+        (spoil(lambda s: s["param_groups"][0].update(rule="published")), "rule='published'"),
+        (spoil(lambda s: s["param_groups"][0].update(lr=-1.0)), "lr=-1.0"),
+        (spoil(lambda s: s["param_groups"][0].update(precond_freq=0)), "precond_freq=0"),
+        (spoil(lambda s: s["param_groups"][0]["params"].pop()), "groups of sizes"),
+        (spoil(lambda s: s["state"].update({77: s["state"][0]})), "unknown parameters"),
+        (spoil(lambda s: s["state"][0].pop("exp_avg")), "lacks ['exp_avg']"),
+        (spoil(lambda s: s["state"][0].update(other=1)), "has ['other']"),
+        (spoil(lambda s: s["state"][0].update(step=-1)), "step is -1"),
+        (spoil(lambda s: s["state"][0].update(exp_avg=torch.zeros(2, 2))), "exp_avg is (2, 2)"),
+        (spoil(lambda s: s["state"][0].update(exp_avg="x")), "exp_avg is str"),
+        (spoil(lambda s: s["state"][0].update(exp_avg=torch.zeros(4, 24, dtype=torch.int8))), "torch.int8"),
+        (spoil(lambda s: s["state"][0]["exp_avg"].fill_(float("nan"))), "NaN or Inf"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Any, words: str) -> None:
+    params, optimizer = make()
+    train(params, optimizer, range(6))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError) as error:
+        optimizer.load_state_dict(change(copy.deepcopy(before)))
+    assert words in str(error.value)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, entry in before["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(torch.as_tensor(after["state"][key][name]), torch.as_tensor(value))
+    train(params, optimizer, range(6, 8))
+
+
+def test_an_empty_state_loads() -> None:
+    _, optimizer = make()
+    optimizer.load_state_dict(optimizer.state_dict())
