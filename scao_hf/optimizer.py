@@ -170,7 +170,7 @@ class SCAO(Optimizer):
         grads, finite = sanitize(bucket.gradients())
         bucket.step += 1
         bucket.state["taken"] += finite[:, 0, 0]
-        tick = Tick(bucket.step, bucket.state["taken"][:, None, None], finite, group)
+        tick = Tick.of(bucket.step, bucket.state["taken"][:, None, None], finite, group)
         direction = rule_of(group, bucket.matrix).step(bucket.state, grads, tick)
         lr, decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):

@@ -44,29 +44,29 @@ def sanitize(grads: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         G, and ``[N, 1, 1]`` with 1 for a finite matrix and 0 for a skipped one.
     """
-    largest = torch.linalg.vector_norm(grads, float("inf"), dim=(1, 2), keepdim=True)
+    largest = grads.abs().flatten(1).amax(1)[:, None, None]
     finite = torch.isfinite(largest)
     scale = torch.where(finite, LARGEST_GRADIENT / largest.clamp_min(LARGEST_GRADIENT), 0.0)
-    grads = torch.where(finite, grads, 0.0).mul_(scale)
-    return grads, finite.to(grads.dtype)
+    return grads.mul_(scale).nan_to_num_(0.0, 0.0, 0.0), finite.to(grads.dtype)
 
 
-def adam_moments(mean: Tensor, square: Tensor, grads: Tensor, betas: tuple[float, float], finite: Tensor) -> None:
-    """(U4) ``m <- b1 m + (1 - b1) G`` and ``v <- b2 v + (1 - b2) G^2``, both in place; skipped matrices stay as they are."""
-    mean.lerp_(grads, (1 - betas[0]) * finite)
-    square.lerp_(grads.square(), (1 - betas[1]) * finite)
+def bias_correction(beta: float, count: Tensor) -> Tensor:
+    """(U5) ``1 - beta^t`` for each matrix's t, ``[N, 1, 1]``, worked out in float64."""
+    return (1 - torch.pow(beta, count.double())).to(count.dtype)
 
 
-def bias(beta: float, count: Tensor) -> Tensor:
-    """(U5) ``1 - beta^t`` for the t of each matrix, ``[N, 1, 1]``; 1 where no finite gradient has come yet."""
-    power = torch.pow(torch.tensor(beta, dtype=torch.float64, device=count.device), count.double())
-    return torch.where(count > 0, 1 - power, 1.0).to(count.dtype)
+def adam_moments(mean: Tensor, square: Tensor, grads: Tensor, weights: tuple[Tensor, Tensor]) -> None:
+    """(U4) ``m <- b1 m + (1 - b1) G`` and ``v <- b2 v + (1 - b2) G^2``, both in place.
+
+    ``weights`` holds 1 - b1 and 1 - b2, or zeros for a skipped matrix, which stays as it is.
+    """
+    mean.lerp_(grads, weights[0])
+    square.lerp_(grads.square(), weights[1])
 
 
-def adam_direction(mean: Tensor, square: Tensor, betas: tuple[float, float], eps: float, count: Tensor) -> Tensor:
-    """(U6) ``m_hat / (sqrt(v_hat) + eps)``, torch.optim.AdamW's step without the learning rate."""
-    denominator = square.sqrt().div_(bias(betas[1], count).sqrt()).add_(eps)
-    return (mean / bias(betas[0], count)).div_(denominator)
+def adam_direction(mean: Tensor, square: Tensor, bias: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """(U6) ``m_hat / (sqrt(v_hat) + eps)``, torch.optim.AdamW's step without the learning rate, in fresh memory."""
+    return torch.div(mean, denominator := square.sqrt().mul_(bias[0] / bias[1].sqrt()).add_(bias[0] * eps), out=denominator)
 
 
 def kronecker_precondition(

@@ -31,9 +31,8 @@ class AdamW:
 
     def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
         """(U4), then (U6)."""
-        betas, eps = tick.group["betas"], tick.group["eps"]
-        adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, betas, tick.finite)
-        return adam_direction(state["exp_avg"], state["exp_avg_sq"], betas, eps, tick.count)
+        adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, tick.weights)
+        return adam_direction(state["exp_avg"], state["exp_avg_sq"], tick.bias, tick.group["eps"])
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
         """No curvature, nothing to report."""

@@ -18,7 +18,6 @@ from scao_hf.rules.rule import Tick, update_finite
 from scao_hf.update import (
     adam_direction,
     adam_moments,
-    bias,
     blend_weight,
     clip_norm,
     curvature_start,
@@ -68,12 +67,11 @@ class Eigenbasis:
     def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
         """Phase 1: (E1) and AdamW. Phase 2: (E1), (U11), the ramp (U9), and at the end of the step a refresh when due."""
         group = tick.group
-        betas, eps = group["betas"], group["eps"]
         start = self.start(group)
         curvature.accumulate(state["factor"], grads @ grads.mT, (1 - group["rho"]) * tick.finite)
         if tick.step <= start:
-            adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, betas, tick.finite)
-            direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], betas, eps, tick.count)
+            adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, tick.weights)
+            direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], tick.bias, group["eps"])
             if tick.step == start:
                 self._enter(state, tick)
             return direction
@@ -91,9 +89,7 @@ class Eigenbasis:
         With ``Gq = Q^T G``, ``P = Gq U`` and ``R = Gq - P U^T``, moments of P and of R, the step is
         ``Q (P_hat / (sqrt(vP_hat) + eps) U^T + R_hat / (sqrt(vR_hat) + eps))``.
         """
-        group, count = tick.group, tick.count
-        betas, eps = group["betas"], group["eps"]
-        first, second = (1 - betas[0]) * tick.finite, (1 - betas[1]) * tick.finite
+        eps, (first, second) = tick.group["eps"], tick.weights
         basis, long_basis = state["vectors"], self._long_basis(state, grads.dtype)
         rotated = basis.mT @ grads
         inside = (rotated @ long_basis).mul_(state["mask"])
@@ -104,17 +100,17 @@ class Eigenbasis:
         energy = outside.square_()
         state["row"].lerp_(energy.mean(2, keepdim=True), second)
         state["col"].lerp_(energy.mean(1, keepdim=True), second)
-        direction = adam_direction(state["exp_avg"], rank_one(state["row"], state["col"]), betas, eps, count)
-        kept = adam_direction(state["inside_avg"], state["inside_sq"], betas, eps, count)
+        direction = adam_direction(state["exp_avg"], rank_one(state["row"], state["col"]), tick.bias, eps)
+        kept = adam_direction(state["inside_avg"], state["inside_sq"], tick.bias, eps)
         direction = basis @ direction.baddbmm_(kept, long_basis.mT)
-        direction = clip_norm(direction, group["tau"])
+        direction = clip_norm(direction, tick.group["tau"])
         if blend == 1.0:
             return direction, None
         energy = grads.square()
         state["adam_row"].lerp_(energy.mean(2, keepdim=True), second)
         state["adam_col"].lerp_(energy.mean(1, keepdim=True), second)
         momentum = self._momentum(state, long_basis)
-        return direction, adam_direction(momentum, rank_one(state["adam_row"], state["adam_col"]), betas, eps, count)
+        return direction, adam_direction(momentum, rank_one(state["adam_row"], state["adam_col"]), tick.bias, eps)
 
     @staticmethod
     def _momentum(state: dict[str, Tensor], long_basis: Tensor) -> Tensor:
@@ -141,7 +137,7 @@ class Eigenbasis:
         self._refresh(state, tick)
         # The Kronecker product of the two sides' spectra is the best guess at the energies in the new coordinates.
         row = curvature.debias(state["factor_values"][..., None], group["rho"], tick.count)
-        row = row * bias(group["betas"][1], tick.count) / l
+        row = row * tick.bias[1] / l
         row = torch.where(row.sum(1, keepdim=True) > 0, row, state["adam_row"])
         values = state["long_values"][:, None, :]
         share = state["mask"] * values / (values.sum(-1, keepdim=True) + state["long_tail"][:, None, None]).clamp_min(
@@ -164,7 +160,7 @@ class Eigenbasis:
         decomposition = curvature.eigh(state["factor"], torch.zeros_like(tick.count[:, 0, 0]))
         factor_values, basis = (state["factor_values"], old_basis) if decomposition is None else decomposition
         decay = group["rho"] ** group["precond_freq"]
-        found = curvature.sketch(old_long, state["long_values"], momentum / bias(group["betas"][0], tick.count), decay)
+        found = curvature.sketch(old_long, state["long_values"], momentum / tick.bias[0], decay)
         if found is None:
             long_basis, values, lost = old_long, state["long_values"], torch.zeros_like(state["long_tail"])
         else:

@@ -63,7 +63,6 @@ class Published:
     def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
         """(E1) on both sides, a refresh when due, then (U7), (U8), (U9) and AdamW's (U4), (U6) on the result."""
         group = tick.group
-        betas = group["betas"]
         weight = (1 - group["rho"]) * tick.finite
         refresh = tick.step % group["precond_freq"] == 0
         for index, side in enumerate(SIDES):
@@ -78,8 +77,8 @@ class Published:
             bases = [tuple(state[f"{side}_{part}"] for part in ("vectors", "values", "tail")) for side in SIDES]
             natural = kronecker_precondition(grads, *bases)  # type: ignore[arg-type]
             grads = mix(grads, clip_norm(natural, group["tau"]), blend)
-        adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, betas, tick.finite)
-        return adam_direction(state["exp_avg"], state["exp_avg_sq"], betas, group["eps"], tick.count)
+        adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, tick.weights)
+        return adam_direction(state["exp_avg"], state["exp_avg_sq"], tick.bias, group["eps"])
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
         """Means over the two sides; the curvature norm is that of the kept eigenvalues."""

@@ -7,21 +7,42 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from scao_hf.update import bias_correction
+
 
 class Tick(NamedTuple):
-    """Where a bucket stands in time.
+    """Where a bucket stands in time, and what follows from that for every matrix. Tensors are ``[N, 1, 1]``.
 
     Attributes:
         step: steps taken so far, this one included.
-        count: ``[N, 1, 1]``, finite gradients seen by each matrix so far.
-        finite: ``[N, 1, 1]``, 1 or 0: whether this step's gradient was finite.
+        count: finite gradients seen by each matrix so far.
+        finite: 1 or 0: whether this step's gradient was finite.
         group: the parameter group with every option.
+        weights: ``(1 - beta) finite`` for the two moments: what this gradient counts in each.
+        bias: ``1 - beta^count`` for the two moments, never zero (U5).
     """
 
     step: int
     count: Tensor
     finite: Tensor
     group: dict[str, Any]
+    weights: tuple[Tensor, Tensor]
+    bias: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, step: int, count: Tensor, finite: Tensor, group: dict[str, Any]) -> Tick:
+        """Work out weights and bias corrections once for all uses in a step."""
+        first, second = group["betas"]
+        # A matrix that has seen no finite gradient has moments of zero: any bias correction does.
+        terms = count.clamp_min(1)
+        return cls(
+            step,
+            count,
+            finite,
+            group,
+            (finite * (1 - first), finite * (1 - second)),
+            (bias_correction(first, terms), bias_correction(second, terms)),
+        )
 
 
 def update_finite(state: dict[str, Tensor], fresh: dict[str, Tensor], tick: Tick) -> None:
