@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,12 @@ class Block:
 
     def of(self, tensor: Tensor) -> Tensor:
         """The block as a view of ``tensor`` (the parameter or its gradient)."""
-        if not self.whole:
-            tensor = tensor[self.rows[0] : self.rows[1], self.cols[0] : self.cols[1]]
+        tensor = self.part(tensor)
         return tensor.mT if self.transposed else tensor
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The block as it is stored, ``[r, l]`` or ``[l, r]``."""
+        return tensor if self.whole else tensor[self.rows[0] : self.rows[1], self.cols[0] : self.cols[1]]
 
 
 def is_matrix(param: Tensor) -> bool:
@@ -46,7 +50,7 @@ def split_evenly(length: int, largest: int) -> list[tuple[int, int]]:
     """Cut ``range(length)`` into the fewest contiguous parts of at most ``largest``, as equal as possible."""
     parts = -(-length // largest)
     bounds = [length * index // parts for index in range(parts + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def blocks_of(shape: Sequence[int], max_dim: int, split_long_side: bool) -> list[Block]:
@@ -85,6 +89,7 @@ class Bucket:
         dtype: arithmetic and moment dtype: float64 for float64 parameters, float32 for all others.
         members: what is stacked, in order.
         state: the stacked state, one tensor of leading size ``len(members)`` per field.
+        native: whether native kernels can step it.
     """
 
     group: dict[str, Any]
@@ -93,6 +98,7 @@ class Bucket:
     dtype: torch.dtype
     members: list[Member] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
+    native: bool = False
 
     @property
     def matrix(self) -> bool:
@@ -106,6 +112,15 @@ class Bucket:
             if param.grad is not None:
                 grads.append(block.of(param.grad) if block else as_real(param.grad).reshape(1, -1))
         return torch.stack(grads).to(self.dtype)
+
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and gradients as they are stored, without a copy (vectors' gradients: contiguous)."""
+        params, grads = [], []
+        for param, _, block in self.members:
+            if param.grad is not None:
+                params.append(block.part(param) if block else param)
+                grads.append(block.part(param.grad) if block else param.grad.contiguous())
+        return params, grads
 
     def decay(self, factors: Tensor) -> None:
         """Multiply each member's parameter by its factor, ``[N, 1, 1]``."""

@@ -105,9 +105,8 @@ class SCAO(Optimizer):
             group.update(opt.resolve(rule, {**self._passed, **named}))
         settings = {**self.defaults, **group}
         lr = settings["lr"]
-        if isinstance(lr, Tensor):
-            if lr.numel() != 1:
-                raise ValueError(f"lr is a tensor of {lr.numel()} elements: it must have one element")
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"lr is a tensor of {lr.numel()} elements: it must have one element")
         opt.check_torch_options(
             float(lr) if isinstance(lr, Tensor) else lr, settings["betas"], settings["eps"], settings["weight_decay"]
         )
@@ -118,7 +117,7 @@ class SCAO(Optimizer):
         self._reset_plan()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step.
 
         Args:
@@ -166,12 +165,20 @@ class SCAO(Optimizer):
 
     def _step_bucket(self, bucket: Bucket) -> None:
         """One step of one bucket: moments and curvature, direction, decay, write-back."""
-        group = bucket.group
+        group, rule = bucket.group, rule_of(bucket.group, bucket.matrix)
+        # A learning rate on a device would have to be waited for.
+        if bucket.native and not (isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"):
+            params, parts = bucket.parts()
+            if rule.fused(bucket.state, params, parts, bucket.step + 1, group):
+                bucket.step += 1
+                torch.autograd.graph.increment_version(params)
+                storage.publish(bucket, self.state)
+                return
         grads, finite = sanitize(bucket.gradients())
         bucket.step += 1
         bucket.state["taken"] += finite[:, 0, 0]
         tick = Tick.of(bucket.step, bucket.state["taken"][:, None, None], finite, group)
-        direction = rule_of(group, bucket.matrix).step(bucket.state, grads, tick)
+        direction = rule.step(bucket.state, grads, tick)
         lr, decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):
             lr = lr.detach().to(direction)

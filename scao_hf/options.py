@@ -64,14 +64,18 @@ OPTIONS: dict[str, Option] = {
     "min_precond_updates": Option(int, "refreshes of the curvature basis required before phase 2", low=1),
     "precond_freq": Option(int, "steps between two refreshes of the curvature basis", low=1),
     "rho": Option(float, "EMA decay of the curvature per step", low=0, high=1, open_high=True),
-    "epsilon_sparse": Option(float, "spectral mass that the truncated basis may leave out", low=0, high=1, open_high=True),
+    "epsilon_sparse": Option(
+        float, "spectral mass that the truncated basis may leave out", low=0, high=1, open_high=True
+    ),
     "k_min": Option(int, "smallest rank of the truncated basis", low=1),
     "k_max": Option(int, "largest rank of the truncated basis", low=1),
     "tau": Option(float, "bound on the natural-gradient norm, None for no bound", low=0, open_low=True, optional=True),
     "max_precond_dim": Option(int, "largest dense curvature factor; a larger side is split into blocks", low=2),
     "use_int8_ema": Option(bool, "hold the curvature as blockwise int8 with stochastic rounding"),
     "on_nonfinite": Option(
-        str, "a NaN or Inf gradient leaves its matrix as it is ('skip') or is an error ('raise')", choices=("skip", "raise")
+        str,
+        "a NaN or Inf gradient leaves its matrix as it is ('skip') or is an error ('raise')",
+        choices=("skip", "raise"),
     ),
 }
 

@@ -94,7 +94,26 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
     decay = o["rho"] ** o["precond_freq"]
     u, spectrum, tail = torch.zeros(l, k).double(), torch.zeros(k).double(), 0.0
     used = u
-    row = col = inside_sq = adam_row = adam_col = torch.zeros(1).double()
+    row = col = inside_sq = torch.zeros(1).double()
+    gain = 1.0
+
+    def plain_square(step: int) -> Tensor:
+        """(U12)."""
+        plain_row = factor.diagonal() / (1 - o["rho"] ** step) / l
+        plain_col = col + inside_sq.mean(0) @ (u**2).T
+        return torch.outer(plain_row, plain_col) / plain_col.mean()
+
+    def graft(step: int) -> float:
+        """(U13)."""
+        bias1, bias2 = 1 - b1**step, 1 - b2**step
+        inside = q.T @ momentum @ used
+        outside = q.T @ momentum - inside @ used.T
+        plain = (momentum / bias1) / (plain_square(step).sqrt() + o["eps"])
+        one = (inside / bias1) / ((inside_sq / bias2).sqrt() + o["eps"])
+        two = (outside / bias1) / ((torch.outer(row, col) / col.mean() / bias2).sqrt() + o["eps"])
+        own = float(one.norm() ** 2 + two.norm() ** 2)
+        return min(max(float(plain.norm()) / own**0.5, 1 / 8), 8.0) if own > 0 else 1.0
+
     trajectory = []
     for step, grad in enumerate(grads, start=1):
         g = grad.double()
@@ -108,11 +127,9 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
                 u, spectrum, tail = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
                 kept = _mask(spectrum, tail, o)
                 used = u * kept
-                share = kept * spectrum / (spectrum.sum() + tail)
+                share, rest = _shares(spectrum, tail, kept)
                 energy = values.clamp_min(0) / (1 - o["rho"] ** step) * (1 - b2**step) / l
-                left = max(0.05, 1 - float(share.sum()))
-                adam_row, adam_col = square.mean(1), square.mean(0)
-                inside_sq, row, col = torch.outer(energy * l, share), energy * left, adam_col * left
+                inside_sq, row, col = torch.outer(energy * l, share), energy * rest, square.mean(0) * rest
         else:
             bias1, bias2 = 1 - b1**step, 1 - b2**step
             p = q.T @ g @ used
@@ -125,17 +142,16 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
             outer = torch.outer(row, col) / col.mean().clamp_min(torch.finfo(torch.float64).tiny)
             scaled = (mean_residual / bias1) / ((outer / bias2).sqrt() + o["eps"])
             scaled = scaled + (mean_inside / bias1) / ((inside_sq / bias2).sqrt() + o["eps"]) @ used.T
-            direction = q @ scaled
+            direction = gain * q @ scaled
             if o["tau"] is not None:
                 direction = direction * min(1.0, o["tau"] / float(direction.norm()))
             blend = _ramp(step, start, o["blend_steps"])
             if blend < 1:
-                adam_row = b2 * adam_row + (1 - b2) * (g**2).mean(1)
-                adam_col = b2 * adam_col + (1 - b2) * (g**2).mean(0)
-                plain_sq = torch.outer(adam_row, adam_col) / adam_col.mean() / bias2
-                direction = blend * direction + (1 - blend) * (momentum / bias1) / (plain_sq.sqrt() + o["eps"])
+                plain = (momentum / bias1) / (plain_square(step).sqrt() + o["eps"])
+                direction = blend * direction + (1 - blend) * plain
         if step > start and (step - start) % o["precond_freq"] == 0:
-            # The new bases hold from the next step on.
+            # The new bases hold from the next step on; the size of the steps is measured in the old ones.
+            gain = graft(step)
             values, q_new = _eigh_falling(factor)
             u_new, spectrum, lost = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
             tail = decay * tail + lost
@@ -144,7 +160,10 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
             overlap = (used_new.T @ used) ** 2
             unseen = kept - overlap.sum(1)
             row = ((q_new.T @ q) ** 2) @ row
-            inside_sq = ((q_new.T @ q) ** 2) @ inside_sq @ overlap.T + torch.outer(row, unseen.clamp(0, 1))
+            moved = ((q_new.T @ q) ** 2) @ inside_sq
+            energy = moved.sum(1) + l * row
+            share, _ = _shares(spectrum, tail, kept)
+            inside_sq = moved @ overlap.T + torch.outer(energy, share * unseen.clamp(0, 1))
             q, u, used = q_new, u_new, used_new
         w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction
         trajectory.append(w.clone())
@@ -164,3 +183,10 @@ def _mask(spectrum: Tensor, tail: float, o: dict[str, Any]) -> Tensor:
     total = float(spectrum.sum()) + tail
     rank = _rank(spectrum, total, o["epsilon_sparse"], o["k_min"], o["k_max"])
     return ((torch.arange(len(spectrum)) < rank) & (spectrum > 0)).double()
+
+
+def _shares(spectrum: Tensor, tail: float, kept: Tensor) -> tuple[Tensor, float]:
+    """(E8)."""
+    share = kept * spectrum / (float(spectrum.sum()) + tail)
+    rest = max(0.3, 1 - float(share.sum()))
+    return share * (1 - rest) / float(share.sum()), rest

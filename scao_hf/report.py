@@ -86,6 +86,10 @@ def memory_report(groups: Groups) -> dict[str, int]:
     for group in groups:
         for param in group["params"]:
             for name, field in expected(param, group, sys.maxsize).items():
-                kind = "counters" if name.startswith("taken") else rule_of(group, param.ndim == 2).kind(name.partition(".")[0])
+                kind = (
+                    "counters"
+                    if name.startswith("taken")
+                    else rule_of(group, param.ndim == 2).kind(name.partition(".")[0])
+                )
                 sizes[kind] += field.numel() * field.element_size()
     return {**sizes, "total": sum(sizes.values()), "parameters": sum(p.numel() for g in groups for p in g["params"])}

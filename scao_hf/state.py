@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf import options
+from scao_hf import ops, options
 from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of
 from scao_hf.rules import rule_of
 
@@ -54,6 +54,7 @@ def build_buckets(groups: Groups, state: State, include: Callable[[Tensor], bool
                 bucket = buckets.setdefault(key, Bucket(group, shape, step, dtype))
                 bucket.members.append(member)
     for bucket in buckets.values():
+        bucket.native = ops.supports([member.param for member in bucket.members], bucket.shape, bucket.matrix)
         bucket.state = _stacked(bucket, state) if bucket.step else create(bucket, bucket.members[0].param.device)
     # The old entries go only when every block has been read: the blocks of one parameter may lie in several buckets.
     for bucket in buckets.values():
@@ -129,23 +130,31 @@ def check_state_dict(state_dict: dict[str, Any], groups: Groups) -> None:
     """Raise ``ValueError`` unless ``state_dict`` fits: SCAO's, this rule's, these shapes, all its fields, all finite."""
     saved_groups = state_dict.get("param_groups")
     if saved_groups is None or "state" not in state_dict:
-        raise ValueError(f"not an optimizer state: its keys are {sorted(map(str, state_dict))}, not state and param_groups")
+        raise ValueError(
+            f"not an optimizer state: its keys are {sorted(map(str, state_dict))}, not state and param_groups"
+        )
+    if not all("scao_version" in saved for saved in saved_groups):
+        raise ValueError(
+            "the saved state was written by another optimizer (its groups have no 'scao_version'): resume with the "
+            "optimizer that wrote it, or start SCAO from the weights alone, without the optimizer state"
+        )
     saved_sizes = [len(saved["params"]) for saved in saved_groups]
     live_sizes = [len(group["params"]) for group in groups]
     if saved_sizes != live_sizes:
         raise ValueError(f"the saved state has parameter groups of sizes {saved_sizes}, the optimizer has {live_sizes}")
     for saved, group in zip(saved_groups, groups, strict=True):
-        if "scao_version" not in saved:
-            raise ValueError(
-                "the saved state was written by another optimizer (its groups have no 'scao_version'): resume with the "
-                "optimizer that wrote it, or start SCAO from the weights alone, without the optimizer state"
-            )
         if saved["scao_version"] != VERSION:
-            raise ValueError(f"the saved state has layout version {saved['scao_version']}, this scao_hf reads {VERSION}")
+            raise ValueError(
+                f"the saved state has layout version {saved['scao_version']}, this scao_hf reads {VERSION}"
+            )
         if saved.get("rule") != group["rule"]:
-            raise ValueError(f"the saved state belongs to rule={saved.get('rule')!r}, the optimizer has rule={group['rule']!r}")
+            raise ValueError(
+                f"the saved state belongs to rule={saved.get('rule')!r}, the optimizer has rule={group['rule']!r}"
+            )
         options.check_torch_options(float(saved["lr"]), saved["betas"], saved["eps"], saved["weight_decay"])
-        options.resolve(saved["rule"], {name: saved[name] for name in options.RULE_DEFAULTS[saved["rule"]] if name in saved})
+        options.resolve(
+            saved["rule"], {name: saved[name] for name in options.RULE_DEFAULTS[saved["rule"]] if name in saved}
+        )
     pairs = _pairs(state_dict, groups)
     strangers = set(state_dict["state"]) - {key for key, _, _ in pairs}
     if strangers:

@@ -52,7 +52,18 @@ def sanitize(grads: Tensor) -> tuple[Tensor, Tensor]:
 
 def bias_correction(beta: float, count: Tensor) -> Tensor:
     """(U5) ``1 - beta^t`` for each matrix's t, ``[N, 1, 1]``, worked out in float64."""
-    return (1 - torch.pow(beta, count.double())).to(count.dtype)
+    correction: Tensor = 1 - torch.pow(beta, count.double())
+    return correction.to(count.dtype)
+
+
+def moment_schedule(
+    betas: tuple[float, float], finite: Tensor, count: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What this gradient weighs in the two moments, 0 for a skipped matrix, and their bias corrections (U5)."""
+    # A matrix that has seen no finite gradient has moments of zero: any bias correction does.
+    terms = count.clamp_min(1)
+    weights = finite * (1 - betas[0]), finite * (1 - betas[1])
+    return weights, (bias_correction(betas[0], terms), bias_correction(betas[1], terms))
 
 
 def adam_moments(mean: Tensor, square: Tensor, grads: Tensor, weights: tuple[Tensor, Tensor]) -> None:
@@ -66,7 +77,9 @@ def adam_moments(mean: Tensor, square: Tensor, grads: Tensor, weights: tuple[Ten
 
 def adam_direction(mean: Tensor, square: Tensor, bias: tuple[Tensor, Tensor], eps: float) -> Tensor:
     """(U6) ``m_hat / (sqrt(v_hat) + eps)``, torch.optim.AdamW's step without the learning rate, in fresh memory."""
-    return torch.div(mean, denominator := square.sqrt().mul_(bias[0] / bias[1].sqrt()).add_(bias[0] * eps), out=denominator)
+    return torch.div(
+        mean, denominator := square.sqrt().mul_(bias[0] / bias[1].sqrt()).add_(bias[0] * eps), out=denominator
+    )
 
 
 def kronecker_precondition(
@@ -86,10 +99,8 @@ def kronecker_precondition(
         outside = tail.pow(-0.25)[:, None, None]
         kept = torch.where(values > 0, values, 1.0).pow(-0.25)[:, None, :]
         scaled = vectors * (kept - outside)
-        if side == -2:
-            grads = grads * outside + scaled @ (vectors.mT @ grads)
-        else:
-            grads = grads * outside + (grads @ vectors) @ scaled.mT
+        kept_part = scaled @ (vectors.mT @ grads) if side == -2 else (grads @ vectors) @ scaled.mT
+        grads = grads * outside + kept_part
     return grads
 
 
@@ -98,7 +109,8 @@ def clip_norm(direction: Tensor, tau: float | None) -> Tensor:
     if tau is None:
         return direction
     norm = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
-    return direction * (tau / norm.clamp_min(tau))
+    scale: Tensor = tau / norm.clamp_min(tau)
+    return direction * scale
 
 
 def mix(first: Tensor, second: Tensor, weight: float) -> Tensor:
@@ -117,3 +129,38 @@ def rank_one(row: Tensor, col: Tensor) -> Tensor:
     """
     return row @ (col / col.mean(2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny))
 
+
+def eigenbasis_direction(
+    state: dict[str, Tensor],
+    grads: Tensor,
+    long_basis: Tensor,
+    weights: tuple[Tensor, Tensor],
+    bias: tuple[Tensor, Tensor],
+    eps: float,
+) -> Tensor:
+    """(U11) Update the moments in the eigenbasis and return the step, in the parameter's coordinates.
+
+    With ``Gq = Q^T G``, ``P = Gq U`` and ``R = Gq - P U^T``, moments of P and of R, the step is
+    ``Q (P_hat / (sqrt(vP_hat) + eps) U^T + R_hat / (sqrt(vR_hat) + eps))``.
+
+    Args:
+        state: the moments ``exp_avg`` of R, ``row`` and ``col``, ``inside_avg`` and ``inside_sq`` of P, all changed in
+            place; Q in ``vectors`` and the ``mask`` of U's columns.
+        grads: G, ``[N, r, l]``.
+        long_basis: U, ``[N, l, k]``.
+        weights: ``1 - beta`` of the two moments, zero for a skipped matrix.
+        bias: their bias corrections.
+    """
+    basis, (first, second) = state["vectors"], weights
+    rotated = basis.mT @ grads
+    inside = (rotated @ long_basis).mul_(state["mask"])
+    outside = rotated.baddbmm_(inside, long_basis.mT, alpha=-1)
+    state["inside_avg"].lerp_(inside, first)
+    state["inside_sq"].lerp_(inside.square(), second)
+    state["exp_avg"].lerp_(outside, first)
+    energy = outside.square_()
+    state["row"].lerp_(energy.mean(2, keepdim=True), second)
+    state["col"].lerp_(energy.mean(1, keepdim=True), second)
+    direction = adam_direction(state["exp_avg"], rank_one(state["row"], state["col"]), bias, eps)
+    kept = adam_direction(state["inside_avg"], state["inside_sq"], bias, eps)
+    return basis @ direction.baddbmm_(kept, long_basis.mT)

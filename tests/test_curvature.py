@@ -54,7 +54,12 @@ def test_a_failing_eigh_is_tried_in_float64_and_then_given_up(monkeypatch: pytes
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=12), st.floats(0, 0.9), st.integers(1, 8), st.integers(0, 8))
+@given(
+    st.lists(st.floats(0, 1e3, width=32), min_size=1, max_size=12),
+    st.floats(0, 0.9),
+    st.integers(1, 8),
+    st.integers(0, 8),
+)
 def test_adaptive_rank_is_the_smallest_that_holds_the_mass(
     spectrum: list[float], epsilon: float, k_min: int, more: int
 ) -> None:

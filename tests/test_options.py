@@ -93,7 +93,14 @@ def test_a_single_rank_bound_moves_the_other_default() -> None:
 
 
 def test_every_option_of_the_table_is_an_argument_and_the_reverse() -> None:
-    arguments = set(inspect.signature(SCAO.__init__).parameters) - {"self", "params", "lr", "betas", "eps", "weight_decay"}
+    arguments = set(inspect.signature(SCAO.__init__).parameters) - {
+        "self",
+        "params",
+        "lr",
+        "betas",
+        "eps",
+        "weight_decay",
+    }
     assert arguments == set(options.OPTIONS)
     for rule in options.RULES:
         assert set(options.RULE_DEFAULTS[rule]) == set(options.OPTIONS) - {"rule"} | {"betas"}

@@ -102,7 +102,7 @@ def test_state_holds_tensors_and_numbers_only_and_every_name_once() -> None:
 
 def test_a_meta_model_reports_the_same_bytes() -> None:
     meta = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
-    real, optimizer = make()
+    _, optimizer = make()
     assert SCAO(meta, max_precond_dim=8, **QUICK).memory_report() == optimizer.memory_report()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scao_hf import ops
 from scao_hf.rules.rule import Tick
 from scao_hf.update import adam_direction, adam_moments
 
@@ -33,6 +34,13 @@ class AdamW:
         """(U4), then (U6)."""
         adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, tick.weights)
         return adam_direction(state["exp_avg"], state["exp_avg_sq"], tick.bias, tick.group["eps"])
+
+    def fused(
+        self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
+    ) -> bool:
+        """Always."""
+        ops.adamw_step_(params, grads, state["exp_avg"], state["exp_avg_sq"], None, state["taken"], *ops.numbers(group))
+        return True
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
         """No curvature, nothing to report."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf import curvature, quantization
+from scao_hf import curvature, ops, quantization
 from scao_hf.rules.rule import Tick, update_finite
 from scao_hf.update import (
     adam_direction,
@@ -21,11 +21,28 @@ from scao_hf.update import (
     blend_weight,
     clip_norm,
     curvature_start,
+    eigenbasis_direction,
     mix,
     rank_one,
 )
 
+#: Bound on (U13), either way.
+MOST_GAIN = 8.0
 PHASE_ONE = ("exp_avg", "exp_avg_sq", "factor")
+#: What ``ops.eigenbasis_step_`` takes, in its order.
+FUSED = (
+    "exp_avg",
+    "factor",
+    "inside_avg",
+    "inside_sq",
+    "row",
+    "col",
+    "taken",
+    "vectors",
+    "mask",
+    "gain",
+    "long_vectors",
+)
 
 
 class Eigenbasis:
@@ -50,7 +67,7 @@ class Eigenbasis:
         if step < self.start(group):
             sides["exp_avg_sq"] = (r, l)
         else:
-            sides |= {"adam_row": (r, 1), "adam_col": (1, l), "row": (r, 1), "col": (1, l)}
+            sides |= {"row": (r, 1), "col": (1, l), "gain": ()}
             sides |= {"inside_avg": (r, k), "inside_sq": (r, k), "mask": (1, k)}
             sides |= {"vectors": (r, r), "factor_values": (r,), "long_values": (k,), "long_tail": ()}
             if group["use_int8_ema"]:
@@ -81,36 +98,57 @@ class Eigenbasis:
             self._refresh(state, tick)
         return direction if plain is None else mix(plain, direction, blend)
 
+    def fused(
+        self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
+    ) -> bool:
+        """Phase 1, and phase 2 once the ramp is over, unless an option asks for what the kernel does not do."""
+        start = self.start(group)
+        since = step - start
+        refresh = since == 0 or (since > 0 and since % group["precond_freq"] == 0)
+        before = state["taken"].clone() if refresh else state["taken"]
+        if since <= 0:
+            ops.adamw_step_(params, grads, *(state[name] for name in PHASE_ONE), state["taken"], *ops.numbers(group))
+        elif (
+            blend_weight(step, start, group["blend_steps"]) == 1.0 and group["tau"] is None and "long_vectors" in state
+        ):
+            ops.eigenbasis_step_(params, grads, *(state[name] for name in FUSED), *ops.numbers(group))
+        else:
+            return False
+        if refresh:
+            tick = Tick.of(step, state["taken"][:, None, None], (state["taken"] - before)[:, None, None], group)
+            (self._refresh if since else self._enter)(state, tick)
+        return True
+
     def _directions(
         self, state: dict[str, Tensor], grads: Tensor, tick: Tick, blend: float
     ) -> tuple[Tensor, Tensor | None]:
-        """(U11) The step in the eigenbasis; during the ramp also AdamW's, from second moments of rank one.
-
-        With ``Gq = Q^T G``, ``P = Gq U`` and ``R = Gq - P U^T``, moments of P and of R, the step is
-        ``Q (P_hat / (sqrt(vP_hat) + eps) U^T + R_hat / (sqrt(vR_hat) + eps))``.
-        """
-        eps, (first, second) = tick.group["eps"], tick.weights
-        basis, long_basis = state["vectors"], self._long_basis(state, grads.dtype)
-        rotated = basis.mT @ grads
-        inside = (rotated @ long_basis).mul_(state["mask"])
-        outside = rotated.baddbmm_(inside, long_basis.mT, alpha=-1)
-        state["inside_avg"].lerp_(inside, first)
-        state["inside_sq"].lerp_(inside.square(), second)
-        state["exp_avg"].lerp_(outside, first)
-        energy = outside.square_()
-        state["row"].lerp_(energy.mean(2, keepdim=True), second)
-        state["col"].lerp_(energy.mean(1, keepdim=True), second)
-        direction = adam_direction(state["exp_avg"], rank_one(state["row"], state["col"]), tick.bias, eps)
-        kept = adam_direction(state["inside_avg"], state["inside_sq"], tick.bias, eps)
-        direction = basis @ direction.baddbmm_(kept, long_basis.mT)
-        direction = clip_norm(direction, tick.group["tau"])
+        """(U11) at AdamW's size (U13), bounded by (U8); during the ramp also AdamW's step, from moments of rank one."""
+        eps = tick.group["eps"]
+        long_basis = self._long_basis(state, grads.dtype)
+        direction = eigenbasis_direction(state, grads, long_basis, tick.weights, tick.bias, eps)
+        direction = clip_norm(direction.mul_(state["gain"][:, None, None]), tick.group["tau"])
         if blend == 1.0:
             return direction, None
-        energy = grads.square()
-        state["adam_row"].lerp_(energy.mean(2, keepdim=True), second)
-        state["adam_col"].lerp_(energy.mean(1, keepdim=True), second)
         momentum = self._momentum(state, long_basis)
-        return direction, adam_direction(momentum, rank_one(state["adam_row"], state["adam_col"]), tick.bias, eps)
+        return direction, adam_direction(momentum, self._plain_square(state, long_basis, tick), tick.bias, eps)
+
+    @staticmethod
+    def _plain_square(state: dict[str, Tensor], long_basis: Tensor, tick: Tick) -> Tensor:
+        """(U12) AdamW's second moment, of rank one, worked out from L's diagonal and the energies in the eigenbasis."""
+        l = long_basis.shape[1]
+        row = curvature.debias(state["factor"].diagonal(dim1=1, dim2=2)[..., None], tick.group["rho"], tick.count) / l
+        col = state["col"] + state["inside_sq"].mean(1, keepdim=True) @ long_basis.square().mT
+        return rank_one(row * tick.bias[1], col)
+
+    def _graft(self, state: dict[str, Tensor], momentum: Tensor, long_basis: Tensor, tick: Tick) -> None:
+        """(U13) What the steps are multiplied by until the next refresh: the ratio of AdamW's norm to their own."""
+        eps, bias = tick.group["eps"], tick.bias
+        plain = adam_direction(momentum, self._plain_square(state, long_basis, tick), bias, eps)
+        outside = adam_direction(state["exp_avg"], rank_one(state["row"], state["col"]), bias, eps)
+        inside = adam_direction(state["inside_avg"], state["inside_sq"], bias, eps)
+        own = outside.square().sum((1, 2)) + inside.square().sum((1, 2))
+        gain = (plain.square().sum((1, 2)) / own.clamp_min(torch.finfo(own.dtype).tiny)).sqrt()
+        update_finite(state, {"gain": torch.where(own > 0, gain, 1.0).clamp(1 / MOST_GAIN, MOST_GAIN)}, tick)
 
     @staticmethod
     def _momentum(state: dict[str, Tensor], long_basis: Tensor) -> Tensor:
@@ -127,55 +165,58 @@ class Eigenbasis:
     def _enter(self, state: dict[str, Tensor], tick: Tick) -> None:
         """End of phase 1: first bases, second moments from the Kronecker product of the two sides' energies."""
         group = tick.group
-        momentum, square = state["exp_avg"], state.pop("exp_avg_sq")
+        momentum, square = state["exp_avg"].clone(), state.pop("exp_avg_sq")
         size, r, l = momentum.shape
         fresh = self.create(size, (r, l), momentum.dtype, momentum.device, group, tick.step)
         state |= {name: field for name, field in fresh.items() if name not in PHASE_ONE}
         state["vectors"] += torch.eye(r, dtype=momentum.dtype, device=momentum.device)
-        state["adam_row"].copy_(square.mean(2, keepdim=True))
-        state["adam_col"].copy_(square.mean(1, keepdim=True))
-        self._refresh(state, tick)
-        # The Kronecker product of the two sides' spectra is the best guess at the energies in the new coordinates.
-        row = curvature.debias(state["factor_values"][..., None], group["rho"], tick.count)
-        row = row * tick.bias[1] / l
-        row = torch.where(row.sum(1, keepdim=True) > 0, row, state["adam_row"])
-        values = state["long_values"][:, None, :]
-        share = state["mask"] * values / (values.sum(-1, keepdim=True) + state["long_tail"][:, None, None]).clamp_min(
-            torch.finfo(values.dtype).tiny
-        )
-        left = (1 - share.sum(-1, keepdim=True)).clamp_min(0.05)
+        state["gain"] += 1
+        self._turn(state, momentum, self._long_basis(state, momentum.dtype), tick)
+        row = curvature.debias(state["factor_values"][..., None], group["rho"], tick.count) * tick.bias[1] / l
+        row = torch.where(row.sum(1, keepdim=True) > 0, row, square.mean(2, keepdim=True))
+        share, rest = curvature.shares(state["long_values"], state["long_tail"], state["mask"])
         state["inside_sq"].copy_(row * l * share)
-        state["row"].copy_(row * left)
-        state["col"].copy_(state["adam_col"] * left)
+        state["row"].copy_(row * rest)
+        state["col"].copy_(square.mean(1, keepdim=True) * rest)
 
     def _refresh(self, state: dict[str, Tensor], tick: Tick) -> None:
+        """New bases every ``precond_freq`` steps, and the size of the steps that are taken in them.
+
+        The size is measured in the old bases: new ones are fitted to the momentum, which flatters them at first.
+        """
+        long_basis = self._long_basis(state, state["exp_avg"].dtype)
+        momentum = self._momentum(state, long_basis)
+        self._graft(state, momentum, long_basis, tick)
+        self._turn(state, momentum, long_basis, tick)
+
+    def _turn(self, state: dict[str, Tensor], momentum: Tensor, old_long: Tensor, tick: Tick) -> None:
         """(E6) for the long side, an eigendecomposition for the small one; momentum and second moments move along.
 
         A decomposition that fails leaves that basis as it is. A matrix whose gradient is not finite keeps everything.
         """
-        group, dtype = tick.group, state["exp_avg"].dtype
-        old_basis, old_long, old_mask = state["vectors"], self._long_basis(state, dtype), state["mask"]
-        momentum = self._momentum(state, old_long)
-        size, k = state["long_values"].shape
-        decomposition = curvature.eigh(state["factor"], torch.zeros_like(tick.count[:, 0, 0]))
+        group = tick.group
+        old_basis, old_mask = state["vectors"], state["mask"]
+        k = state["long_values"].shape[-1]
+        decomposition = curvature.eigh(state["factor"], torch.zeros_like(state["gain"]))
         factor_values, basis = (state["factor_values"], old_basis) if decomposition is None else decomposition
         decay = group["rho"] ** group["precond_freq"]
         found = curvature.sketch(old_long, state["long_values"], momentum / tick.bias[0], decay)
         if found is None:
-            long_basis, values, lost = old_long, state["long_values"], torch.zeros_like(state["long_tail"])
-        else:
-            long_basis, values, lost = found
+            found = old_long, state["long_values"], torch.zeros_like(state["long_tail"])
+        long_basis, values, lost = found
         tail = decay * state["long_tail"] + lost
         rank = curvature.adaptive_rank(
             values, values.sum(-1) + tail, group["epsilon_sparse"], group["k_min"], group["k_max"]
         )
-        mask = (torch.arange(k, device=rank.device) < rank[:, None]).to(dtype)[:, None, :]
+        mask = (torch.arange(k, device=rank.device) < rank[:, None]).to(momentum.dtype)[:, None, :]
         mask = mask * (values > 0)[:, None, :]
         # The share of each new direction that lay in the old ones; the rest was residual.
         overlap = ((long_basis * mask).mT @ (old_long * old_mask)).square()
         unseen = (mask.mT - overlap.sum(-1, keepdim=True)).clamp(0, 1).mT
         row = curvature.transport(state["row"], basis, old_basis)
-        inside_sq = curvature.transport(state["inside_sq"], basis, old_basis) @ overlap.mT + row * unseen
+        moved = curvature.transport(state["inside_sq"], basis, old_basis)
+        energy = moved.sum(-1, keepdim=True) + momentum.shape[-1] * row
+        share, _ = curvature.shares(values, tail, mask)
         rotated = basis.mT @ momentum
         inside = (rotated @ long_basis) * mask
         fresh = {
@@ -185,7 +226,7 @@ class Eigenbasis:
             "long_tail": tail,
             "mask": mask,
             "row": row,
-            "inside_sq": inside_sq,
+            "inside_sq": moved @ overlap.mT + energy * share * unseen,
             "inside_avg": inside,
             "exp_avg": torch.baddbmm(rotated, inside, long_basis.mT, alpha=-1),
         }

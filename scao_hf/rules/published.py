@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf import curvature, quantization
+from scao_hf import curvature, ops, quantization
 from scao_hf.rules.rule import Tick, update_finite
 from scao_hf.update import (
     adam_direction,
@@ -67,11 +67,13 @@ class Published:
         refresh = tick.step % group["precond_freq"] == 0
         for index, side in enumerate(SIDES):
             outer = grads @ grads.mT if side == "left" else grads.mT @ grads
-            factor = _load(state, side, grads.shape[1 + index], grads.dtype)
-            factor = curvature.accumulate(factor, outer, weight)
-            _store(state, side, factor, seed=2 * tick.step + index)
+            if f"{side}_factor" in state:
+                curvature.accumulate(state[f"{side}_factor"], outer, weight)
+            else:
+                codes, scales = state[f"{side}_codes"], state[f"{side}_scales"]
+                ops.int8_ema_(codes, scales, outer.float(), weight.float().flatten(), 2 * tick.step + index)
             if refresh:
-                _refresh(state, side, factor, tick)
+                _refresh(state, side, _load(state, side, grads.shape[1 + index], grads.dtype), tick)
         blend = blend_weight(tick.step, self.start(group), group["blend_steps"])
         if blend:
             bases = [tuple(state[f"{side}_{part}"] for part in ("vectors", "values", "tail")) for side in SIDES]
@@ -80,12 +82,18 @@ class Published:
         adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, tick.weights)
         return adam_direction(state["exp_avg"], state["exp_avg_sq"], tick.bias, group["eps"])
 
+    def fused(
+        self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
+    ) -> bool:
+        """Never: the reference rule is left to PyTorch."""
+        return False
+
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
         """Means over the two sides; the curvature norm is that of the kept eigenvalues."""
         rank = sum((state[f"{side}_values"] > 0).sum(-1).double() for side in SIDES)
         mass = sum(state[f"{side}_mass"].double() for side in SIDES)
         norm = sum(state[f"{side}_values"].double().norm(dim=-1) for side in SIDES)
-        return {"rank": rank / 2, "captured_mass": mass / 2, "curvature_norm": norm / 2}  # type: ignore[dict-item]
+        return {"rank": rank / 2, "captured_mass": mass / 2, "curvature_norm": norm / 2}
 
     def start(self, group: dict[str, Any]) -> int:
         """(U1)."""

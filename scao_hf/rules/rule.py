@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from scao_hf.update import bias_correction
+from scao_hf.update import moment_schedule
 
 
-class Tick(NamedTuple):
+@dataclass(frozen=True)
+class Tick:
     """Where a bucket stands in time, and what follows from that for every matrix. Tensors are ``[N, 1, 1]``.
 
     Attributes:
@@ -32,17 +34,7 @@ class Tick(NamedTuple):
     @classmethod
     def of(cls, step: int, count: Tensor, finite: Tensor, group: dict[str, Any]) -> Tick:
         """Work out weights and bias corrections once for all uses in a step."""
-        first, second = group["betas"]
-        # A matrix that has seen no finite gradient has moments of zero: any bias correction does.
-        terms = count.clamp_min(1)
-        return cls(
-            step,
-            count,
-            finite,
-            group,
-            (finite * (1 - first), finite * (1 - second)),
-            (bias_correction(first, terms), bias_correction(second, terms)),
-        )
+        return cls(step, count, finite, group, *moment_schedule(group["betas"], finite, count))
 
 
 def update_finite(state: dict[str, Tensor], fresh: dict[str, Tensor], tick: Tick) -> None:
@@ -72,6 +64,18 @@ class Rule(Protocol):
 
     def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
         """Update ``state`` by one gradient ``[N, r, l]`` (scratch) and return the direction, fresh memory, to be subtracted."""
+        ...
+
+    def fused(
+        self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
+    ) -> bool:
+        """Take the whole step natively, skipping, decay and parameters included; False, nothing changed, if ``step`` must.
+
+        Args:
+            state: as for ``step``; ``taken`` is counted up here.
+            params, grads: as stored, ``[r, l]`` or ``[l, r]`` each.
+            step: steps taken, this one included.
+        """
         ...
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:

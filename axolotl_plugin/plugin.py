@@ -1,0 +1,78 @@
+"""The four hooks through which Axolotl's own trainers, of any kind, get SCAO as their optimizer."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+# scao_hf is imported inside the hooks: an ImportError here would be swallowed by Axolotl, and the user would be told
+# that "scao" is not a valid optimizer name.
+
+LOG = get_logger(__name__)
+
+
+class SCAOPlugin(BasePlugin):
+    """``optimizer: scao``. Every hook is a no-op for another optimizer."""
+
+    def register(self, cfg: dict[str, Any]) -> None:
+        """Check that the optimizer can be imported, before anything slow happens.
+
+        Raises:
+            RuntimeError: it cannot, with the command that installs it.
+        """
+        try:
+            import scao_hf  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError(
+                f"axolotl_plugin.SCAOPlugin needs scao_hf, which cannot be imported here ({error}). Install it into "
+                "this environment with: pip install 'scao-hf[axolotl]'"
+            ) from error
+
+    def get_input_args(self) -> str:
+        """The pydantic model of the ``scao_*`` options and their rules."""
+        return "axolotl_plugin.args.SCAOArgs"
+
+    def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
+        """A stand-in that passes the closed list of names in TrainingArguments; ``post_trainer_create`` replaces it."""
+        if cfg.optimizer != "scao":
+            return None
+        return {"optim": "adamw_torch", "optim_args": None}
+
+    def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
+        """Hand SCAO and its options to the trainer that Axolotl has built.
+
+        Raises:
+            ValueError: the run, whose length and precision are known only now, breaks a rule of the validation.
+        """
+        if cfg.optimizer != "scao":
+            return
+        from axolotl_plugin.rules import check_run, optimizer_kwargs
+        from axolotl_plugin.values import Findings
+        from scao_hf import SCAO
+        from scao_hf.trainer import SCAOCallback, refuse_parallelism
+
+        refuse_parallelism(trainer)
+        kwargs = optimizer_kwargs(cfg, trainer.args)
+        findings = Findings()
+        check_run(cfg.get, trainer.args, kwargs, findings)
+        findings.report(LOG)
+        trainer.optimizer_cls_and_kwargs = (SCAO, kwargs)
+        trainer.args.optim = "scao"
+        SCAOCallback.attach(trainer)
+        trainable = [param for param in trainer.model.parameters() if param.requires_grad]
+        own = {name: value for name, value in kwargs.items() if not name.startswith("loraplus_")}
+        state, adamw = SCAO(trainable, **own).memory_report()["total"], sum(8 * param.numel() for param in trainable)
+        LOG.log(
+            logging.WARNING if state > 4 * adamw else logging.INFO,
+            "optimizer: scao with %s. Its state takes %.1f MiB (AdamW's %.1f MiB) for %d trainable parameters",
+            ", ".join(f"{name}={value}" for name, value in kwargs.items()),
+            state / 2**20,
+            adamw / 2**20,
+            sum(param.numel() for param in trainable),
+        )

@@ -1,0 +1,83 @@
+// What the glue of both devices checks before it hands out a pointer. The messages name the argument and the rule.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace scao {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+  const auto found = tensor.sizes();
+  bool same = found.size() == sizes.size();
+  size_t axis = 0;
+  for (int64_t size : sizes) {
+    same = same && found[axis] == size;
+    axis++;
+  }
+  STD_TORCH_CHECK(same, "scao: ", name, " has the wrong shape");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "scao: ", name, " must be contiguous");
+}
+
+template <class T>
+T* pointer(const Tensor& tensor, const char* name, ScalarType dtype, const Tensor& like,
+           std::initializer_list<int64_t> sizes) {
+  check_shape(tensor, name, sizes);
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "scao: ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.device() == like.device(), "scao: ", name, " is on another device");
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+inline float* floats(const Tensor& tensor, const char* name, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return pointer<float>(tensor, name, ScalarType::Float, like, sizes);
+}
+
+inline Dtype dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return F32;
+    case ScalarType::BFloat16: return BF16;
+    case ScalarType::Half: return F16;
+    default: STD_TORCH_CHECK(false, "scao: ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+// A parameter or gradient as [r, l]: stored that way or as [l, r], any strides; (1, l) takes any contiguous shape.
+inline View view_of(const Tensor& tensor, const char* name, const Tensor& like, int64_t r, int64_t l) {
+  STD_TORCH_CHECK(tensor.device() == like.device(), "scao: ", name, " is on another device");
+  const Dtype dtype = dtype_of(tensor, name);
+  void* data = tensor.data_ptr();
+  if (r == 1) {
+    STD_TORCH_CHECK(tensor.numel() == l && tensor.is_contiguous(), "scao: ", name, " must be contiguous with l entries");
+    return {data, static_cast<long>(l), 1, dtype};
+  }
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  STD_TORCH_CHECK(sizes.size() == 2, "scao: ", name, " must have two sides");
+  if (sizes[0] == r && sizes[1] == l) return {data, static_cast<long>(strides[0]), static_cast<long>(strides[1]), dtype};
+  STD_TORCH_CHECK(sizes[0] == l && sizes[1] == r, "scao: ", name, " is neither [r, l] nor [l, r]");
+  return {data, static_cast<long>(strides[1]), static_cast<long>(strides[0]), dtype};
+}
+
+struct Sizes {
+  int64_t matrices, r, l;
+};
+
+inline Sizes sizes_of(const Tensor& exp_avg, const std::vector<Tensor>& params, const std::vector<Tensor>& grads) {
+  STD_TORCH_CHECK(exp_avg.dim() == 3, "scao: exp_avg must be [N, r, l]");
+  const auto sizes = exp_avg.sizes();
+  STD_TORCH_CHECK(static_cast<int64_t>(params.size()) == sizes[0] && params.size() == grads.size(),
+                  "scao: as many params and grads are needed as exp_avg has matrices");
+  STD_TORCH_CHECK(sizes[1] > 0 && sizes[2] > 0, "scao: exp_avg must not be empty");
+  return {sizes[0], sizes[1], sizes[2]};
+}
+
+}  // namespace scao

@@ -1,0 +1,56 @@
+// What the CPU kernels take: plain pointers and numbers, no torch header. cpu_kernels.cpp is compiled once for each
+// instruction set with another SCAO_ISA; cpu.cpp picks one table when it is loaded.
+#pragma once
+
+namespace scao {
+
+enum Dtype { F32, BF16, F16 };
+
+// A gradient or a parameter as an [r, l] matrix; strides in elements. Either stride may be the contiguous one.
+struct View {
+  void* data;
+  long row_stride;
+  long col_stride;
+  Dtype dtype;
+};
+
+struct Numbers {
+  double lr, beta1, beta2, eps, weight_decay, rho;
+};
+
+// One matrix in phase 1, or one vector ([1, numel], no factor). exp_avg and exp_avg_sq are contiguous [r, l].
+struct AdamwTask {
+  View grad, param;
+  float *exp_avg, *exp_avg_sq;
+  float* factor;  // [r, r], or null
+  float* taken;
+  long r, l;
+};
+
+// One matrix in phase 2; names as in scao_hf/rules/eigenbasis.py.
+struct EigenbasisTask {
+  View grad, param;
+  float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken;
+  const float *vectors, *mask, *gain;
+  const void* long_vectors;  // [l, k]
+  Dtype long_dtype;          // F32 or BF16
+  long r, l, k;
+};
+
+struct Kernels {
+  const char* isa;
+  // Scratch bytes that one call needs; the caller allocates once per thread.
+  unsigned long (*adamw_scratch)(long r, long l);
+  void (*adamw)(const AdamwTask&, const Numbers&, void* scratch);
+  unsigned long (*eigenbasis_scratch)(long r, long l, long k);
+  void (*eigenbasis)(const EigenbasisTask&, const Numbers&, void* scratch);
+  // Blocks [first, last) of an int8 EMA: see int8.h. values holds numel entries for each of the matrices.
+  void (*int8_ema)(signed char* codes, float* scales, const float* values, const float* weights, long numel,
+                   long blocks_per_matrix, unsigned seed_key, long first, long last);
+};
+
+namespace base { extern const Kernels kernels; }
+namespace v3 { extern const Kernels kernels; }
+namespace v4 { extern const Kernels kernels; }
+
+}  // namespace scao

@@ -1,0 +1,81 @@
+// CUDA side of the native operations: LibTorch's stable ABI around the launchers. Checks, device, stream, scratch.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "int8.h"
+#include "launch.h"
+
+namespace scao {
+namespace {
+
+void* stream_of(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor factor,
+                      Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor vectors,
+                      Tensor mask, Tensor long_vectors, double lr, double beta1, double beta2, double eps,
+                      double weight_decay, double rho) {
+  const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
+  STD_TORCH_CHECK(inside_avg.dim() == 3, "scao: inside_avg must be [N, r, k]");
+  const int64_t k = inside_avg.size(2);
+  STD_TORCH_CHECK(r <= cuda::LARGEST && k <= cuda::LARGEST, "scao: r and k must be at most ", cuda::LARGEST);
+  STD_TORCH_CHECK(l < (1 << 30), "scao: l must be below 2^30");
+  const torch::stable::accelerator::DeviceGuard guard(exp_avg.get_device_index());
+  cuda::State state{};
+  state.exp_avg = floats(exp_avg, "exp_avg", exp_avg, {matrices, r, l});
+  state.factor = floats(factor, "factor", exp_avg, {matrices, r, r});
+  state.inside_avg = floats(inside_avg, "inside_avg", exp_avg, {matrices, r, k});
+  state.inside_sq = floats(inside_sq, "inside_sq", exp_avg, {matrices, r, k});
+  state.row = floats(row, "row", exp_avg, {matrices, r, 1});
+  state.col = floats(col, "col", exp_avg, {matrices, 1, l});
+  state.taken = floats(taken, "taken", exp_avg, {matrices});
+  state.vectors = floats(vectors, "vectors", exp_avg, {matrices, r, r});
+  state.mask = floats(mask, "mask", exp_avg, {matrices, 1, k});
+  state.long_dtype = dtype_of(long_vectors, "long_vectors");
+  STD_TORCH_CHECK(state.long_dtype != F16, "scao: long_vectors must be float32 or bfloat16");
+  check_shape(long_vectors, "long_vectors", {matrices, l, k});
+  STD_TORCH_CHECK(long_vectors.device() == exp_avg.device(), "scao: long_vectors is on another device");
+  state.long_vectors = long_vectors.data_ptr();
+  state.r = static_cast<int>(r), state.l = static_cast<int>(l), state.k = static_cast<int>(k);
+  std::vector<View> gradients, weights;
+  for (int64_t i = 0; i < matrices; i++) {
+    gradients.push_back(view_of(grads[i], "grads", exp_avg, r, l));
+    weights.push_back(view_of(params[i], "params", exp_avg, r, l));
+  }
+  const int64_t batch = matrices < cuda::BATCH ? matrices : cuda::BATCH;
+  const Tensor scratch = torch::stable::new_empty(exp_avg, {batch * scao_cuda_scratch(state.r, state.l, state.k)});
+  state.scratch = static_cast<float*>(scratch.data_ptr());
+  const int error = scao_cuda_eigenbasis(gradients.data(), weights.data(), static_cast<int>(matrices), state,
+                                         {lr, beta1, beta2, eps, weight_decay, rho}, stream_of(exp_avg));
+  STD_TORCH_CHECK(error == 0, "scao: a launch failed with CUDA error ", error);
+}
+
+void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64_t seed) {
+  STD_TORCH_CHECK(scales.dim() == 2 && values.dim() >= 1, "scao: scales must be [N, blocks] and values [N, ...]");
+  const torch::stable::accelerator::DeviceGuard guard(scales.get_device_index());
+  const int64_t matrices = scales.size(0), blocks = scales.size(1);
+  signed char* code = pointer<signed char>(codes, "codes", ScalarType::Char, scales, {matrices, blocks * INT8_BLOCK});
+  float* scale = floats(scales, "scales", scales, {matrices, blocks});
+  const float* weight = floats(weights, "weights", scales, {matrices});
+  const int64_t numel = matrices ? values.numel() / matrices : 0;
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() && values.size(0) == matrices &&
+                      values.device() == scales.device() && (numel + INT8_BLOCK - 1) / INT8_BLOCK == blocks,
+                  "scao: values must be contiguous float32, [N, ...] with as many entries as the codes hold");
+  const int error = scao_cuda_int8_ema(code, scale, static_cast<const float*>(values.data_ptr()), weight, numel, blocks,
+                                       matrices * blocks, mix32(static_cast<unsigned>(seed)), stream_of(scales));
+  STD_TORCH_CHECK(error == 0, "scao: a launch failed with CUDA error ", error);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(scao, CUDA, m) {
+  m.impl("eigenbasis_step_", TORCH_BOX(&eigenbasis_step_));
+  m.impl("int8_ema_", TORCH_BOX(&int8_ema_));
+}
+
+}  // namespace scao

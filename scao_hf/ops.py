@@ -1,0 +1,324 @@
+"""The operations that have native kernels: schemas, fakes that validate, default kernels. Only this file loads the extension.
+
+Each operation steps one bucket in place. The default kernels are made of the equations in ``curvature``, ``update`` and
+``quantization`` and run on every device; a native kernel takes their place for the devices that it was built for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scao_hf import curvature, quantization
+from scao_hf.update import (
+    adam_direction,
+    adam_moments,
+    eigenbasis_direction,
+    full_precision,
+    moment_schedule,
+    sanitize,
+)
+
+#: Largest r and k for which the native kernels are faster than the library's matrix products.
+LARGEST_SIDE = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_TORCH = (2, 10)
+#: Compute capability below which there is no device code.
+OLDEST_CUDA = (7, 5)
+
+_NUMBERS = "float lr, float beta1, float beta2, float eps, float weight_decay, float rho"
+_LIBRARY = torch.library.Library("scao", "DEF")
+_LIBRARY.define(
+    "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? factor, "
+    f"Tensor(e!) taken, {_NUMBERS}) -> ()"
+)
+_LIBRARY.define(
+    "eigenbasis_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) factor, "
+    "Tensor(d!) inside_avg, Tensor(e!) inside_sq, Tensor(f!) row, Tensor(g!) col, Tensor(h!) taken, Tensor vectors, "
+    f"Tensor mask, Tensor gain, Tensor long_vectors, {_NUMBERS}) -> ()"
+)
+_LIBRARY.define("int8_ema_(Tensor(a!) codes, Tensor(b!) scales, Tensor values, Tensor weights, int seed) -> ()")
+
+
+def _check(tensor: Tensor, name: str, shape: Sequence[int], dtypes: Sequence[torch.dtype] = (torch.float32,)) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {tuple(shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}: it must be one of {', '.join(map(str, dtypes))}")
+
+
+def _check_members(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Tensor) -> None:
+    size, r, l = exp_avg.shape
+    if not len(params) == len(grads) == size:
+        raise ValueError(f"there are {len(params)} params and {len(grads)} grads: exp_avg has {size} matrices")
+    for name, tensors in (("params", params), ("grads", grads)):
+        for tensor in tensors:
+            fits = tensor.numel() == l if r == 1 else tuple(tensor.shape) in ((r, l), (l, r))
+            if not fits or tensor.dtype not in DTYPES:
+                raise ValueError(
+                    f"an entry of {name} has shape {tuple(tensor.shape)} and is {tensor.dtype}: it must be ({r}, {l}) or "
+                    f"({l}, {r}) in one of {', '.join(map(str, DTYPES))}"
+                )
+
+
+def _oriented(tensor: Tensor, r: int, l: int) -> Tensor:
+    if r == 1:
+        return tensor.view(1, l)
+    return tensor if tuple(tensor.shape) == (r, l) else tensor.mT
+
+
+def _gradients(grads: Sequence[Tensor], exp_avg: Tensor) -> tuple[Tensor, Tensor]:
+    _, r, l = exp_avg.shape
+    return sanitize(torch.stack([_oriented(grad, r, l).to(exp_avg.dtype) for grad in grads]))
+
+
+def _write(params: Sequence[Tensor], direction: Tensor, finite: Tensor, lr: float, weight_decay: float) -> None:
+    """Decoupled decay, then the step."""
+    _, r, l = direction.shape
+    for param, delta, taken in zip(params, direction, finite, strict=True):
+        target = _oriented(param, r, l)
+        target.copy_(target.to(delta.dtype) * (1 - taken * (lr * weight_decay)) - delta * (taken * lr))
+
+
+def _adamw_fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    factor: Tensor | None,
+    taken: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rho: float,
+) -> None:
+    size, r, l = exp_avg.shape
+    _check_members(params, grads, exp_avg)
+    _check(exp_avg, "exp_avg", (size, r, l))
+    _check(exp_avg_sq, "exp_avg_sq", (size, r, l))
+    _check(taken, "taken", (size,))
+    if factor is not None:
+        _check(factor, "factor", (size, r, r))
+
+
+def _adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    factor: Tensor | None,
+    taken: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rho: float,
+) -> None:
+    """(U3), (E1) where there is a factor, (U4), (U6), decay and step."""
+    _adamw_fake(params, grads, exp_avg, exp_avg_sq, factor, taken, lr, beta1, beta2, eps, weight_decay, rho)
+    stacked, finite = _gradients(grads, exp_avg)
+    taken += finite[:, 0, 0]
+    if factor is not None:
+        with full_precision():
+            curvature.accumulate(factor, stacked @ stacked.mT, (1 - rho) * finite)
+    weights, bias = moment_schedule((beta1, beta2), finite, taken[:, None, None])
+    adam_moments(exp_avg, exp_avg_sq, stacked, weights)
+    direction = adam_direction(exp_avg, exp_avg_sq, bias, eps)
+    _write(params, direction, finite, lr, weight_decay)
+
+
+def _eigenbasis_fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Tensor,
+    factor: Tensor,
+    inside_avg: Tensor,
+    inside_sq: Tensor,
+    row: Tensor,
+    col: Tensor,
+    taken: Tensor,
+    vectors: Tensor,
+    mask: Tensor,
+    gain: Tensor,
+    long_vectors: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rho: float,
+) -> None:
+    size, r, l = exp_avg.shape
+    k = inside_avg.shape[-1]
+    _check_members(params, grads, exp_avg)
+    _check(long_vectors, "long_vectors", (size, l, k), (torch.float32, torch.bfloat16))
+    for name, tensor, shape in (
+        ("exp_avg", exp_avg, (r, l)),
+        ("factor", factor, (r, r)),
+        ("inside_avg", inside_avg, (r, k)),
+        ("inside_sq", inside_sq, (r, k)),
+        ("row", row, (r, 1)),
+        ("col", col, (1, l)),
+        ("taken", taken, ()),
+        ("vectors", vectors, (r, r)),
+        ("mask", mask, (1, k)),
+        ("gain", gain, ()),
+    ):
+        _check(tensor, name, (size, *shape))
+
+
+def _eigenbasis(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Tensor,
+    factor: Tensor,
+    inside_avg: Tensor,
+    inside_sq: Tensor,
+    row: Tensor,
+    col: Tensor,
+    taken: Tensor,
+    vectors: Tensor,
+    mask: Tensor,
+    gain: Tensor,
+    long_vectors: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    rho: float,
+) -> None:
+    """(U3), (E1), (U11), decay and step."""
+    _eigenbasis_fake(
+        params, grads, exp_avg, factor, inside_avg, inside_sq, row, col, taken, vectors, mask, gain, long_vectors, lr, beta1,
+        beta2, eps, weight_decay, rho,
+    )  # fmt: skip
+    state = {"exp_avg": exp_avg, "inside_avg": inside_avg, "inside_sq": inside_sq, "row": row, "col": col}
+    state |= {"vectors": vectors, "mask": mask}
+    stacked, finite = _gradients(grads, exp_avg)
+    taken += finite[:, 0, 0]
+    weights, bias = moment_schedule((beta1, beta2), finite, taken[:, None, None])
+    with full_precision():
+        curvature.accumulate(factor, stacked @ stacked.mT, (1 - rho) * finite)
+        direction = eigenbasis_direction(state, stacked, long_vectors.to(exp_avg.dtype), weights, bias, eps)
+    _write(params, direction * gain[:, None, None], finite, lr, weight_decay)
+
+
+def _int8_fake(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
+    size = values.shape[0]
+    shapes = quantization.encoded_shapes(size, values.numel() // max(size, 1))
+    _check(codes, "codes", shapes[0], (torch.int8,))
+    _check(scales, "scales", shapes[1])
+    _check(values, "values", values.shape)
+    _check(weights, "weights", (size,))
+
+
+def _int8(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
+    """Decode, ``x <- x + w (value - x)``, (Q1); a matrix of weight zero keeps its codes."""
+    _int8_fake(codes, scales, values, weights, seed)
+    flat = values.reshape(values.shape[0], -1)
+    average = quantization.decode(codes, scales, tuple(flat.shape[1:]), flat.dtype).lerp_(flat, weights[:, None])
+    fresh_codes, fresh_scales = quantization.encode(average, seed)
+    keep = weights[:, None] == 0
+    codes.copy_(torch.where(keep, codes, fresh_codes))
+    scales.copy_(torch.where(keep, scales, fresh_scales))
+
+
+for _name, _default, _fake in (
+    ("adamw_step_", _adamw, _adamw_fake),
+    ("eigenbasis_step_", _eigenbasis, _eigenbasis_fake),
+    ("int8_ema_", _int8, _int8_fake),
+):
+    _LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"scao::{_name}", _fake, lib=_LIBRARY)
+
+adamw_step_ = torch.ops.scao.adamw_step_
+eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
+int8_ema_ = torch.ops.scao.int8_ema_
+
+
+def _refusal(device: str, path: Path) -> str | None:
+    """Why the extension at ``path`` is not to be loaded, or None. A kernel cannot be withdrawn once it is registered."""
+    if os.environ.get("SCAO_DISABLE_EXT", "0") not in ("", "0"):
+        return "SCAO_DISABLE_EXT is set"
+    if not path.exists():
+        return f"not built (SCAO_BUILD_EXT={device} when installing builds it)"
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < OLDEST_TORCH:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        if torch.version.hip is not None:
+            return "there is no device code for ROCm"
+        capability = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+        if capability < OLDEST_CUDA:
+            return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
+    return None
+
+
+def _load(device: str) -> tuple[ctypes.CDLL | None, str]:
+    path = Path(__file__).with_name(f"_C_{device}.so")
+    reason = _refusal(device, path)
+    if reason is not None:
+        return None, reason
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return None, f"{path.name} could not be loaded: {error}"
+    return ctypes.CDLL(str(path)), ""
+
+
+_CPU, _CPU_REASON = _load("cpu")
+_CUDA, _CUDA_REASON = _load("cuda")
+if _CPU is not None:
+    _CPU.scao_cpu_isa.restype = ctypes.c_char_p
+
+#: Devices whose kernels are native; settled when this module is imported.
+NATIVE = frozenset(name for name, library in (("cpu", _CPU), ("cuda", _CUDA)) if library is not None)
+
+_REQUIRED = os.environ.get("SCAO_REQUIRE_EXT", "")
+for _device in filter(None, _REQUIRED.split(",")):
+    if _device not in ("cpu", "cuda"):
+        raise ValueError(f"SCAO_REQUIRE_EXT={_REQUIRED!r} is not valid: it must be cpu, cuda or cpu,cuda")
+    if _device not in NATIVE:
+        raise ImportError(
+            f"SCAO_REQUIRE_EXT={_REQUIRED}: no native {_device} kernels: "
+            f"{_CPU_REASON if _device == 'cpu' else _CUDA_REASON}"
+        )
+
+
+def backend() -> dict[str, str]:
+    """Which kernels are in use on each device, and why where they are PyTorch's.
+
+    Returns:
+        For "cpu" and "cuda" either "native" (on the CPU with the instruction set) or "pytorch: " and the reason.
+    """
+    return {
+        "cpu": f"native ({_CPU.scao_cpu_isa().decode()})" if _CPU is not None else f"pytorch: {_CPU_REASON}",
+        "cuda": "native" if _CUDA is not None else f"pytorch: {_CUDA_REASON}",
+    }
+
+
+def numbers(group: dict[str, Any]) -> tuple[float, ...]:
+    """lr, both betas, eps, weight decay and rho of a parameter group, in the order in which the operations take them."""
+    return (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["rho"])
+
+
+def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> bool:
+    """Whether the native kernels can step these parameters: device, dtype, size and layout; settled when a plan is made."""
+    first = params[0]
+    if first.device.type not in NATIVE or first.dtype not in DTYPES:
+        return False
+    if not matrix:
+        return all(param.is_contiguous() for param in params)
+    return 1 < shape[0] <= LARGEST_SIDE

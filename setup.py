@@ -1,0 +1,160 @@
+"""Build of the native kernels; everything else is in pyproject.toml.
+
+SCAO_BUILD_EXT chooses what is built: ``0`` (default) nothing, a pure Python wheel; ``cpu``; ``cuda``, both; ``auto``, what this machine can build, saying what it leaves out. An explicit choice that cannot be met is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CHOICES = ("0", "cpu", "cuda", "auto")
+CSRC = Path("csrc")
+TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the oldest whose stable ABI has what the kernels use
+CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")
+CPU_LEVELS = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
+
+
+def choice() -> str:
+    """The value of SCAO_BUILD_EXT."""
+    value = os.environ.get("SCAO_BUILD_EXT", "0")
+    if value not in CHOICES:
+        sys.exit(f"SCAO_BUILD_EXT={value!r} is not valid: it must be one of {', '.join(CHOICES)}")
+    return value
+
+
+def torch_paths() -> tuple[Path, Path]:
+    """Torch's include and library folders, without importing torch."""
+    from importlib.util import find_spec
+
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise RuntimeError(
+            "torch is not installed in the environment that builds: install torch>=2.10 there and build with "
+            "pip install --no-build-isolation ."
+        )
+    root = Path(spec.origin).parent
+    if not (root / "include/torch/csrc/stable/ops.h").exists():
+        raise RuntimeError(f"the torch in {root} has no stable ABI: torch>=2.10 is needed to build the kernels")
+    return root / "include", root / "lib"
+
+
+def compiler() -> str:
+    """The C++ compiler."""
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise RuntimeError(f"no C++ compiler: {name!r} is not on PATH (install g++ 11 or later, or set CXX)")
+    return name
+
+
+def nvcc() -> str:
+    """The CUDA compiler."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if found is None:
+        raise RuntimeError("no CUDA compiler: nvcc is not on PATH (install the CUDA toolkit, or set CUDA_HOME)")
+    return found
+
+
+def toolkit_of(nvcc: str) -> Path:
+    """The toolkit's folder; nvcc says it itself, as the file on PATH may be a wrapper script."""
+    plan = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    tops = [line.removeprefix("#$ TOP=") for line in plan.stderr.splitlines() if line.startswith("#$ TOP=")]
+    return Path(tops[0] if tops else Path(nvcc).parent.parent).resolve()
+
+
+class BuildKernels(build_ext):
+    """Calls g++ and nvcc: torch's own CUDAExtension refuses to build beside a torch for the CPU."""
+
+    def run(self) -> None:
+        """Build every chosen part; under ``auto`` a part that cannot be built is named and left out."""
+        for extension in self.extensions:
+            try:
+                self.build_extension(extension)
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                message = f"building {extension.name} failed: {error}"
+                if choice() != "auto":
+                    sys.exit(f"SCAO_BUILD_EXT={choice()}: {message}")
+                print(f"SCAO_BUILD_EXT=auto: left out: {message}", file=sys.stderr)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """No Python module: the file is loaded with torch.ops.load_library."""
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_outputs(self) -> list[str]:
+        """Only what was built (``auto`` may leave something out)."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place builds write to the source folder directly."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link one shared object."""
+        root = Path() if self.inplace else Path(self.build_lib)
+        target = root / self.get_ext_filename(ext.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            (build_cuda if ext.name.endswith("cuda") else build_cpu)(target, Path(folder))
+
+
+def call(*command: str | Path) -> None:
+    """Run a compiler and show what it runs."""
+    print(*command, flush=True)
+    subprocess.run([str(part) for part in command], check=True)
+
+
+def build_cpu(target: Path, folder: Path) -> None:
+    """One copy of the kernels for each instruction set, and the glue that chooses among them."""
+    include, lib = torch_paths()
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-fno-math-errno",
+        "-fopenmp-simd",
+        "-Wall",
+        "-Wextra",
+        "-fvisibility=hidden",
+    ]
+    levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": None}
+    objects = [folder / f"kernels_{name}.o" for name in levels]
+    for (name, march), out in zip(levels.items(), objects, strict=True):
+        options = [f"-march={march}"] if march else []
+        call(compiler(), *flags, *options, f"-DSCAO_ISA={name}", "-c", CSRC / "cpu_kernels.cpp", "-o", out)
+    define = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
+    call(compiler(), *flags, define, "-isystem", include, "-shared", CSRC / "cpu.cpp", *objects, "-o", target,
+         f"-L{lib}", "-ltorch_cpu")  # fmt: skip
+
+
+def build_cuda(target: Path, folder: Path) -> None:
+    """Device code for every architecture, and the glue. Links a stand-in for libtorch_cuda, which a CPU torch lacks."""
+    include, lib = torch_paths()
+    toolkit = toolkit_of(nvcc())
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+    gencode.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
+    device = folder / "launch.o"
+    call(nvcc(), "-std=c++17", "-O3", "-Xcompiler", "-fPIC", *gencode, "-c", CSRC / "launch.cu", "-o", device)
+    stand_in = folder / "libtorch_cuda.so"
+    (folder / "empty.cpp").write_text("")
+    call(compiler(), "-shared", "-fPIC", folder / "empty.cpp", "-o", stand_in)
+    define = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
+    cuda_lib = next((path for path in (toolkit / "lib64", toolkit / "lib") if path.exists()), toolkit / "lib64")
+    call(compiler(), "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", define, "-DUSE_CUDA", "-isystem", include,
+         f"-I{toolkit}/include", "-shared", CSRC / "cuda.cpp", device, "-o", target, f"-L{lib}", "-ltorch_cpu",
+         f"-L{folder}", "-Wl,--no-as-needed", "-ltorch_cuda", f"-L{cuda_lib}", "-lcudart_static", "-ldl", "-lrt",
+         "-lpthread")  # fmt: skip
+
+
+PARTS = {"0": [], "cpu": ["_C_cpu"], "cuda": ["_C_cpu", "_C_cuda"], "auto": ["_C_cpu", "_C_cuda"]}
+setup(
+    ext_modules=[Extension(f"scao_hf.{name}", sources=[]) for name in PARTS[choice()]],
+    cmdclass={"build_ext": BuildKernels},
+)

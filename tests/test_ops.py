@@ -1,0 +1,333 @@
+"""Native kernels against the PyTorch ones: values, layouts, skipping, thread counts, and which kernels are in use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scao_hf import SCAO, ops, quantization
+
+ROOT = Path(__file__).parent.parent
+NUMBERS = (0.01, 0.9, 0.99, 1e-8, 0.05, 0.95)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: (r, l, k): every templated r, ragged l, k and r that fill no register, the largest of each.
+SIZES = (
+    [(r, l, 16) for r in (4, 8, 16, 32, 64) for l in (64, 128, 130)]
+    + [(2, 3, 1), (3, 9, 9), (5, 37, 3), (16, 17, 16), (16, 200, 17), (20, 70, 20), (16, 65, 40)]
+    + [(100, 130, 128), (128, 128, 8)]
+)  # fmt: skip
+native = pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native CPU kernels: {ops.backend()['cpu']}")
+
+
+def levels() -> list[str]:
+    """The instruction sets that this processor can run."""
+    if "cpu" not in ops.NATIVE:
+        return ["none"]
+    library = ctypes.CDLL(str(ROOT / "scao_hf" / "_C_cpu.so"))
+    best = ops.backend()["cpu"].partition("(")[2].rstrip(")")
+    found = [name for name in ("base", "v3", "v4") if library.scao_use_cpu_isa(name.encode())]
+    library.scao_use_cpu_isa(best.encode())
+    return found
+
+
+@pytest.fixture(params=levels())
+def level(request: pytest.FixtureRequest):
+    """Run the test once on each of them."""
+    library = ctypes.CDLL(str(ROOT / "scao_hf" / "_C_cpu.so"))
+    best = ops.backend()["cpu"].partition("(")[2].rstrip(")")
+    assert library.scao_use_cpu_isa(request.param.encode())
+    assert ops.backend()["cpu"] == f"native ({request.param})"
+    yield request.param
+    library.scao_use_cpu_isa(best.encode())
+
+
+def members(size: int, r: int, l: int, dtype: torch.dtype, tall: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    shape = (l, r) if tall else (r, l)
+    return [torch.randn(shape).to(dtype) for _ in range(size)], [torch.randn(shape).to(dtype) for _ in range(size)]
+
+
+def eigenbasis_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    mask = (torch.arange(k) < max(1, k - 1)).float().expand(size, 1, k).contiguous()
+    return {
+        "exp_avg": 0.1 * torch.randn(size, r, l),
+        "factor": torch.randn(size, r, r),
+        "inside_avg": torch.randn(size, r, k),
+        "inside_sq": torch.rand(size, r, k),
+        "row": torch.rand(size, r, 1),
+        "col": torch.rand(size, 1, l),
+        "taken": torch.arange(size, dtype=torch.float32) + 11,
+        "vectors": torch.linalg.qr(torch.randn(size, r, r))[0].contiguous(),
+        "mask": mask,
+        "gain": torch.rand(size) + 0.5,
+        "long_vectors": (torch.linalg.qr(torch.randn(size, l, k))[0] * mask).to(dtype).contiguous(),
+    }
+
+
+def adamw_state(size: int, r: int, l: int, factor: bool) -> dict[str, torch.Tensor | None]:
+    return {
+        "exp_avg": torch.randn(size, r, l),
+        "exp_avg_sq": torch.rand(size, r, l),
+        "factor": torch.randn(size, r, r) if factor else None,
+        "taken": torch.arange(size, dtype=torch.float32) + 3,
+    }
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
+    scale = expected.double().abs().max().clamp_min(1e-30)
+    error = ((found.double() - expected.double()).abs().max() / scale).item()
+    assert error <= tolerance, f"{name}: {error:.2g} of the largest entry"
+
+
+def compare(op, default, params, grads, state, step: float) -> None:
+    """Both kernels on copies: state to 2e-6 of its largest entry, parameters to 1e-4 of a step and one rounding."""
+    other_params = [param.clone() for param in params]
+    other = {name: None if value is None else value.clone() for name, value in state.items()}
+    op(params, grads, *state.values(), *NUMBERS)
+    default(other_params, grads, *other.values(), *NUMBERS)
+    for name, value in state.items():
+        if value is not None:
+            close(value, other[name], 2e-6, name)
+    for found, expected in zip(params, other_params, strict=True):
+        rounding = torch.finfo(found.dtype).eps * expected.abs().max().item()
+        assert (found.double() - expected.double()).abs().max().item() <= 1e-4 * step + rounding
+
+
+@native
+@pytest.mark.parametrize(("r", "l", "k"), SIZES)
+def test_eigenbasis_kernel_equals_pytorch(level: str, r: int, l: int, k: int) -> None:
+    torch.manual_seed(r * l + k)
+    for dtype in DTYPES:
+        for tall in (False, True):
+            for basis in (torch.bfloat16, torch.float32):
+                params, grads = members(3, r, l, dtype, tall)
+                state = eigenbasis_state(3, r, l, k, basis)
+                compare(ops.eigenbasis_step_, ops._eigenbasis, params, grads, state, step=NUMBERS[0])
+
+
+@native
+@pytest.mark.parametrize(("r", "l"), [(1, 1), (1, 5000), (4, 9), (16, 130), (33, 70), (128, 128)])
+def test_adamw_kernel_equals_pytorch(level: str, r: int, l: int) -> None:
+    torch.manual_seed(r * l)
+    for dtype in DTYPES:
+        for tall in (False, True):
+            params, grads = members(3, r, l, dtype, tall)
+            compare(ops.adamw_step_, ops._adamw, params, grads, adamw_state(3, r, l, factor=r > 1), step=NUMBERS[0])
+
+
+@native
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [(0, 0), (15, 69), (7, 40)])
+def test_a_matrix_with_a_nonfinite_gradient_is_left_alone(level: str, bad: float, place: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    for op, state in (
+        (ops.eigenbasis_step_, eigenbasis_state(3, 16, 70, 16)),
+        (ops.adamw_step_, adamw_state(3, 16, 70, factor=True)),
+    ):
+        params, grads = members(3, 16, 70, torch.float32, False)
+        grads[1][place] = bad
+        before = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
+        op(params, grads, *state.values(), *NUMBERS)
+        for index in range(3):
+            assert torch.equal(params[index], before[0][index]) == (index == 1)
+            assert torch.equal(state["taken"][index], before[1]["taken"][index]) == (index == 1)
+        for name, value in state.items():
+            assert torch.equal(value[1], before[1][name][1]), name
+            assert torch.isfinite(value).all()
+
+
+@native
+def test_huge_gradients_are_bounded_as_in_pytorch(level: str) -> None:
+    torch.manual_seed(0)
+    params, grads = members(2, 16, 70, torch.float32, True)
+    grads[0] *= 1e30
+    compare(ops.eigenbasis_step_, ops._eigenbasis, params, grads, eigenbasis_state(2, 16, 70, 16), step=1.0)
+
+
+@native
+def test_a_tiny_residual_keeps_its_precision(level: str) -> None:
+    """A gradient that lies in the kept directions to one part in a thousand: no difference of large sums is taken."""
+    torch.manual_seed(0)
+    params, grads = members(2, 16, 256, torch.float32, False)
+    state = eigenbasis_state(2, 16, 256, 16, torch.float32)
+    for name in ("row", "col", "exp_avg"):
+        state[name].zero_()
+    state["mask"].fill_(1)
+    state["long_vectors"] = torch.linalg.qr(torch.randn(2, 256, 16))[0].contiguous()
+    for index, grad in enumerate(grads):
+        grad.copy_(torch.randn(16, 16) @ state["long_vectors"][index].T + 1e-3 * torch.randn(16, 256))
+    exact = {name: value.double() for name, value in state.items()}
+    ops.eigenbasis_step_(params, grads, *state.values(), *NUMBERS)
+    rotated = exact["vectors"].mT @ torch.stack(grads).double()
+    outside = rotated - rotated @ exact["long_vectors"] @ exact["long_vectors"].mT
+    close(state["row"], 0.01 * outside.square().mean(2, keepdim=True), 1e-3, "row")
+    close(state["exp_avg"], 0.1 * outside, 1e-3, "exp_avg")
+
+
+@native
+def test_any_strides_are_read_and_written(level: str) -> None:
+    torch.manual_seed(0)
+    wide = [torch.randn(40, 150)[3:19, 5:135] for _ in range(2)] + [torch.randn(150, 40)[5:135, 3:19]]
+    wide.append(torch.randn(32, 260)[::2, ::2])
+    grads = [torch.randn(16, 130), torch.randn(1, 130).expand(16, 130), torch.randn(130, 16), torch.randn(130, 16).T]
+    params = [param.clone() for param in wide]
+    state = eigenbasis_state(4, 16, 130, 16)
+    other = {name: value.clone() for name, value in state.items()}
+    ops.eigenbasis_step_(wide, grads, *state.values(), *NUMBERS)
+    ops._eigenbasis(params, grads, *other.values(), *NUMBERS)
+    for found, expected in zip(wide, params, strict=True):
+        close(found, expected, 1e-6, "params")
+
+
+@native
+def test_results_do_not_depend_on_the_thread_count(level: str) -> None:
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.manual_seed(0)
+        params, grads = members(7, 16, 300, torch.float32, False)
+        state = eigenbasis_state(7, 16, 300, 16)
+        codes = torch.zeros(7, 384, dtype=torch.int8), torch.zeros(7, 3)
+        torch.set_num_threads(count)
+        ops.eigenbasis_step_(params, grads, *state.values(), *NUMBERS)
+        ops.int8_ema_(*codes, torch.stack(grads)[:, 0].contiguous(), torch.ones(7), 5)
+        results.append([*params, *state.values(), *codes])
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@native
+@pytest.mark.parametrize("numel", [1, 127, 128, 1000])
+def test_int8_kernel_gives_the_codes_of_the_codec(level: str, numel: int) -> None:
+    torch.manual_seed(numel)
+    values, weights = torch.randn(5, numel), torch.tensor([1.0, 0.0, 1.0, 0.05, 0.6])
+    codes, scales = (torch.zeros(shape) for shape in quantization.encoded_shapes(5, numel))
+    codes = codes.to(torch.int8)
+    for seed in (3, 4):
+        other_codes, other_scales = codes.clone(), scales.clone()
+        ops.int8_ema_(codes, scales, values, weights, seed)
+        ops._int8(other_codes, other_scales, values, weights, seed)
+        torch.testing.assert_close(scales, other_scales, rtol=1e-6, atol=0)
+        # Weights below one: the mean may be rounded once or twice, which moves a code at a threshold by one.
+        assert (codes.int() - other_codes.int()).abs().max() <= 1
+        assert (codes != other_codes).float().mean() < 2e-3
+    once, scale = quantization.encode(values, seed=4)
+    ops.int8_ema_(codes.zero_(), scales.zero_(), values, torch.ones(5), 4)
+    assert torch.equal(codes, once) and torch.equal(scales, scale)
+
+
+def test_noise_is_uniform_and_differs_between_seeds_and_blocks() -> None:
+    noise = torch.stack([quantization.uniform_noise(200, seed, torch.device("cpu")) for seed in range(3)])
+    assert noise.min() >= 0 and noise.max() < 1
+    counts = torch.histc(noise, 16, 0, 1)
+    assert (counts / noise.numel() - 1 / 16).abs().max() < 0.003
+    flat = noise.flatten(0, 1)
+    correlation = torch.corrcoef(flat) - torch.eye(len(flat))
+    assert correlation.abs().max() < 0.5
+    assert len(torch.unique(flat)) > 0.99 * flat.numel()
+
+
+@pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
+def test_opcheck(test: str) -> None:
+    torch.manual_seed(0)
+    params, grads = members(2, 4, 12, torch.float32, False)
+    calls = [
+        (ops.eigenbasis_step_, (params, grads, *eigenbasis_state(2, 4, 12, 3).values(), *NUMBERS)),
+        (ops.adamw_step_, (params, grads, *adamw_state(2, 4, 12, factor=True).values(), *NUMBERS)),
+        (ops.adamw_step_, (params, grads, *adamw_state(2, 4, 12, factor=False).values(), *NUMBERS)),
+        (ops.int8_ema_, (torch.zeros(2, 128, dtype=torch.int8), torch.ones(2, 1), torch.randn(2, 9), torch.ones(2), 1)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments, test_utils=test)
+
+
+@pytest.mark.parametrize("name", ["vectors", "mask", "col", "long_vectors", "taken"])
+def test_wrong_shapes_are_refused(name: str) -> None:
+    params, grads = members(2, 4, 12, torch.float32, False)
+    state = eigenbasis_state(2, 4, 12, 3)
+    state[name] = state[name][..., :-1]
+    with pytest.raises(ValueError, match=name):
+        ops._eigenbasis_fake(params, grads, *state.values(), *NUMBERS)
+    with pytest.raises((ValueError, RuntimeError), match=name):
+        ops.eigenbasis_step_(params, grads, *state.values(), *NUMBERS)
+
+
+@native
+@pytest.mark.parametrize("rule", ["eigenbasis", "published"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_optimizer_steps_the_same_with_and_without(rule: str, int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        shapes = [(16, 70), (70, 16), (4, 40), (9,), (3, 2, 2)]
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        optimizer = SCAO(params, rule=rule, use_int8_ema=int8, warmup_steps=3, blend_steps=2, precond_freq=4)
+        for _ in range(20):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            versions = [param._version for param in params]
+            optimizer.step()
+            assert all(param._version > version for param, version in zip(params, versions, strict=True))
+        return [param.detach().clone() for param in params]
+
+    calls = []
+    for name in ("eigenbasis_step_", "adamw_step_", "int8_ema_"):
+        kernel = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, k=kernel, n=name: (calls.append(n), k(*args)))
+    fast = run()
+    used = set(calls)
+    monkeypatch.setattr(ops, "NATIVE", frozenset())
+    calls.clear()
+    slow = run()
+    if rule == "eigenbasis":
+        assert used == ({"adamw_step_"} if int8 else {"adamw_step_", "eigenbasis_step_"})
+        assert not calls
+        for a, b in zip(fast, slow, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    else:
+        assert used == ({"adamw_step_", "int8_ema_"} if int8 else {"adamw_step_"})
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_kernels_can_be_switched_off_and_required() -> None:
+    show = "import scao_hf.ops as o; print(o.backend()['cpu'])"
+    assert python(show, SCAO_DISABLE_EXT="1").stdout == "pytorch: SCAO_DISABLE_EXT is set\n"
+    refused = python(show, SCAO_DISABLE_EXT="1", SCAO_REQUIRE_EXT="cpu")
+    assert refused.returncode and "no native cpu kernels: SCAO_DISABLE_EXT is set" in refused.stderr
+    unknown = python(show, SCAO_REQUIRE_EXT="tpu")
+    assert unknown.returncode and "it must be cpu, cuda or cpu,cuda" in unknown.stderr
+
+
+def build(tmp_path: Path, choice: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
+    return subprocess.run(
+        command, env={**os.environ, "SCAO_BUILD_EXT": choice, **environment}, cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_build_that_was_asked_for_and_is_impossible_fails_clearly(tmp_path: Path) -> None:
+    failed = build(tmp_path, "cpu", CXX="no-such-compiler")
+    assert failed.returncode and "SCAO_BUILD_EXT=cpu: building scao_hf._C_cpu failed: no C++ compiler" in failed.stderr
+    skipped = build(tmp_path, "auto", CXX="no-such-compiler", CUDA_HOME=str(tmp_path))
+    assert skipped.returncode == 0 and skipped.stderr.count("left out: building scao_hf._C_c") == 2
+    unknown = build(tmp_path, "yes")
+    assert unknown.returncode and "SCAO_BUILD_EXT='yes' is not valid: it must be one of 0, cpu" in unknown.stderr
+    assert build(tmp_path, "0").returncode == 0 and not list(tmp_path.rglob("*.so"))
