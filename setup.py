@@ -1,6 +1,7 @@
 """Build of the native kernels; everything else is in pyproject.toml.
 
-SCAO_BUILD_EXT chooses what is built: ``0`` (default) nothing, a pure Python wheel; ``cpu``; ``cuda``, both; ``auto``, what this machine can build, saying what it leaves out. An explicit choice that cannot be met is an error.
+SCAO_BUILD_EXT chooses what is built: ``0`` (default) nothing, a pure Python wheel; ``cpu``; ``cuda``, both; ``auto``,
+what this machine can build, saying what it leaves out. An explicit choice that cannot be met is an error.
 """
 
 from __future__ import annotations

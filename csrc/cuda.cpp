@@ -18,7 +18,7 @@ void* stream_of(const Tensor& tensor) {
 
 void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor factor,
                       Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor vectors,
-                      Tensor mask, Tensor long_vectors, double lr, double beta1, double beta2, double eps,
+                      Tensor mask, Tensor gain, Tensor long_vectors, double lr, double beta1, double beta2, double eps,
                       double weight_decay, double rho) {
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
   STD_TORCH_CHECK(inside_avg.dim() == 3, "scao: inside_avg must be [N, r, k]");
@@ -36,6 +36,7 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Ten
   state.taken = floats(taken, "taken", exp_avg, {matrices});
   state.vectors = floats(vectors, "vectors", exp_avg, {matrices, r, r});
   state.mask = floats(mask, "mask", exp_avg, {matrices, 1, k});
+  state.gain = floats(gain, "gain", exp_avg, {matrices});
   state.long_dtype = dtype_of(long_vectors, "long_vectors");
   STD_TORCH_CHECK(state.long_dtype != F16, "scao: long_vectors must be float32 or bfloat16");
   check_shape(long_vectors, "long_vectors", {matrices, l, k});

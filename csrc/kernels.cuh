@@ -17,14 +17,10 @@
 #include "emulator/cuda_emulator.h"
 #endif
 
-// The emulator's tests drop one barrier at a time to show that its absence is noticed.
-#ifndef SCAO_DROP
-#define SCAO_DROP 0
+// Barriers are numbered: the emulator's tests leave one out at a time to show that its absence is noticed.
+#ifndef SCAO_SYNC
+#define SCAO_SYNC(id) __syncthreads()
 #endif
-#define SCAO_SYNC(id)                       \
-  do {                                      \
-    if ((id) != SCAO_DROP) __syncthreads(); \
-  } while (0)
 
 namespace scao {
 namespace cuda {
@@ -123,9 +119,9 @@ __device__ inline void rotate(const float* q, const float* tile, int r, float* t
   __shared__ float basis[TILE * LARGEST]; \
   __shared__ float square[LARGEST * LARGEST]
 
-// Sums of one chunk. `square` holds Q.
-__device__ inline void project_chunk(const State& s, const View& grad, int matrix, int chunk, float scale, float* tile,
-                                     float* turned, float* basis, const float* q, float* partial, float* largest) {
+// Sums of one chunk; returns the largest magnitude that this thread has seen, as bits.
+__device__ inline unsigned project_chunk(const State& s, const View& grad, int matrix, int chunk, float scale, float* tile,
+                                     float* turned, float* basis, const float* q, float* partial) {
   const int r = s.r, k = s.k, start = chunk * CHUNK, end = start + CHUNK < s.l ? start + CHUNK : s.l;
   const int total = r * r + r * k;
   float* sums = partial + static_cast<long>(chunk) * total;
@@ -155,15 +151,7 @@ __device__ inline void project_chunk(const State& s, const View& grad, int matri
     }
     SCAO_SYNC(3);
   }
-  // The largest magnitude over the threads, through shared memory.
-  unsigned* shared = reinterpret_cast<unsigned*>(tile);
-  shared[threadIdx.x] = most;
-  SCAO_SYNC(4);
-  if (threadIdx.x == 0) {
-    for (int i = 1; i < THREADS; i++) most = shared[i] > most ? shared[i] : most;
-    reinterpret_cast<unsigned*>(largest)[chunk] = most;
-  }
-  SCAO_SYNC(5);
+  return most;
 }
 
 __global__ void project(Batch batch, State s) {
@@ -172,8 +160,15 @@ __global__ void project(Batch batch, State s) {
   const int matrix = blockIdx.y, chunk = blockIdx.x;
   const Scratch x = scratch_of(s, matrix);
   for (int at = threadIdx.x; at < s.r * s.r; at += THREADS) square[at] = s.vectors[matrix * s.r * s.r + at];
-  SCAO_SYNC(6);
-  project_chunk(s, batch.grad[matrix], matrix, chunk, 1.0f, tile, turned, basis, square, x.partial, x.largest);
+  // Q is first read behind a barrier of project_chunk.
+  unsigned most = project_chunk(s, batch.grad[matrix], matrix, chunk, 1.0f, tile, turned, basis, square, x.partial);
+  unsigned* shared = reinterpret_cast<unsigned*>(tile);
+  shared[threadIdx.x] = most;
+  SCAO_SYNC(4);
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < THREADS; i++) most = shared[i] > most ? shared[i] : most;
+    reinterpret_cast<unsigned*>(x.largest)[chunk] = most;
+  }
 }
 
 __global__ void settle(Batch batch, State s, Numbers n) {
@@ -204,15 +199,16 @@ __global__ void settle(Batch batch, State s, Numbers n) {
       x.header[2] = sqrtf(static_cast<float>(1 - pow(n.beta2, count)));
     }
   }
-  SCAO_SYNC(7);
+  SCAO_SYNC(5);
   if (shared_scale == 0.0f) return;  // not finite: the whole block leaves, and so do the launches after this one
   if (shared_scale != 1.0f) {
     for (int c = 0; c < s.chunks; c++) {
-      project_chunk(s, batch.grad[matrix], matrix, c, shared_scale, tile, turned, basis, square, x.partial, x.largest);
+      project_chunk(s, batch.grad[matrix], matrix, c, shared_scale, tile, turned, basis, square, x.partial);
     }
   }
   const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
-  const float outer = static_cast<float>(1 - n.rho), eps = static_cast<float>(n.eps), lr = static_cast<float>(n.lr);
+  const float outer = static_cast<float>(1 - n.rho), eps = static_cast<float>(n.eps);
+  const float lr = static_cast<float>(n.lr) * s.gain[matrix];
   const float bias1 = x.header[1], root2 = x.header[2];
   for (int at = threadIdx.x; at < total; at += THREADS) {
     float sum = 0;
@@ -231,19 +227,19 @@ __global__ void settle(Batch batch, State s, Numbers n) {
       x.mixed[entry] = mean / bias1 / (sqrtf(variance) / root2 + eps);  // K, still without Q
     }
   }
-  SCAO_SYNC(8);
+  SCAO_SYNC(6);
   // Q K needs every row of K: through shared memory, a tile of columns of K at a time.
   for (int m = 0; m < k; m += TILE) {
     const int width = m + TILE < k ? TILE : k - m;
     for (int at = threadIdx.x; at < r * width; at += THREADS) tile[at / width * TILE + at % width] = x.mixed[at / width * k + m + at % width];
-    SCAO_SYNC(9);
+    SCAO_SYNC(7);
     for (int at = threadIdx.x; at < r * width; at += THREADS) {
       const int i = at / width, c = at % width;
       float sum = 0;
       for (int j = 0; j < r; j++) sum += square[i * r + j] * tile[j * TILE + c];
       x.mixed[i * k + m + c] = lr * sum;
     }
-    SCAO_SYNC(10);
+    SCAO_SYNC(8);
   }
 }
 
@@ -264,22 +260,22 @@ __global__ void residual(Batch batch, State s, Numbers n) {
     const int width = c + TILE < end ? TILE : end - c;
     load_gradient(batch.grad[matrix], r, c, width, scale, tile);
     load_basis(s, matrix, c, width, basis);
-    SCAO_SYNC(11);
+    SCAO_SYNC(9);
     rotate(square, tile, r, turned);
     // P U^T in pieces of TILE columns of P; every thread subtracts from entries that it wrote itself.
     float* kept = tile;  // G is no longer needed once it is rotated
-    SCAO_SYNC(20);
+    SCAO_SYNC(18);
     for (int m = 0; m < k; m += TILE) {
       const int depth = m + TILE < k ? TILE : k - m;
       for (int at = threadIdx.x; at < r * depth; at += THREADS) kept[at / depth * TILE + at % depth] = x.kept[at / depth * k + m + at % depth];
-      SCAO_SYNC(12);
+      SCAO_SYNC(10);
       for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
         const int i = at / TILE, j = at % TILE;
         float sum = 0;
         for (int d = 0; d < depth; d++) sum += kept[i * TILE + d] * basis[j * k + m + d];
         turned[at] -= sum;
       }
-      SCAO_SYNC(13);
+      SCAO_SYNC(11);
     }
     for (int at = threadIdx.x; at < r * width; at += THREADS) {
       const int i = at / width, j = at % width;
@@ -296,7 +292,7 @@ __global__ void residual(Batch batch, State s, Numbers n) {
       col += second * (sum / r - col);
       col_total[j] += col;
     }
-    SCAO_SYNC(14);
+    SCAO_SYNC(12);
   }
   if (static_cast<int>(threadIdx.x) < r) x.rows[chunk * r + threadIdx.x] = row_sum;
   if (threadIdx.x == 0) {
@@ -331,7 +327,7 @@ __global__ void apply(Batch batch, State s, Numbers n) {
     col_mean = sum > 1.17549435e-38f ? sum : 1.17549435e-38f;
   }
   for (int at = threadIdx.x; at < r * r; at += THREADS) square[at] = x.scaled[at];
-  SCAO_SYNC(15);
+  SCAO_SYNC(13);
   const View& w = batch.param[matrix];
   for (int c = start; c < end; c += TILE) {
     const int width = c + TILE < end ? TILE : end - c;
@@ -346,7 +342,7 @@ __global__ void apply(Batch batch, State s, Numbers n) {
         tile[at] = 0;
       }
     }
-    SCAO_SYNC(16);
+    SCAO_SYNC(14);
     for (int at = threadIdx.x; at < r * width; at += THREADS) {
       const int i = w.col_stride == 1 ? at / width : at % r, j = w.col_stride == 1 ? at % width : at / r;
       float delta = 0;
@@ -355,7 +351,7 @@ __global__ void apply(Batch batch, State s, Numbers n) {
       const long to = i * w.row_stride + (c + j) * w.col_stride;
       write(w.data, w.dtype, to, read(w.data, w.dtype, to) * keep - delta);
     }
-    SCAO_SYNC(17);
+    SCAO_SYNC(15);
   }
 }
 
@@ -388,10 +384,10 @@ __global__ void int8_ema(signed char* codes, float* scales, const float* values,
     x = weight < 0.5f ? x + weight * (value - x) : value - (value - x) * (1 - weight);
   }
   magnitude[j] = fabsf(x);
-  SCAO_SYNC(18);
+  SCAO_SYNC(16);
   for (int step = INT8_BLOCK / 2; step > 0; step /= 2) {
     if (j < step && magnitude[j + step] > magnitude[j]) magnitude[j] = magnitude[j + step];
-    SCAO_SYNC(19);
+    SCAO_SYNC(17);
   }
   const float fresh = magnitude[0] / INT8_LEVELS;
   const float inverse = fresh > 1.17549435e-38f ? 1 / fresh : 0.0f;

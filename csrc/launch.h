@@ -20,7 +20,7 @@ struct Batch {
 // Everything but G and W, stacked; the pointers are those of the batch's first matrix.
 struct State {
   float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken;
-  const float *vectors, *mask;
+  const float *vectors, *mask, *gain;
   const void* long_vectors;
   Dtype long_dtype;
   int r, l, k, chunks;

@@ -1,4 +1,4 @@
-"""The operations that have native kernels: schemas, fakes that validate, default kernels. Only this file loads the extension.
+"""The operations with native kernels: schemas, fakes that validate, default kernels. Only here the extension is loaded.
 
 Each operation steps one bucket in place. The default kernels are made of the equations in ``curvature``, ``update`` and
 ``quantization`` and run on every device; a native kernel takes their place for the devices that it was built for.
@@ -25,8 +25,10 @@ from scao_hf.update import (
     sanitize,
 )
 
-#: Largest r and k for which the native kernels are faster than the library's matrix products.
-LARGEST_SIDE = 128
+#: Largest r and k that the native kernels take: beyond it the library's products are faster, or shared memory ends.
+LARGEST_SIDE = {"cpu": 128, "cuda": 64}
+#: The operations that have a native kernel.
+KERNELS = {"cpu": ("adamw_step_", "eigenbasis_step_", "int8_ema_"), "cuda": ("eigenbasis_step_", "int8_ema_")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TORCH = (2, 10)
 #: Compute capability below which there is no device code.
@@ -247,7 +249,7 @@ int8_ema_ = torch.ops.scao.int8_ema_
 
 
 def _refusal(device: str, path: Path) -> str | None:
-    """Why the extension at ``path`` is not to be loaded, or None. A kernel cannot be withdrawn once it is registered."""
+    """Why the extension at ``path`` is not loaded, or None. A kernel cannot be withdrawn once it is registered."""
     if os.environ.get("SCAO_DISABLE_EXT", "0") not in ("", "0"):
         return "SCAO_DISABLE_EXT is set"
     if not path.exists():
@@ -310,15 +312,20 @@ def backend() -> dict[str, str]:
 
 
 def numbers(group: dict[str, Any]) -> tuple[float, ...]:
-    """lr, both betas, eps, weight decay and rho of a parameter group, in the order in which the operations take them."""
+    """lr, betas, eps, weight decay and rho of a parameter group, in the order in which the operations take them."""
     return (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["rho"])
 
 
 def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> bool:
-    """Whether the native kernels can step these parameters: device, dtype, size and layout; settled when a plan is made."""
+    """Whether the native kernels can step these parameters (device, dtype, size, layout); settled when a plan is made."""
     first = params[0]
     if first.device.type not in NATIVE or first.dtype not in DTYPES:
         return False
     if not matrix:
         return all(param.is_contiguous() for param in params)
-    return 1 < shape[0] <= LARGEST_SIDE
+    return 1 < shape[0] <= LARGEST_SIDE[first.device.type]
+
+
+def has(name: str, device: torch.device, width: int = 1) -> bool:
+    """Whether the operation has a native kernel on the device, for a long basis of ``width`` columns."""
+    return name in KERNELS.get(device.type, ()) and width <= LARGEST_SIDE[device.type]

@@ -134,8 +134,9 @@ class SCAO(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_nonfinite()
-        with full_precision():
-            for bucket in self._plan():
+        for bucket in self._plan():
+            # The step may be taken inside the training loop's autocast block: its own arithmetic must not be lowered.
+            with full_precision(), torch.autocast(bucket.members[0].param.device.type, enabled=False):
                 self._step_bucket(bucket)
         return loss
 

@@ -246,7 +246,7 @@ def test_opcheck(test: str) -> None:
         torch.library.opcheck(op.default, arguments, test_utils=test)
 
 
-@pytest.mark.parametrize("name", ["vectors", "mask", "col", "long_vectors", "taken"])
+@pytest.mark.parametrize("name", ["vectors", "mask", "gain", "col", "long_vectors", "taken"])
 def test_wrong_shapes_are_refused(name: str) -> None:
     params, grads = members(2, 4, 12, torch.float32, False)
     state = eigenbasis_state(2, 4, 12, 3)

@@ -292,6 +292,15 @@ def test_nothing_trainable_is_a_clear_error() -> None:
         create_scao_optimizer(model)
 
 
+@RULES
+def test_a_step_inside_autocast_is_the_same_step(rule: str) -> None:
+    plain, lowered = fresh((4, 9)), fresh((4, 9))
+    steps(SCAO(plain, lr=0.1, rule=rule, **QUICK), 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        steps(SCAO(lowered, lr=0.1, rule=rule, **QUICK), 8)
+    assert torch.equal(plain[0], lowered[0])
+
+
 def test_precision_settings_are_put_back() -> None:
     params = fresh((4, 9))
     torch.set_float32_matmul_precision("high")

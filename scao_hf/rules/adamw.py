@@ -38,7 +38,9 @@ class AdamW:
     def fused(
         self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
     ) -> bool:
-        """Always."""
+        """Where there is a kernel."""
+        if not ops.has("adamw_step_", state["exp_avg"].device):
+            return False
         ops.adamw_step_(params, grads, state["exp_avg"], state["exp_avg_sq"], None, state["taken"], *ops.numbers(group))
         return True
 

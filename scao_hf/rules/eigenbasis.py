@@ -104,16 +104,21 @@ class Eigenbasis:
         """Phase 1, and phase 2 once the ramp is over, unless an option asks for what the kernel does not do."""
         start = self.start(group)
         since = step - start
-        refresh = since == 0 or (since > 0 and since % group["precond_freq"] == 0)
+        device = state["exp_avg"].device
+        if since <= 0:
+            able = ops.has("adamw_step_", device)
+        else:
+            able = blend_weight(step, start, group["blend_steps"]) == 1.0 and group["tau"] is None
+            able = able and "long_vectors" in state
+            able = able and ops.has("eigenbasis_step_", device, state["mask"].shape[-1])
+        if not able:
+            return False
+        refresh = since >= 0 and since % group["precond_freq"] == 0
         before = state["taken"].clone() if refresh else state["taken"]
         if since <= 0:
             ops.adamw_step_(params, grads, *(state[name] for name in PHASE_ONE), state["taken"], *ops.numbers(group))
-        elif (
-            blend_weight(step, start, group["blend_steps"]) == 1.0 and group["tau"] is None and "long_vectors" in state
-        ):
-            ops.eigenbasis_step_(params, grads, *(state[name] for name in FUSED), *ops.numbers(group))
         else:
-            return False
+            ops.eigenbasis_step_(params, grads, *(state[name] for name in FUSED), *ops.numbers(group))
         if refresh:
             tick = Tick.of(step, state["taken"][:, None, None], (state["taken"] - before)[:, None, None], group)
             (self._refresh if since else self._enter)(state, tick)

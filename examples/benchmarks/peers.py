@@ -1,0 +1,269 @@
+"""The optimizers that are compared, each by the name and the options that a command line gives: ``scao:k_max=8``.
+
+Every builder gets the model and makes a ``torch.optim.Optimizer`` over its trainable parameters without weight decay.
+A peer whose package is absent, or that does not run here, is ``Unavailable`` with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from polora import PoLoRA, lora_pairs
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from scao_hf import SCAO
+from scao_hf import options as scao_options
+
+Builder = Callable[..., Optimizer]
+
+
+class Unavailable(Exception):
+    """The optimizer cannot run here; the message says why."""
+
+
+class Several(Optimizer):
+    """Optimizers that step together, for rules that are meant for some of the parameters only."""
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        super().__init__([param for part in parts for group in part.param_groups for param in group["params"]], {})
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every part."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters to optimize, with their names."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters to optimize."""
+    return [param for _, param in trainable(model)]
+
+
+def imported(module: str, distribution: str) -> Any:
+    """The module of an optional package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"{distribution} is not installed ({error}): see examples/benchmarks/README.md") from error
+
+
+def adamw(model: nn.Module, lr: float, beta1: float = 0.9, beta2: float = 0.999) -> Optimizer:
+    """torch's own, in its fused form."""
+    return torch.optim.AdamW(parameters(model), lr=lr, betas=(beta1, beta2), weight_decay=0.0, fused=True)
+
+
+def scao(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """SCAO with its default rule."""
+    return SCAO(trainable(model), lr=lr, weight_decay=0.0, **options)
+
+
+def scao_published(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """SCAO with the published rule."""
+    return SCAO(trainable(model), lr=lr, weight_decay=0.0, rule="published", **options)
+
+
+def muon(model: nn.Module, lr: float, adjust_lr_fn: str = "match_rms_adamw") -> Optimizer:
+    """torch.optim.Muon on the matrices, AdamW on embeddings and everything else."""
+    matrices = [param for name, param in trainable(model) if param.ndim == 2 and "embed" not in name]
+    others = [param for name, param in trainable(model) if param.ndim != 2 or "embed" in name]
+    parts: list[Optimizer] = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn=adjust_lr_fn)]
+    if others:
+        parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=0.0, fused=True))
+    return Several(*parts)
+
+
+def soap(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """SOAP as pytorch-optimizer has it."""
+    return imported("pytorch_optimizer", "pytorch-optimizer").SOAP(
+        parameters(model), lr=lr, weight_decay=0.0, **options
+    )
+
+
+def shampoo(
+    model: nn.Module,
+    lr: float,
+    graft_type: int = 3,
+    start_preconditioning_step: int = 10,
+    preconditioning_compute_steps: int = 10,
+    **options: Any,
+) -> Optimizer:
+    """Scalable Shampoo as pytorch-optimizer has it: with RMSProp's step size, refreshed early and often."""
+    return imported("pytorch_optimizer", "pytorch-optimizer").ScalableShampoo(
+        parameters(model),
+        lr=lr,
+        weight_decay=0.0,
+        graft_type=graft_type,
+        start_preconditioning_step=start_preconditioning_step,
+        preconditioning_compute_steps=preconditioning_compute_steps,
+        **options,
+    )
+
+
+def scao_pypi(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """The public ``scao`` package from PyPI, which is another project's."""
+    return imported("scao", "scao").SCAO(parameters(model), lr=lr, weight_decay=0.0, **options)
+
+
+def adamw8bit(model: nn.Module, lr: float) -> Optimizer:
+    """bitsandbytes' 8-bit AdamW."""
+    bitsandbytes = imported("bitsandbytes", "bitsandbytes")
+    device = parameters(model)[0].device
+    probe = nn.Parameter(torch.ones(64, 128, device=device))
+    probe.grad = torch.ones_like(probe)
+    try:
+        bitsandbytes.optim.AdamW8bit([probe], lr=1e-3).step()
+    except (RuntimeError, NotImplementedError, ValueError, AttributeError) as error:
+        raise Unavailable(f"bitsandbytes' AdamW8bit does not run on {device.type}: {error}") from error
+    return bitsandbytes.optim.AdamW8bit(parameters(model), lr=lr, weight_decay=0.0)
+
+
+def loraplus(model: nn.Module, lr: float, ratio: float = 16) -> Optimizer:
+    """LoRA+ as peft has it: AdamW with a larger learning rate on B."""
+    factory = imported("peft.optimizers", "peft").create_loraplus_optimizer
+    if not any("lora_B" in name for name, _ in trainable(model)):
+        raise Unavailable("LoRA+ is defined for LoRA factors only")
+    return factory(model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, weight_decay=0.0)
+
+
+def riemannian(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """peft's Riemannian-preconditioned AdamW."""
+    factory = getattr(imported("peft.optimizers", "peft"), "create_riemannian_optimizer", None)
+    if factory is None:
+        installed = importlib.metadata.version("peft")
+        raise Unavailable(f"peft {installed} has no create_riemannian_optimizer: it came with a later release")
+    if not any("lora_B" in name for name, _ in trainable(model)):
+        raise Unavailable("Riemannian preconditioning is defined for LoRA factors only")
+    return factory(model, torch.optim.AdamW, lr=lr, weight_decay=0.0, **options)
+
+
+def polora(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """PoLoRA, from its definition (polora.py)."""
+    pairs = lora_pairs(model)
+    if not pairs:
+        raise Unavailable("PoLoRA is defined for LoRA factors only")
+    return PoLoRA(pairs, lr=lr, **options)
+
+
+#: name -> (builder, the distributions whose versions say what ran)
+PEERS: dict[str, tuple[Builder, tuple[str, ...]]] = {
+    "adamw": (adamw, ("torch",)),
+    "scao": (scao, ("scao-hf",)),
+    "scao-published": (scao_published, ("scao-hf",)),
+    "scao-pypi": (scao_pypi, ("scao",)),
+    "muon": (muon, ("torch",)),
+    "soap": (soap, ("pytorch_optimizer",)),
+    "shampoo": (shampoo, ("pytorch_optimizer",)),
+    "adamw8bit": (adamw8bit, ("bitsandbytes",)),
+    "loraplus": (loraplus, ("peft",)),
+    "riemannian": (riemannian, ("peft",)),
+    "polora": (polora, ()),
+}
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split ``name:option=value:option=value`` into the name and its options.
+
+    Raises:
+        ValueError: an unknown optimizer, or an option without a value.
+    """
+    name, *parts = spec.split(":")
+    if name not in PEERS:
+        raise ValueError(f"optimizer {name!r} is not one of {', '.join(PEERS)}")
+    options: dict[str, Any] = {}
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if not equals or not option or not value:
+            raise ValueError(f"{part!r} in {spec!r} is not option=value")
+        try:
+            options[option] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[option] = value
+    return name, options
+
+
+def resolved(spec: str) -> dict[str, Any]:
+    """The options that a spec stands for, today's defaults of SCAO included: a changed default makes another run."""
+    name, options = parse(spec)
+    if name in ("scao", "scao-published"):
+        rule = "published" if name == "scao-published" else options.get("rule", "eigenbasis")
+        passed = {key: value for key, value in options.items() if key not in ("rule", "eps")}
+        full = scao_options.resolve(rule, passed)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in full.items()}
+    defaults = {
+        key: parameter.default
+        for key, parameter in inspect.signature(PEERS[name][0]).parameters.items()
+        if parameter.default is not parameter.empty
+    }
+    return {**defaults, **options}
+
+
+def create(spec: str, model: nn.Module, lr: float) -> Optimizer:
+    """Build the optimizer of a spec.
+
+    Raises:
+        Unavailable: its package is absent or it cannot run here.
+        ValueError: an unknown optimizer or option.
+    """
+    name, options = parse(spec)
+    try:
+        return PEERS[name][0](model, lr, **options)
+    except TypeError as error:
+        raise ValueError(f"{spec!r}: {error}") from error
+
+
+def versions(spec: str) -> dict[str, str]:
+    """The versions of the distributions that an optimizer comes from."""
+    found = {}
+    for distribution in PEERS[parse(spec)[0]][1]:
+        try:
+            found[distribution] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[distribution] = "not installed"
+    return found
+
+
+NOT_STATE = (str, bytes, int, float, type, nn.Module, FunctionType, MethodType, ModuleType)
+
+
+def state_bytes(optimizer: Optimizer, model: nn.Module) -> int:
+    """The bytes of every tensor that the optimizer holds, wherever it keeps it, beside parameters and gradients."""
+    foreign = {param.untyped_storage().data_ptr() for param in model.parameters()}
+    foreign |= {param.grad.untyped_storage().data_ptr() for param in model.parameters() if param.grad is not None}
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    stack: list[Any] = [vars(optimizer)]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, NOT_STATE):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            if storage.data_ptr() not in foreign:
+                storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            stack += item
+        elif hasattr(item, "__dict__"):
+            stack.append(vars(item))
+    return sum(storages.values())

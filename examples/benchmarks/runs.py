@@ -1,0 +1,135 @@
+"""The runs of result files, sorted into settings, and what is computed from them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sweep
+
+VARIES = ("optimizer", "options", "lr", "seed", "steps", "eval_steps")  # within one setting
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Setting:
+    """All runs that differ in optimizer, learning rate, seed and length alone; the longest ones make the table."""
+
+    cell: dict[str, Any]
+    steps: int
+    runs: dict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))  # by optimizer
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What a README calls it: task, rank, schedule and steps."""
+        rank = f"-r{self.cell['rank']}" if "rank" in self.cell else ""
+        return f"{self.cell['task']}{rank}-{self.cell['schedule']}-{self.steps}"
+
+    def at(self, optimizer: str, steps: int | None = None) -> dict[float, dict[int, Record]]:
+        """An optimizer's runs of one length, by learning rate and seed."""
+        found: dict[float, dict[int, Record]] = defaultdict(dict)
+        for record in self.runs[optimizer]:
+            if record["cell"]["steps"] == (steps or self.steps):
+                found[record["cell"]["lr"]][record["cell"]["seed"]] = record
+        return dict(sorted(found.items()))
+
+
+def settings(paths: Iterable[Path]) -> list[Setting]:
+    """Sort the runs of result files into settings.
+
+    Of an optimizer whose options stand for different values in different runs (a default has changed), the values of
+    the run that comes last count.
+    """
+    groups: dict[str, list[Record]] = defaultdict(list)
+    unavailable: dict[str, dict[str, str]] = defaultdict(dict)
+    for path in paths:
+        runs, missing = sweep.read(path)
+        for record in runs.values():
+            groups[json.dumps({k: v for k, v in record["cell"].items() if k not in VARIES}, sort_keys=True)].append(
+                record
+            )
+        for record in missing:
+            unavailable[record["task"]][record["optimizer"]] = record["unavailable"]
+    found = []
+    for group, records in groups.items():
+        cell = json.loads(group)
+        setting = Setting(cell, max(record["cell"]["steps"] for record in records))
+        options = {record["cell"]["optimizer"]: record["cell"]["options"] for record in records}
+        for record in records:
+            if record["cell"]["options"] == options[record["cell"]["optimizer"]]:
+                setting.runs[record["cell"]["optimizer"]].append(record)
+        missing_here = unavailable[cell["task"]].items()
+        setting.unavailable = {name: reason for name, reason in missing_here if name not in setting.runs}
+        found.append(setting)
+    names = [setting.name for setting in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two settings share a name ({', '.join(sorted(names))}): keep their result files apart")
+    return sorted(found, key=lambda setting: setting.name)
+
+
+def loss_of(record: Record) -> float:
+    """The held-out loss at the end, infinite for a run that diverged."""
+    return float("inf") if record["diverged"] else record["eval_loss"]
+
+
+def best_lr(by_lr: dict[float, dict[int, Record]]) -> float:
+    """The learning rate of the lowest mean held-out loss, over the seeds that every learning rate has."""
+    common = set.intersection(*(set(seeds) for seeds in by_lr.values()))
+
+    def mean(lr: float) -> float:
+        seeds = by_lr[lr]
+        return statistics.mean(loss_of(seeds[seed]) for seed in (common or seeds))
+
+    return min(by_lr, key=mean)
+
+
+def crossing(runs: Sequence[Record], target: float) -> tuple[float, float] | None:
+    """Where runs first reach a held-out loss: (steps, seconds) of the quickest one, linear between two measurements."""
+    reached = []
+    for record in runs:
+        before = None
+        for entry in record["evals"]:
+            if entry["loss"] <= target:
+                now = (float(entry["step"]), seconds(record, entry))
+                if before is not None:
+                    part = (before["loss"] - target) / (before["loss"] - entry["loss"])
+                    then = (float(before["step"]), seconds(record, before))
+                    now = (then[0] + part * (now[0] - then[0]), then[1] + part * (now[1] - then[1]))
+                reached.append(now)
+                break
+            before = entry
+    return min(reached, default=None)
+
+
+def seconds(record: Record, entry: dict[str, float]) -> float:
+    """Training seconds at a measurement: processor time on one CPU thread, which other processes do not lengthen."""
+    alone = record["machine"]["threads"] == 1 and record["machine"]["gpu"] is None
+    return entry["cpu_seconds" if alone else "seconds"]
+
+
+def means(setting: Setting) -> dict[str, float]:
+    """The held-out loss of each optimizer at its best learning rate, the lowest first."""
+    found = {}
+    for optimizer in setting.runs:
+        by_lr = setting.at(optimizer)
+        if by_lr:
+            found[optimizer] = statistics.mean(map(loss_of, by_lr[best_lr(by_lr)].values()))
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def reversed_pairs(ours: dict[str, float], theirs: dict[str, float]) -> list[tuple[str, str]]:
+    """Optimizers whose order differs between two tables by more than half a percent in each of them."""
+    both = [name for name in ours if name in theirs]
+    return [
+        (first, second)
+        for at, first in enumerate(both)
+        for second in both[at + 1 :]
+        if ours[second] > 1.005 * ours[first] and theirs[first] > 1.005 * theirs[second]
+    ]

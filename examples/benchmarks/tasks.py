@@ -1,0 +1,201 @@
+"""The three benchmark tasks. A task owns a model, resets it from a seed, and gives training and held-out losses.
+
+- ``qlora``: SmolLM2-135M-Instruct in NF4, LoRA on all seven linear targets, instruction rows.
+- ``tiny``: the same on a one-million-parameter Qwen2-style model that is pretrained here, once.
+- ``gpt``: a 837,888-parameter GPT from scratch on the bytes of a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from typing import Any
+
+import data
+import torch
+import torch.nn.functional as F
+from models import GPT, TARGETS, cached, device, prepare_smollm2, prepare_tiny
+from torch import Tensor, nn
+
+EVAL_ROWS = 64
+EVAL_WINDOWS = 64
+
+
+class Task:
+    """A model and its data. Subclasses define ``reset``, ``loss`` and ``evaluate``."""
+
+    model: nn.Module
+    definition: dict[str, Any]  # all that identifies the task in a result file
+    steps_available: int
+
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that an optimizer gets, with their names."""
+        return [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
+
+    def reset(self, seed: int) -> None:
+        """Give the trainable parameters their initial values and the data their order, both from the seed."""
+        raise NotImplementedError
+
+    def loss(self, step: int) -> Tensor:
+        """The training loss of a step's batch."""
+        raise NotImplementedError
+
+    def evaluate(self) -> float:
+        """The mean loss per token on the held-out data."""
+        raise NotImplementedError
+
+    def untrained(self) -> float:
+        """The held-out loss before the first step, of seed 0; a run that ends above it has diverged."""
+        if self._untrained is None:
+            self.reset(0)
+            self._untrained = self.evaluate()
+        return self._untrained
+
+    _untrained: float | None = None
+
+
+class LoraTask(Task):
+    """LoRA on a frozen causal model; the loss covers the answers only."""
+
+    def __init__(
+        self, base: nn.Module, rows: list[data.Tokens], rank: int, batch: int, length: int, definition: dict[str, Any]
+    ) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        train, held_out = data.split_rows(rows)
+        self.train = [row for row in train if sum(map(len, row)) <= length]
+        held_out = [row for row in held_out if sum(map(len, row)) <= length][:EVAL_ROWS]
+        self.held_out = sorted(held_out, key=lambda row: sum(map(len, row)))
+        self.batch = batch
+        self.steps_available = len(data.batch_order(self.train, batch, seed=0))
+        if not self.held_out:
+            raise ValueError(f"no held-out row has at most {length} tokens: raise --max-tokens")
+        self.bf16 = next(base.parameters()).dtype == torch.bfloat16
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+        self.model = get_peft_model(base, config).to(device())
+        self.body, self.head = base.model, base.lm_head
+        names = {name.split(".")[-1] for name, _ in base.named_modules()}
+        if not names.issuperset(TARGETS):
+            raise ValueError(f"the model lacks {sorted(set(TARGETS) - names)}")
+        self.definition = {
+            **definition,
+            "rank": rank,
+            "alpha": 2 * rank,
+            "batch": batch,
+            "max_tokens": length,
+            "held_out": f"{data.HELD_OUT_ROWS}; of these the first {len(self.held_out)} of at most {length} tokens",
+        }
+
+    def reset(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        for name, param in self.trainable():
+            if "lora_B" in name:
+                nn.init.zeros_(param.data)
+            else:
+                bound = 1 / math.sqrt(param.shape[1])  # PEFT's own initialisation, from the seed
+                param.data.copy_(torch.empty(param.shape).uniform_(-bound, bound, generator=generator))
+        self.order = data.batch_order(self.train, self.batch, seed)
+
+    def loss(self, step: int) -> Tensor:
+        total, count = self._summed([self.train[row] for row in self.order[step]])
+        return total / count
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        parts = [self._summed(self.held_out[at : at + 4]) for at in range(0, len(self.held_out), 4)]
+        return float(sum(total for total, _ in parts)) / sum(count for _, count in parts)
+
+    def _summed(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
+        width = max(sum(map(len, row)) for row in rows)
+        tokens = torch.zeros(len(rows), width, dtype=torch.long)
+        labels = torch.full((len(rows), width), -100)
+        for at, (prompt, answer) in enumerate(rows):
+            whole = torch.tensor(prompt + answer)
+            tokens[at, : len(whole)] = whole
+            labels[at, len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
+        tokens, labels = tokens.to(device()), labels.to(device())
+        learned = labels != -100
+        with torch.autocast(device().type, torch.bfloat16, enabled=self.bf16):
+            # Padding is on the right, so that the causal mask alone keeps it out; logits are made where they are used.
+            hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+            logits = self.head(hidden[learned])
+        return F.cross_entropy(logits.float(), labels[learned], reduction="sum"), int(learned.sum())
+
+
+class GptTask(Task):
+    """A GPT from scratch on the bytes of a text; exp of its loss is the perplexity per byte."""
+
+    def __init__(self, source: data.Source, batch: int = 16, context: int = 128) -> None:
+        text = torch.tensor(list(source.text.encode()), dtype=torch.long)
+        held_out = len(text) // 10
+        self.text, tail = text[:-held_out], text[-held_out:]
+        windows = min(EVAL_WINDOWS, (len(tail) - 1) // context)
+        if windows < 1:
+            raise ValueError(f"{source.name} has {len(text)} bytes: at least {10 * (context + 1)} are needed")
+        self.tail = torch.stack([tail[at * context : at * context + context + 1] for at in range(windows)])
+        self.model = GPT(context=context).to(device())
+        self.batch, self.context, self.steps_available = batch, context, sys.maxsize
+        self.definition = {
+            "model": "GPT, 4 layers, width 128, 4 heads, bytes",
+            "batch": batch,
+            "max_tokens": context,
+            "held_out": f"{data.HELD_OUT_TEXT}; of it the first {windows} windows",
+        }
+
+    def reset(self, seed: int) -> None:
+        self.model.initialise(torch.Generator().manual_seed(1000 + seed))
+        self.seed = seed
+
+    def loss(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        starts = torch.randint(len(self.text) - self.context, (self.batch,), generator=generator)
+        return self._mean(torch.stack([self.text[at : at + self.context + 1] for at in starts.tolist()]))
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        return sum(float(self._mean(part)) * len(part) for part in self.tail.split(16)) / len(self.tail)
+
+    def _mean(self, windows: Tensor) -> Tensor:
+        windows = windows.to(device())
+        return F.cross_entropy(self.model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+
+
+def build(name: str, source: data.Source, rank: int, batch: int, length: int) -> Task:
+    """Make a task.
+
+    Args:
+        name: ``qlora``, ``tiny`` or ``gpt``.
+        source: its data; the first two need rows.
+        rank: of the LoRA factors (not used by ``gpt``).
+        batch: rows or windows per step.
+        length: tokens of the longest row that is used, or of a window.
+
+    Raises:
+        ValueError: an unknown name, or data that does not fit.
+    """
+    identity = {"task": name, "data": source.name, "data_sha256": source.fingerprint}
+    if name == "gpt":
+        task: Task = GptTask(source, batch, length)
+        task.definition = {**identity, **task.definition}
+        return task
+    if name not in ("qlora", "tiny"):
+        raise ValueError(f"--task {name!r} must be qlora, tiny or gpt")
+    if not source.rows:
+        raise ValueError(f"--task {name} needs question/answer rows (.jsonl or a hub name), not plain text")
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM
+
+    if name == "qlora":
+        folder = cached("smollm2-135m-nf4", prepare_smollm2)
+        identity["model"] = "SmolLM2-135M-Instruct, NF4 dequantised once to bfloat16"
+    else:
+        folder = cached(f"tiny-qwen2-{source.fingerprint}", lambda path: prepare_tiny(path, source))
+        weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+        identity["model"] = f"Qwen2-style, 5 layers, width 128, pretrained here ({weights})"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model.config.use_cache = False
+    end = model.config.eos_token_id
+    rows = data.encode(source.rows, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, end)
+    return LoraTask(model, rows, rank, batch, length, identity)

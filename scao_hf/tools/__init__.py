@@ -1,0 +1,26 @@
+"""The command line: ``scao-hf plan``, ``report`` and ``doctor``; also ``python -m scao_hf``.
+
+Nothing here is imported by ``scao_hf`` itself, and ``typer``, ``rich``, ``matplotlib`` and ``transformers`` are
+imported by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+class ToolError(ValueError):
+    """A mistake of the user's, told in one line with its fix; the command line exits with 2."""
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        from scao_hf.tools.cli import app
+    except ModuleNotFoundError as error:
+        print(
+            f"scao-hf: {error.name} is not installed, which the command line needs: pip install 'scao-hf[cli]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    app()

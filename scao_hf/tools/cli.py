@@ -1,0 +1,187 @@
+"""The commands of ``scao-hf``: options, tables and exit codes. What they show is worked out in the other modules."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from scao_hf.tools import ToolError
+
+if TYPE_CHECKING:
+    from scao_hf.tools.plan import Plan
+
+app = typer.Typer(
+    help="Plan, watch and check fine-tuning with SCAO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@contextmanager
+def _mistakes_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except ToolError as error:
+        print(f"scao-hf: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _libraries_silent() -> Iterator[None]:
+    """What transformers and its optional parts say about themselves on import is no part of an answer."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}" if size > 2**16 else f"{size / 2**20:.3f}"
+
+
+@app.command()
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="An Axolotl YAML.", show_default=False)] = None,
+    model: Annotated[str | None, typer.Option(help="Instead of a YAML: a folder or a name on the hub.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    targets: Annotated[str | None, typer.Option(help='Layers with LoRA: "all", or names with commas.')] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences in a micro-batch.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="Gradient checkpointing.")] = None,
+    four_bit: Annotated[bool | None, typer.Option(help="4-bit NF4 weights.")] = None,
+    upcast: Annotated[
+        bool | None, typer.Option(help="After peft.prepare_model_for_kbit_training: embeddings and norms in 32 bit.")
+    ] = None,
+    gpu: Annotated[float | None, typer.Option(help="Your card's memory in GB, beside 8, 12, 16 and 24.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON instead of a table.")] = False,
+) -> None:
+    """Will it fit? Shows what fills the card's memory before anything is downloaded or trained."""
+    with _mistakes_in_one_line():
+        from scao_hf.tools import settings as asked
+        from scao_hf.tools.plan import make_plan
+
+        if config is None and model is None:
+            raise ToolError("nothing to plan: pass an Axolotl YAML, or --model NAME (try --model Qwen/Qwen2.5-3B)")
+        if gpu is not None and not gpu > 0:
+            raise ToolError(f"--gpu is {gpu:g}: it must be above 0, for example --gpu 16")
+        base = asked.from_yaml(config) if config is not None else asked.Settings(model or "")
+        chosen = asked.with_overrides(
+            base,
+            model=model,
+            rank=lora_r,
+            targets=None if targets is None else asked.parse_targets(targets),
+            batch=batch,
+            sequence=seq,
+            checkpointing=checkpointing,
+            four_bit=four_bit,
+            upcast=upcast,
+        )
+        with _libraries_silent():
+            result = make_plan(chosen)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        _show_plan(result, gpu)
+
+
+def _show_plan(plan: Plan, gpu: float | None) -> None:
+    from scao_hf.tools.plan import CARDS, OVERHEAD, USABLE, advice
+    from scao_hf.tools.simulate import STATED_ERROR
+
+    console = Console(highlight=False)
+    chosen = plan.settings
+    lora = f", {plan.lora_pairs} LoRA pairs of rank {chosen.rank}" if chosen.adapter else ""
+    console.print(
+        f"[bold]{escape(chosen.model)}[/]: {plan.parameters / 1e9:.2f} billion parameters (from {plan.source}), "
+        f"{plan.trainable / 1e6:.2f} million trainable{lora}; batch {chosen.batch} x {chosen.sequence} tokens, "
+        f"gradient checkpointing {'on' if chosen.checkpointing else 'off'}"
+    )
+    table = Table()
+    table.add_column("on the card")
+    table.add_column("MiB", justify="right")
+    table.add_column("")
+    for row in plan.rows:
+        known = "exact" if row.exact else "estimate"
+        table.add_row(row.name, _mib(row.size), f"{known}: {row.remark}" if row.remark else known)
+    table.add_section()
+    words = f"{plan.total / 2**30:.2f} GiB, give or take {_mib(plan.margin)} MiB"
+    table.add_row("peak", f"[bold]{_mib(plan.total)}[/]", words)
+    console.print(table)
+    state = max(plan.scao["total"], plan.scao["phase_1"])
+    more = state - plan.adamw
+    console.print(
+        f"Optimizer state: SCAO {_mib(plan.scao['total'])} MiB ({_mib(plan.scao['phase_1'])} MiB in phase 1), AdamW "
+        f"{_mib(plan.adamw)} MiB: SCAO's peak is {_mib(abs(more))} MiB {'more' if more > 0 else 'less'}."
+    )
+    without, with_it = plan.peaks["off"].peak, plan.peaks["on"].peak
+    console.print(
+        f"Activations, logits and loss: {_mib(with_it)} MiB with gradient checkpointing, {_mib(without)} MiB without."
+    )
+    cards = Table()
+    for title in ("card", "usable", "verdict", "to make it fit"):
+        cards.add_column(title, justify="right" if title in ("card", "usable") else "left", overflow="fold")
+    for card in sorted({*map(float, CARDS), *([gpu] if gpu else [])}):
+        free = plan.free(card)
+        room, hint = f"{abs(free) / 2**30:.1f} GiB", ""
+        verdict = f"[red]does not fit[/], {room} too much" if free < 0 else f"[green]fits[/], {room} free"
+        if free < plan.margin:
+            verdict = f"[yellow]tight[/], {room} free" if free >= 0 else verdict
+            changes = advice(plan, card)
+            left = free + sum(size for _, size in changes)
+            hint = "\n".join(f"{text} (-{size / 2**30:.1f} GiB)" for text, size in changes)
+            if left < 0:
+                hint = f"a smaller model: the settings can save all but {-left / 2**30:.1f} GiB of it"
+        cards.add_row(f"{card:g} GB{' (yours)' if card == gpu else ''}", f"{card * USABLE:.1f} GiB", verdict, hint)
+    console.print(cards)
+    for note in plan.notes:
+        console.print(f"[yellow]Note:[/] {escape(note)}.")
+    console.print(
+        "[dim]Exact: to the byte, before the allocator's rounding. Estimate: from a training step on the meta device, "
+        f"within {STATED_ERROR:.0%} of the peak; {_mib(OVERHEAD)} MiB for CUDA are an assumption.[/]"
+    )
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="Output folder of a Trainer or Axolotl, or a checkpoint in it.")],
+    out: Annotated[Path | None, typer.Option(help="Where the report goes; the run's folder if not given.")] = None,
+) -> None:
+    """What did the run do? Writes one HTML page and one PNG from a run's trainer_state.json."""
+    with _mistakes_in_one_line():
+        from scao_hf.tools.run_report import write_report
+
+        result = write_report(run_dir, out)
+    for sentence in result.findings:
+        print(sentence)
+    print(f"{result.html}\n{result.png}")
+
+
+@app.command()
+def doctor() -> None:
+    """Is the installation sound? Versions, backend, self-test; a block to paste into a bug report."""
+    from scao_hf.tools.doctor import examine
+
+    found = examine()
+    print(found.text)
+    raise typer.Exit(1 if found.broken else 0)
+
+
+#: For Axolotl's entry point group ``axolotl.cli_commands``: ``axolotl scao plan ...``.
+command = typer.main.get_command(app)

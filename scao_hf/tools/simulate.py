@@ -1,0 +1,199 @@
+"""Peak activation memory of a training step: it runs on the meta device, and every storage that it makes is counted."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: Relative error to plan with. tests/test_tools.py holds the estimate to half of it against the CPU allocator's peak;
+#: the rest is for what a GPU's kernels and its allocator do otherwise.
+STATED_ERROR = 0.10
+
+
+class Meter(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and their peak.
+
+    Args:
+        known: tensors that are there already and are not to be counted.
+    """
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen.add(key)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self._leave, key, storage.nbytes())
+
+    def _leave(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def restart(self) -> int:
+        """The peak since the last call; the next one counts from here."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+class _Frozen4bit(torch.autograd.Function):
+    """bitsandbytes' 4-bit product: the weight is decoded for the product and again for the gradient, never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int) -> Tensor:
+        ctx.sides = (out_features, x.shape[-1])
+        return x @ x.new_empty(ctx.sides).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ grads[0].new_empty(ctx.sides), None
+
+
+class AutocastLinear(nn.Module):
+    """A linear layer as it acts under autocast: 4-bit or plain, with or without LoRA.
+
+    Args:
+        base: the layer; only its shapes, bias and weight are used.
+        four_bit: whether the weight is held in 4 bits.
+        lora: the factors A ``[r, in]`` and B ``[out, r]`` in float32, or None.
+        dropout: LoRA dropout.
+        dtype: of the products.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        four_bit: bool,
+        lora: tuple[Tensor, Tensor] | None,
+        dropout: float,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.four_bit, self.dropout = base.out_features, four_bit, dropout
+        self.weight, self.bias = base.weight, base.bias
+        self.lora = None if lora is None else nn.ParameterList(lora)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        asked, x = x.dtype, x.to(self.dtype)
+        if self.four_bit:
+            out = _Frozen4bit.apply(x, self.out_features)  # type: ignore[no-untyped-call]
+            out = (out if self.bias is None else out + self.bias.to(self.dtype)).to(asked)
+        else:
+            bias = None if self.bias is None else self.bias.to(self.dtype)
+            out = nn.functional.linear(x, self.weight.to(self.dtype), bias)
+        if self.lora is not None:
+            down, up = (factor.to(self.dtype) for factor in self.lora)
+            inner = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
+            out = out.clone() if self.four_bit else out
+            out = out + nn.functional.linear(nn.functional.linear(inner, down), up) * 2.0
+        return out  # type: ignore[no-any-return]
+
+
+class _Attention(torch.autograd.Function):
+    """Fused attention: keeps its inputs, its output and one float32 number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query[..., : value.shape[-1]])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def fused_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface; keys and values are repeated for their groups, as sdpa does on old cards."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (key, value))
+    inputs = (tensor.to(torch.bfloat16) for tensor in (query, key, value))  # as autocast has it
+    out = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2).contiguous(), None
+
+
+class Peaks(NamedTuple):
+    """Bytes of a step beside weights, gradients and optimizer state.
+
+    Attributes:
+        kept: what the forward pass keeps for the backward pass, up to the output layer.
+        head: what logits and loss add to that at their peak.
+        layer: what the backward pass through the layers adds to it at its peak; ``head`` is gone by then.
+    """
+
+    kept: int
+    head: int
+    layer: int
+
+    @property
+    def peak(self) -> int:
+        return self.kept + max(self.head, self.layer)
+
+
+def step_peaks(model: nn.Module, batch: int, sequence: int, checkpointing: bool) -> Peaks:
+    """Run one forward and backward pass of a language model and follow its memory.
+
+    Args:
+        model: on the meta device (or a real one, for tests), in training mode, its linear layers as in training.
+        batch: sequences in a micro-batch.
+        sequence: tokens in a sequence.
+        checkpointing: recompute each layer in the backward pass.
+
+    Returns:
+        Peaks; gradients of parameters are not in them.
+    """
+    for param in model.parameters():
+        if param.requires_grad:
+            param.grad = torch.zeros_like(param)  # between micro-batches they are there throughout
+    device = next(model.parameters()).device
+    tokens = torch.zeros(batch, sequence, dtype=torch.long, device=device)
+    toggle: Any = model
+    if checkpointing:
+        # Saving the state of a random generator is no matter of memory, and the meta device has none.
+        toggle.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    else:
+        toggle.gradient_checkpointing_disable()
+    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), tokens]
+    meter = Meter(known)
+    marks: dict[str, int] = {}
+
+    def before_head(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        marks["kept"], marks["forward"] = meter.live, meter.restart()
+
+        def after_head(grad: Tensor) -> Tensor:
+            marks["head"] = meter.restart()
+            return grad
+
+        inputs[0].register_hook(after_head)
+
+    output_layer: nn.Module = toggle.get_output_embeddings()
+    handle = output_layer.register_forward_pre_hook(before_head)
+    inputs = toggle.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+    try:
+        with meter:
+            toggle(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    finally:
+        handle.remove()
+        inputs.remove()
+    kept = marks["kept"]
+    return Peaks(kept, marks["head"] - kept, max(meter.peak, marks["forward"]) - kept)

@@ -1,0 +1,495 @@
+"""The benchmark instrument: baselines against their definitions, data, resumable sweeps, tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
+
+pytest.importorskip("tqdm")
+
+import data  # noqa: E402
+import models  # noqa: E402
+import peers  # noqa: E402
+import polora  # noqa: E402
+import provenance  # noqa: E402
+import sweep  # noqa: E402
+import tables  # noqa: E402
+import tasks  # noqa: E402
+
+
+class Pair(nn.Module):
+    """One LoRA layer with a regression target."""
+
+    def __init__(self, rank: int = 4, wide: int = 10, tall: int = 7, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.lora_A = nn.Linear(wide, rank, bias=False, dtype=dtype)
+        self.lora_B = nn.Linear(rank, tall, bias=False, dtype=dtype)
+        self.lora_A.weight.data = torch.randn(rank, wide, generator=generator, dtype=dtype) / math.sqrt(wide)
+        self.lora_B.weight.data.zero_()
+        self.x = torch.randn(64, wide, generator=generator, dtype=dtype)
+        self.y = self.x @ torch.randn(wide, tall, generator=generator, dtype=dtype)
+
+    def loss(self) -> Tensor:
+        return (self.lora_B(self.lora_A(self.x)) - self.y).square().mean()
+
+
+def dense_root(matrix: Tensor, delta: float, floor: float) -> Tensor:
+    """(C + max(delta |C|_2, floor) I)^{-1/2} through a singular value decomposition."""
+    left, values, _ = torch.linalg.svd(matrix)
+    return left @ torch.diag((values + max(delta * float(values[0]), floor)) ** -0.5) @ left.T
+
+
+def dense_polar(matrix: Tensor) -> Tensor:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ torch.diag((values > 0).to(matrix)) @ right if float(values[0]) else torch.zeros_like(matrix)
+
+
+def polora_step(
+    state: dict[str, Tensor], a: Tensor, b: Tensor, ga: Tensor, gb: Tensor, lr: float
+) -> tuple[Tensor, Tensor]:
+    """Equations (P1) to (P6) of polora.py for one pair, dense, in the orientation of the paper."""
+    delta, floor, beta, decay = 1e-4, 1e-12, 0.9, 0.99
+    q = (state["Q"] / state["Q"].max() + delta) ** -0.5
+    p = (state["P"] / state["P"].max() + delta) ** -0.5
+    root_b = dense_root(b.T @ torch.diag(p**-2) @ b, delta, floor)
+    root_a = dense_root(a @ torch.diag(q**-2) @ a.T, delta, floor)
+    for name, grad in (("MA", ga), ("MB", gb)):
+        state[name] = beta * state[name] + (1 - beta) * grad
+    ahead_a = beta * state["MA"] + (1 - beta) * ga
+    ahead_b = beta * state["MB"] + (1 - beta) * gb
+    step_a = root_b @ dense_polar(root_b @ ahead_a @ torch.diag(q)) @ torch.diag(q)
+    step_b = torch.diag(p) @ dense_polar(torch.diag(p) @ ahead_b @ root_a) @ root_a
+    rho = lr / (torch.linalg.matrix_norm(a, 2) + torch.linalg.matrix_norm(b, 2))
+    rank = a.shape[0]
+    state["Q"] = decay * state["Q"] + (1 - decay) * torch.diag(ga.T @ root_b @ root_b @ ga) / rank
+    state["P"] = decay * state["P"] + (1 - decay) * torch.diag(gb @ root_a @ root_a @ gb.T) / rank
+    norm_a = torch.linalg.matrix_norm(step_a, 2).clamp_min(floor)
+    return a - rho * step_a / norm_a, b - rho * step_b / torch.linalg.matrix_norm(step_b, 2).clamp_min(floor)
+
+
+def test_polora_follows_its_definition() -> None:
+    """Twenty steps from B = 0, in float64, to 1e-6: the polar factor goes through Grams, which square the spectrum."""
+    model = Pair(dtype=torch.float64)
+    optimizer = polora.PoLoRA(polora.lora_pairs(model), lr=1.0)
+    a, b = model.lora_A.weight.detach().clone(), model.lora_B.weight.detach().clone()
+    state = {"MA": torch.zeros_like(a), "MB": torch.zeros_like(b)}
+    state |= {"Q": torch.full((10,), 1e-12, dtype=a.dtype), "P": torch.full((7,), 1e-12, dtype=a.dtype)}
+    first = model.loss().item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        model.loss().backward()
+        assert model.lora_A.weight.grad is not None and model.lora_B.weight.grad is not None
+        a, b = polora_step(state, a, b, model.lora_A.weight.grad, model.lora_B.weight.grad, 1.0)
+        optimizer.step()
+        torch.testing.assert_close(model.lora_A.weight.detach(), a, rtol=0, atol=1e-6)
+        torch.testing.assert_close(model.lora_B.weight.detach(), b, rtol=0, atol=1e-6)
+    assert model.loss().item() < 0.5 * first
+
+
+def test_polora_step_has_the_spectral_norm_it_promises() -> None:
+    model = Pair()
+    model.lora_B.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    before = [factor.detach().clone() for factor in model.parameters()]
+    norms = [torch.linalg.matrix_norm(factor, 2) for factor in before]
+    model.loss().backward()
+    polora.PoLoRA(polora.lora_pairs(model), lr=0.3).step()
+    for old, new in zip(before, model.parameters(), strict=True):
+        moved = torch.linalg.matrix_norm(new.detach() - old, 2)
+        torch.testing.assert_close(moved, 0.3 / (norms[0] + norms[1]), rtol=1e-3, atol=0)
+
+
+def test_polora_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="no LoRA factors"):
+        polora.PoLoRA([])
+
+
+@pytest.mark.parametrize("name", sorted(peers.PEERS))
+def test_every_peer_lowers_the_loss_of_a_lora_layer(name: str) -> None:
+    model = Pair()
+    try:
+        optimizer = peers.create(name, model, 1.0 if name == "polora" else 1e-2)
+    except peers.Unavailable as reason:
+        assert str(reason)
+        pytest.skip(f"{name}: {reason}")
+    first = model.loss().item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        model.loss().backward()
+        optimizer.step()
+    assert model.loss().item() < 0.95 * first
+
+
+@pytest.mark.parametrize("name", ["loraplus", "polora", "riemannian"])
+def test_lora_rules_refuse_a_model_without_lora(name: str) -> None:
+    with pytest.raises(peers.Unavailable):
+        peers.create(name, nn.Linear(8, 8), 1e-3)
+
+
+def test_options_follow_the_name() -> None:
+    assert peers.parse("scao:k_max=8:rule=published") == ("scao", {"k_max": 8, "rule": "published"})
+    assert peers.resolved("scao:k_max=8")["k_max"] == 8
+    assert peers.resolved("scao")["k_max"] != 8
+    assert peers.resolved("scao-published")["rule"] == "published"
+    assert peers.resolved("loraplus") == {"ratio": 16}
+    optimizer = peers.create("scao:k_max=8:warmup_steps=3", Pair(), 1e-3)
+    assert (optimizer.param_groups[0]["k_max"], optimizer.param_groups[0]["warmup_steps"]) == (8, 3)
+
+
+@pytest.mark.parametrize("spec", ["sgd", "scao:k_max", "scao:=3", "scao:k_max=-1"])
+def test_a_bad_optimizer_is_refused_before_anything_runs(spec: str) -> None:
+    with pytest.raises(ValueError):
+        peers.resolved(spec)
+
+
+def test_an_unknown_option_names_itself() -> None:
+    with pytest.raises(ValueError, match="momentum"):
+        peers.create("adamw:momentum=1", Pair(), 1e-3)
+
+
+def test_state_bytes_count_every_tensor_once() -> None:
+    """AdamW: two float32 moments and a step per tensor; SCAO: what its own report says."""
+    model = Pair()
+    for name in ("adamw", "scao"):
+        optimizer = peers.create(name, model, 1e-3)
+        for _ in range(30):  # until SCAO's state is whole
+            model.loss().backward()
+            optimizer.step()
+        counted = peers.state_bytes(optimizer, model)
+        if name == "adamw":
+            assert counted == 8 * sum(param.numel() for param in model.parameters()) + 2 * 4
+        else:
+            assert counted == optimizer.memory_report()["total"]  # type: ignore[attr-defined]
+
+
+def test_rows_are_held_out_by_one_rule() -> None:
+    rows = [([number], [number]) for number in range(40)]
+    train, held_out = data.split_rows(rows)
+    assert (len(train), held_out) == (36, rows[36:])
+    assert len(data.split_rows(rows * 200)[1]) == 500
+    with pytest.raises(ValueError, match="at least 10"):
+        data.split_rows(rows[:5])
+
+
+def test_the_data_order_depends_on_the_seed_alone() -> None:
+    rows = [([0] * (1 + number % 17), [0]) for number in range(203)]
+    order = data.batch_order(rows, 4, seed=1)
+    assert order == data.batch_order(rows, 4, seed=1) != data.batch_order(rows, 4, seed=2)
+    numbers = [number for batch in order for number in batch]
+    assert len(numbers) == len(set(numbers)) == 200 and all(len(batch) == 4 for batch in order)
+
+
+def test_rows_are_read_as_question_and_answer_or_as_chat(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(chat) + "\n" + json.dumps({"question": "q", "answer": "a"}) + "\n")
+    source = data.load(str(path))
+    assert source.rows == [("q", "a")] * 2 and source.name == "rows.jsonl"
+    path.write_text(json.dumps({"text": "q"}) + "\n")
+    with pytest.raises(ValueError, match="text"):
+        data.load(str(path))
+
+
+def test_the_gpt_has_the_published_size() -> None:
+    assert sum(param.numel() for param in models.GPT().parameters()) == 837_888
+
+
+def test_lora_loss_is_the_models_own(tiny_llama: Path) -> None:
+    """Logits at the answers alone, padding kept out by the causal mask: the loss of transformers' own forward."""
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    rows = [([5, 6, 7, 8][: 1 + at % 4], [9 + at % 5, 3, 2][: 2 + at % 2]) for at in range(30)]
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    task = tasks.LoraTask(base, rows, rank=2, batch=3, length=16, definition={"task": "test"})
+    task.reset(0)
+    for name, param in task.trainable():
+        if "lora_B" in name:
+            param.data.normal_(generator=torch.Generator().manual_seed(0))
+    chosen = [task.train[number] for number in task.order[0]]
+    width = max(len(prompt) + len(answer) for prompt, answer in chosen)
+    tokens, mask, labels = (torch.full((3, width), fill) for fill in (0, 0, -100))
+    for at, (prompt, answer) in enumerate(chosen):
+        length = len(prompt) + len(answer)
+        tokens[at, :length], mask[at, :length] = torch.tensor(prompt + answer), 1
+        labels[at, len(prompt) : length] = torch.tensor(answer)
+    expected = task.model(input_ids=tokens.to(models.device()), attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(task.loss(0), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nf4_values_are_those_of_a_4bit_layer() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32).bfloat16()
+    layer = bitsandbytes.nn.Linear4bit(
+        128, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+    layer.to(models.device())
+    identity = torch.eye(128, dtype=torch.bfloat16, device=models.device())
+    assert torch.equal(layer(identity).T, models.nf4(weight.to(models.device())))
+    assert not torch.equal(models.nf4(weight).cpu(), weight)
+
+
+def test_schedules() -> None:
+    cosine = [sweep.schedule("cosine", step, 60) for step in range(60)]
+    assert cosine[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert cosine[10] == 1.0 and cosine[35] == pytest.approx(0.5) and 0 < cosine[59] < 0.01
+    assert [sweep.schedule("constant", step, 60) for step in (0, 9, 59)] == [0.1, 1.0, 1.0]
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "words.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    return path
+
+
+def command(text: Path, out: Path, *more: str) -> list[str]:
+    fixed = ["--task", "gpt", "--steps", "4", "--batch", "2", "--max-tokens", "16"]
+    return [*fixed, "--data", str(text), "--out", str(out), *more]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_sweep_runs_every_cell_once(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results" / "gpt.jsonl"
+    once = command(text_file, out, "--optimizers", "adamw,scao:warmup_steps=1", "--lrs", "1e-3,1e30", "--seeds", "0")
+    assert sweep.main(once) == 0
+    first = out.read_bytes()
+    made = records(out)
+    assert [(run["cell"]["optimizer"], run["cell"]["lr"], run["diverged"]) for run in made] == [
+        ("adamw", 1e-3, False),
+        ("scao:warmup_steps=1", 1e-3, False),
+        ("adamw", 1e30, True),
+        ("scao:warmup_steps=1", 1e30, True),
+    ]
+    assert made[0]["train_loss"][0] == made[1]["train_loss"][0], "all optimizers of a seed start alike"
+    assert made[0]["evals"][-1]["step"] == 4 and made[0]["eval_loss"] == made[0]["evals"][-1]["loss"]
+    assert made[0]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
+    assert set(made[0]["machine"]) == {"cpu", "threads", "gpu"}
+    assert made[1]["versions"]["scao_hf code"] == provenance.code_fingerprint()
+    assert str(tmp_path) not in out.read_text()
+
+    assert sweep.main(once) == 0
+    assert out.read_bytes() == first, "a finished run is not run again"
+    assert sweep.main([*once[:-1], "0,1"]) == 0
+    assert out.read_bytes().startswith(first) and len(records(out)) == 8
+    assert (
+        sweep.main(command(text_file, out, "--optimizers", "adamw", "--lrs", "1e-3", "--minutes", "0", "--seeds", "7"))
+        == 0
+    )
+    assert len(records(out)) == 8 and "out of time" in capsys.readouterr().err
+
+
+def test_a_run_is_reproduced(text_file: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        sweep.main(command(text_file, tmp_path / name, "--optimizers", "scao", "--lrs", "1e-3", "--seeds", "3"))
+    first, second = records(tmp_path / "a")[0], records(tmp_path / "b")[0]
+    assert first["key"] == second["key"]
+    assert first["train_loss"] == second["train_loss"] and first["eval_loss"] == second["eval_loss"]
+
+
+def test_results_of_other_code_are_run_again_on_request(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = command(text_file, out, "--optimizers", "adamw,scao", "--lrs", "1e-3", "--seeds", "0")
+    sweep.main(arguments)
+    monkeypatch.setattr(provenance, "code_fingerprint", lambda: "another")
+    sweep.main(arguments)
+    assert len(records(out)) == 2 and "1 of the finished runs are by other scao_hf code" in capsys.readouterr().err
+    sweep.main([*arguments, "--redo-stale"])
+    assert [run["cell"]["optimizer"] for run in records(out)] == ["adamw", "scao", "scao"]
+
+
+def test_everything_that_defines_a_run_is_in_its_key(text_file: Path) -> None:
+    source = data.load(str(text_file))
+    task = tasks.build("gpt", source, 0, 2, 16)
+    base = sweep.parse(command(text_file, Path("x"), "--optimizers", "scao", "--lrs", "1e-3", "--seeds", "0"))
+    keys = {sweep.key(next(sweep.cells(task.definition, base)))}
+    for name, value in (
+        ("optimizers", ["scao:k_max=8"]),
+        ("lrs", [2e-3]),
+        ("seeds", [1]),
+        ("steps", 5),
+        ("schedule", "constant"),
+    ):
+        other = sweep.parse(command(text_file, Path("x"), "--optimizers", "scao", "--lrs", "1e-3", "--seeds", "0"))
+        setattr(other, name, value)
+        keys.add(sweep.key(next(sweep.cells(task.definition, other))))
+    other_text = data.Source(source.name, [], source.text + "x", [], "another")
+    keys.add(sweep.key(next(sweep.cells(tasks.build("gpt", other_text, 0, 2, 16).definition, base))))
+    assert len(keys) == 7
+
+
+def test_an_optimizer_that_cannot_run_is_reported_once(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = command(text_file, out, "--optimizers", "polora,adamw", "--lrs", "1e-3,2e-3", "--seeds", "0")
+    assert sweep.main(arguments) == sweep.main(arguments) == 0
+    assert "unavailable: polora: PoLoRA is defined for LoRA factors only" in capsys.readouterr().out
+    assert [run.get("optimizer", "ran") for run in records(out)] == ["ran", "ran", "polora"]
+    text = tables.tables(tables.settings([out]))["gpt-cosine-4"]
+    assert "Not run: `polora`: PoLoRA is defined for LoRA factors only." in text
+
+
+def test_the_tiny_model_is_pretrained_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(data, "ROOT", tmp_path)
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(models, "PRETRAINING_STEPS", 2)
+    rows = tmp_path / "sums.jsonl"
+    lines = [{"question": f"What is {n} and {n}?", "answer": f"It is {2 * n}."} for n in range(100)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "tiny.jsonl"
+    arguments = ["--task", "tiny", "--rank", "2", "--steps", "4", "--optimizers", "adamw,scao,polora", "--lrs", "1e-3"]
+    arguments += ["--data", str(rows), "--out", str(out), "--seeds", "0"]
+    for _ in range(2):
+        assert sweep.main(arguments) == 0
+    assert capsys.readouterr().err.count("preparing") == 1
+    made = records(out)
+    assert len(made) == 3 and len({run["train_loss"][0] for run in made}) == 1
+    assert not any(run["diverged"] or run["failure"] for run in made)
+    assert "the first 10 of at most 128 tokens" in made[0]["cell"]["held_out"]
+
+
+def test_plain_text_is_refused_for_lora(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = command(text_file, tmp_path / "x", "--optimizers", "adamw", "--lrs", "1e-3")
+    assert sweep.main(["--task", "tiny", *arguments[2:]]) == 1
+    assert "needs question/answer rows" in capsys.readouterr().err
+
+
+def made_up(optimizer: str, lr: float, seed: int, losses: list[float], diverged: bool = False) -> dict[str, Any]:
+    """A result with evaluations after 50 and 100 steps, one step a second."""
+    cell = {
+        "task": "tiny", "model": "m", "data": "d", "data_sha256": "0", "rank": 8, "alpha": 16, "batch": 4,
+        "max_tokens": 9, "held_out": "h", "optimizer": optimizer, "options": {}, "lr": lr, "seed": seed, "steps": 100,
+        "schedule": "cosine", "warmup": 10, "clip": 1.0, "weight_decay": 0.0, "eval_steps": [50, 100],
+    }  # fmt: skip
+    evals = [
+        {"step": step, "loss": loss, "seconds": 9.0, "cpu_seconds": float(step)}
+        for step, loss in zip((50, 100), losses, strict=True)
+    ]
+    return {
+        "key": sweep.key(cell), "cell": cell, "train_loss": [1.0] * 100, "evals": evals, "eval_loss": losses[-1],
+        "fresh_loss": 2.0 + lr + seed,
+        "diverged": diverged, "optimizer_seconds": 9.0, "optimizer_cpu_seconds": 0.5,
+        "state_bytes_per_parameter": 8.0, "versions": {"torch": "2"},
+        "machine": {"cpu": "c", "threads": 1, "gpu": None},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    runs = [
+        made_up("adamw", lr, seed, [3.0, loss + seed]) for lr, loss in ((1, 2.5), (2, 2.0), (4, 2.2)) for seed in (0, 1)
+    ]
+    runs += [
+        made_up("scao", 2, 0, [2.5, 1.5]),
+        made_up("scao", 2, 1, [3.5, 2.5]),
+        made_up("scao", 4, 0, [9.0, 9.0], True),
+    ]
+    path = tmp_path / "made-up.jsonl"
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+    return path
+
+
+def test_the_table_compares_at_the_best_learning_rates(results: Path) -> None:
+    rows = tables.tables(tables.settings([results]))["tiny-r8-cosine-100"].splitlines()
+    scao, adamw = (row.split(" | ") for row in rows[2:4])
+    assert adamw[:3] == ["| `adamw`", "2", "2.5000 ± 0.7071 (2)"]
+    # At 2.0 within (2.5 after 50, 1.5 after 100): 75 steps, 1.33 times as fast, at seed 1 likewise; the grid ends at 2.
+    assert scao[:3] == ["| `scao`", "2 (edge)", "2.0000 ± 0.7071 (2)"]
+    assert scao[3] == "-20.83 ± 5.89 %" and scao[4] == "1.33x / 1.33x" and scao[5:7] == scao[3:5]
+    assert scao[7] == "+0.00 ± 0.00 %" and adamw[7] == ""
+    assert scao[8:] == ["5.0", "8.00", "1/3 |"]
+    assert rows[0].count("|") == rows[2].count("|") == rows[3].count("|")
+
+
+def test_a_shorter_run_counts_as_quicker(results: Path) -> None:
+    short = made_up("scao", 2, 0, [2.4, 1.9])
+    short["cell"] = {**short["cell"], "steps": 60, "eval_steps": [30, 60]}
+    short["key"] = sweep.key(short["cell"])
+    for entry, step in zip(short["evals"], (30, 60), strict=True):
+        entry.update(step=step, cpu_seconds=float(step))
+    results.write_text(results.read_text() + json.dumps(short) + "\n")
+    setting = tables.settings([results])[0]
+    assert setting.steps == 100
+    found = tables.crossing(
+        [run for run in setting.runs["scao"] if run["cell"]["seed"] == 0 and run["cell"]["lr"] == 2], 2.0
+    )
+    assert found == pytest.approx((54, 54))
+    assert tables.crossing(setting.runs["scao"], 0.1) is None
+
+
+def test_the_basin_shows_every_learning_rate(results: Path) -> None:
+    text = tables.tables(tables.settings([results]))["tiny-r8-cosine-100:basin"]
+    assert "| `adamw` | 3.0000 (2) | 2.5000 (2) | 2.7000 (2) |" in text
+    assert "| `scao` |  | 2.0000 (2) | diverged (1/1) |" in text
+
+
+def test_changed_defaults_replace_older_runs(results: Path) -> None:
+    new = made_up("scao", 2, 0, [2.0, 1.0])
+    new["cell"] = {**new["cell"], "options": {"k_max": 99}}
+    new["key"] = sweep.key(new["cell"])
+    results.write_text(results.read_text() + json.dumps(new) + "\n")
+    assert [run["eval_loss"] for run in tables.settings([results])[0].runs["scao"]] == [1.0]
+
+
+def test_the_order_is_compared_with_the_committed_one(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    committed = tmp_path / "results" / "tiny.jsonl"
+    committed.parent.mkdir()
+    committed.write_text(results.read_text())
+    assert tables.main([str(results), "--compare"]) == 0
+    assert "order in tiny-r8-cosine-100: scao 2.0000 < adamw 2.5000" in capsys.readouterr().out
+    worse = [made_up("scao", 2, seed, [4.0, 2.52 + seed]) for seed in (0, 1)]
+    adamw = [made_up("adamw", 2, seed, [4.0, 2.0 + seed]) for seed in (0, 1)]
+    results.write_text("".join(json.dumps(run) + "\n" for run in worse + adamw))
+    assert tables.main([str(results), "--compare"]) == 1
+    assert "adamw and scao have changed places" in capsys.readouterr().out
+    assert tables.reversed_pairs({"a": 1.0, "b": 1.004}, {"b": 1.0, "a": 1.1}) == []
+
+
+def test_readme_markers_are_filled(results: Path) -> None:
+    made = tables.tables(tables.settings([results]))
+    before = "a\n<!-- benchmark:tiny-r8-cosine-100:basin -->\nold\n<!-- /benchmark -->\nb\n"
+    after = tables.fill(before, made)
+    assert after.startswith("a\n<!--") and after.endswith("<!-- /benchmark -->\nb\n") and "old" not in after
+    assert tables.fill(after, made) == after
+    with pytest.raises(ValueError, match="nothing-such"):
+        tables.fill(before.replace("tiny-r8", "nothing-such"), made)
+
+
+def test_plots_are_drawn(results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert tables.plot(tables.settings([results])[0], tmp_path).stat().st_size > 10_000
+
+
+def test_the_readmes_hold_what_the_result_files_give() -> None:
+    made = tables.tables(tables.settings(sorted((ROOT / "examples" / "benchmarks" / "results").glob("*.jsonl"))))
+    filled = 0
+    for path in tables.READMES:
+        text = path.read_text(encoding="utf-8")
+        assert tables.fill(text, made) == text, (
+            f"{path.name} is out of date: python examples/benchmarks/tables.py --write"
+        )
+        filled += len(tables.MARKER.findall(text))
+    assert filled, "no README shows a benchmark table"

@@ -1,0 +1,497 @@
+"""The command line: plans against real allocations, reports of good and bad runs, the doctor, mistakes' messages."""
+
+# ruff: noqa: E402 -- the command line's packages may be missing
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import xml.dom.minidom
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+transformers = pytest.importorskip("transformers")
+
+from typer.testing import CliRunner
+
+from scao_hf import SCAO, options, reference
+from scao_hf.tools import ToolError, doctor, run_report, settings, simulate
+from scao_hf.tools import plan as planning
+from scao_hf.tools.cli import app
+from scao_hf.tools.shapes import SHAPES, builtin
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "examples" / "axolotl" / "qwen2.5-3b-qlora.yml"
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def mistake(*arguments: object) -> str:
+    """The one line that a mistake leads to."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("scao-hf: ")
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.output
+    return str(result.stderr)
+
+
+def test_the_package_needs_nothing_of_the_tools_and_they_say_what_they_need() -> None:
+    code = (
+        "import sys, scao_hf; bad = {'transformers', 'typer', 'matplotlib', 'scao_hf.tools'} & set(sys.modules)\n"
+        "if bad: sys.exit(str(bad))\n"
+        "sys.modules['typer'] = None; import scao_hf.tools as t; t.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "scao-hf: typer is not installed, which the command line needs: pip install 'scao-hf[cli]'\n"
+    assert done.returncode == 2
+
+
+# --- plan: shapes and weights
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_built_in_shape_has_the_published_number_of_parameters(name: str) -> None:
+    known = builtin(f"publisher/{name}-Instruct")
+    assert known is not None and known == builtin(name.lower())
+    model = planning.build_model(transformers.AutoConfig.for_model(known[0], **known[1]))
+    assert sum(param.numel() for param in model.parameters()) == SHAPES[name][1]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "name"),
+    [
+        ("unsloth/Qwen2.5-7B-Instruct-bnb-4bit", "Qwen2.5-7B"),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Llama-3.1-8B"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "Mistral-7B-v0.3"),
+        ("google/gemma-2-2b-it", "Gemma-2-2B"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "TinyLlama-1.1B"),
+        ("microsoft/Phi-3-mini-4k-instruct", "Phi-3-mini"),
+    ],
+)
+def test_usual_spellings_are_known(spelling: str, name: str) -> None:
+    assert builtin(spelling) == builtin(name)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-3B-Coder", "Qwen/Qwen2.5-14B", "x/my-Qwen2.5-3B"])
+def test_other_models_are_not_taken_for_known_ones(name: str) -> None:
+    assert builtin(name) is None
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(32, 32), (33, 65), (7, 9), (576, 1536)])
+def test_nf4_bytes_are_those_of_bitsandbytes(shape: tuple[int, int], double_quant: bool) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = bnb.nn.Params4bit(
+        torch.randn(shape), requires_grad=False, quant_type="nf4", compress_statistics=double_quant
+    )
+    weight = weight.to("cpu")
+    assert planning.nf4_bytes(math.prod(shape), double_quant) == (storage_bytes([weight.data]), constants_of(weight))
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def constants_of(weight: Any) -> int:
+    state = weight.quant_state
+    nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+    return storage_bytes([state.absmax, state.code, *nested])
+
+
+def qlora(config: Any, rank: int = 16, upcast: bool = False) -> nn.Module:
+    """The real thing on the CPU: NF4 by bitsandbytes, LoRA by peft, random weights."""
+    bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    config._attn_implementation = "sdpa"
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            quantised = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, torch.bfloat16, True, "nf4"
+            )
+            quantised.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            if layer.bias is not None:
+                quantised.bias = layer.bias
+            model.set_submodule(name, quantised.to("cpu"))
+    model.is_loaded_in_4bit = True
+    model.requires_grad_(False)
+    if upcast:
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def tiny(family: str = "llama", **fields: Any) -> Any:
+    sides = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    return transformers.AutoConfig.for_model(family, **{**sides, **heads, "tie_word_embeddings": False, **fields})
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True)])
+def test_plan_is_exact_to_the_byte(tmp_path: Path, family: str, tied: bool, upcast: bool) -> None:
+    config = tiny(family, tie_word_embeddings=tied)
+    config.save_pretrained(tmp_path)
+    asked = settings.Settings(str(tmp_path), rank=4, batch=1, sequence=16, upcast=upcast, scao={"k_max": 8})
+    plan = planning.make_plan(asked)
+    sizes = {row.name: row.size for row in plan.rows}
+
+    model: Any = qlora(config, rank=4, upcast=upcast)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long))  # bitsandbytes casts biases in its first step
+    quantised = [param for param in model.parameters() if type(param).__name__ == "Params4bit"]
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    weights = {id(param): param for param in (*quantised, *trainable)}
+    rest = [param for param in (*model.parameters(), *model.buffers()) if id(param) not in weights]
+    assert sizes["4-bit NF4 weights"] == storage_bytes([weight.data for weight in quantised])
+    assert sizes["their quantisation constants"] == sum(map(constants_of, quantised))
+    assert sizes["unquantised weights"] == sum(param.numel() * param.element_size() for param in rest)
+    assert sizes["LoRA weights"] == sizes["gradients"] == storage_bytes(trainable)
+    assert (plan.lora_pairs, plan.trainable) == (len(trainable) // 2, sum(param.numel() for param in trainable))
+
+    optimizers = [SCAO(trainable, k_max=8), torch.optim.AdamW(trainable)]
+    held = []
+    for step in range(12):
+        for optimizer in optimizers:
+            for param in trainable:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+        if step in (0, 11):
+            held.append([state_bytes(optimizer) for optimizer in optimizers])
+    assert [plan.scao["phase_1"], plan.scao["total"]] == [held[0][0], held[1][0]]
+    assert plan.adamw == held[0][1]
+    assert sum(size for name, size in sizes.items() if name.startswith("SCAO")) == max(held[0][0], held[1][0])
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(
+        value.numel() * value.element_size()
+        for entry in optimizer.state.values()
+        for name, value in entry.items()
+        if isinstance(value, torch.Tensor) and name != "step"  # AdamW's step counter lies in the CPU's memory
+    )
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+@pytest.mark.parametrize(("fields", "batch"), [({}, 4), ({"vocab_size": 8000, "hidden_size": 64}, 2)])
+def test_peak_is_that_of_the_cpu_allocator(monkeypatch: Any, fields: dict[str, int], batch: int, upcast: bool) -> None:
+    # Where CUDA's autocast is on, peft leaves casts to it; it does not ask for the CPU's.
+    asks = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asks(*device) if device else True)
+    model: Any = qlora(tiny(**fields), upcast=upcast)
+    planned = planning.build_model(tiny(**fields))
+    planning.prepare(planned, settings.Settings("any", upcast=upcast))
+    tokens = torch.randint(0, 512, (batch, 128))
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param) if param.requires_grad else None
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            step()
+        live = peak = 0
+        for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+        estimate = simulate.step_peaks(planned, batch, 128, checkpointing).peak
+        assert abs(estimate / peak - 1) < simulate.STATED_ERROR / 2, (checkpointing, estimate, peak)
+
+
+def test_reference_configuration_fits_a_16_gb_card_with_a_margin() -> None:
+    plan = planning.make_plan(settings.from_yaml(REFERENCE))
+    assert (plan.lora_pairs, plan.trainable) == (252, 29_933_568)
+    assert 5.5 * 2**30 < plan.total < 8 * 2**30
+    assert plan.free(16) > 6 * 2**30 > plan.margin
+    assert max(plan.scao["total"], plan.scao["phase_1"]) < 1.01 * plan.adamw
+
+
+def test_advice_makes_it_fit(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    plan = planning.make_plan(settings.Settings(str(tmp_path), batch=512, sequence=4096, checkpointing=False))
+    assert plan.free(16) < 0
+    changes = planning.advice(plan, 16)
+    assert changes[0][0] == "gradient_checkpointing: true" and changes[1][0].startswith("micro_batch_size: 1")
+    assert plan.free(16) + sum(size for _, size in changes) >= plan.margin
+    better = settings.with_overrides(plan.settings, checkpointing=True, batch=1)
+    assert planning.make_plan(better).free(16) > 0
+    assert planning.advice(plan, 0.1)[-1][0] == "sequence_len: 256"
+
+
+def test_plan_prints_a_table_and_json(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    result = run("plan", "--model", tmp_path, "--seq", 128, "--gpu", 6, "--targets", "q_proj, v_proj")
+    assert result.exit_code == 0, result.output
+    for words in ("4-bit NF4 weights", "6 LoRA pairs of rank 16", "6 GB (yours)", "fits", "SCAO: moments", "AdamW"):
+        assert words in " ".join(result.output.split())
+    text = GOOD.replace("Qwen/Qwen2.5-0.5B", str(tmp_path))
+    result = run("plan", yaml_file(tmp_path, text), "--batch", 3, "--no-checkpointing", "--json")
+    plan = json.loads(result.stdout)
+    assert plan["settings"]["batch"] == 3 and plan["cards"]["16"]["fits"] is True
+    assert plan["total"] == sum(row["size"] for row in plan["rows"])
+    peaks = plan["activations"]
+    assert peaks["checkpointing_on"]["kept"] < peaks["checkpointing_off"]["kept"]
+    assert peaks["checkpointing_off"]["kept"] in [row["size"] for row in plan["rows"]]
+
+
+def test_a_step_that_cannot_be_followed_is_said_to_be_missing(tmp_path: Path, monkeypatch: Any) -> None:
+    def unreadable(*_: Any) -> None:
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    tiny().save_pretrained(tmp_path)
+    monkeypatch.setattr(planning, "step_peaks", unreadable)
+    assert "NOT counted: activations and logits" in " ".join(run("plan", "--model", tmp_path).output.split())
+
+
+def test_training_without_an_adapter_counts_every_parameter(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    plan = planning.make_plan(settings.Settings(str(tmp_path), adapter=False, four_bit=False, sequence=32))
+    assert plan.trainable == plan.parameters
+    assert {row.name: row.size for row in plan.rows}["gradients"] == 2 * plan.parameters
+
+
+def yaml_file(folder: Path, text: str) -> Path:
+    path = folder / "config.yml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_target_linear: true\nsequence_len: 64\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [", "is not a YAML file"),
+        ("- 1", "has no base_model"),
+        ("optimizer: scao", "has no base_model"),
+        (GOOD + "load_in_8bit: true", "load_in_8bit cannot be planned"),
+        (GOOD.replace("qlora", "ia3"), "adapter 'ia3' cannot be planned"),
+        (GOOD.replace("lora_target_linear", "x"), "there is no LoRA target"),
+        (GOOD + "scao_kmax: 4", "did you mean scao_k_max?"),
+        (GOOD + "scao_k_max: 0", "k_max=0 is not valid"),
+        (GOOD + "lora_r: big", "rank is 'big': it must be an integer"),
+        (GOOD + "lora_dropout: big", "could not convert string to float: 'big'"),
+        (GOOD.replace("adapter: qlora", ""), "4-bit weights cannot be trained without an adapter"),
+        (
+            GOOD.replace("lora_target_linear: true", "lora_target_modules: [qproj]"),
+            "this model has down_proj, gate_proj",
+        ),
+        (GOOD.replace("lora_target_linear: true", "lora_target_modules: '('"), "are no regular expression"),
+        (GOOD + "lora_modules_to_save: [wte]", "lora_modules_to_save names wte"),
+    ],
+)
+def test_mistakes_in_a_yaml(tmp_path: Path, text: str, words: str) -> None:
+    assert words in mistake("plan", yaml_file(tmp_path, text))
+
+
+def test_a_yaml_without_the_plugin_is_planned_and_told(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    text = GOOD.replace("Qwen/Qwen2.5-0.5B", str(tmp_path)) + "lora_modules_to_save: [embed_tokens]"
+    result = run("plan", yaml_file(tmp_path, text))
+    shown = " ".join(result.output.split())
+    assert result.exit_code == 0
+    assert (
+        "the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`" in shown and "`optimizer: adamw_torch_fused`" in shown
+    )
+    assert "trainable copies" in shown
+
+
+def test_mistakes_of_the_plan(tmp_path: Path) -> None:
+    assert "nothing to plan" in mistake("plan")
+    assert "there is no file nowhere.yml" in mistake("plan", "nowhere.yml")
+    assert "--gpu is -1" in mistake("plan", REFERENCE, "--gpu", -1)
+    assert "batch is 0" in mistake("plan", "--model", "SmolLM2-135M", "--batch", 0)
+    assert "holds no config.json" in mistake("plan", "--model", tmp_path)
+    assert "./nowhere does not exist" in mistake("plan", "--model", "./nowhere")
+    assert "is neither a folder nor a model name" in mistake("plan", "--model", "a/b/c")
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}', encoding="utf-8")
+    assert "cannot use its config.json" in mistake("plan", "--model", tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+    assert "no causal language model can be built" in mistake("plan", "--model", tmp_path)
+
+
+def test_unknown_model_offline_lists_what_is_known(monkeypatch: Any) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*_: Any, **__: Any) -> str:
+        raise hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    message = mistake("plan", "--model", "acme/Secret-9B")
+    assert (
+        "the Hugging Face hub cannot be reached" in message and "Qwen2.5-3B, " in message and "SmolLM2-135M" in message
+    )
+
+
+# --- report
+
+
+def history(steps: int, start: int = 10, skipped: float = 0.0, scao: bool = True) -> list[dict[str, float]]:
+    rows = []
+    for step in range(1, steps + 1):
+        row: dict[str, float] = {"step": step, "loss": 3 - step / 50, "learning_rate": 1e-3 / step, "grad_norm": 1.0}
+        if scao:
+            blend = min(1.0, max(0.0, (step - start) / 11))
+            row |= {"scao/phase": 2.0 if blend else 1.0, "scao/blend": blend, "scao/rank": 12.0 * (blend > 0)}
+            row |= {
+                "scao/captured_mass": 0.9 * (blend > 0),
+                "scao/curvature_norm": 1e-4 * step,
+                "scao/skipped": skipped,
+            }
+        rows.append(row)
+    return rows
+
+
+def run_folder(folder: Path, rows: list[dict[str, float]], max_steps: int = 0, checkpoint: str = "") -> Path:
+    target = folder / checkpoint
+    target.mkdir(parents=True, exist_ok=True)
+    state = {"global_step": rows[-1]["step"] if rows else 0, "max_steps": max_steps, "log_history": rows}
+    (target / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    return folder
+
+
+def test_report_of_a_whole_run(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "my <run>", history(20), checkpoint="checkpoint-9")
+    run_folder(folder, history(60), checkpoint="checkpoint-60")
+    result = run("report", folder, "--out", tmp_path / "new" / "out")
+    assert result.exit_code == 0, result.output
+    assert "The training loss fell from 2.93 to 1.85 in 60 steps" in result.output
+    assert "first logged at step 11 and is in full effect from step 21" in result.output
+    assert "12 directions were in use on average, holding 90% of" in result.output
+    assert "No step was skipped" in result.output
+    page = (tmp_path / "new" / "out" / run_report.HTML_NAME).read_text(encoding="utf-8")
+    assert page.count("<svg ") == 6 and "Run my &lt;run&gt;" in page
+    # Self-contained, without scripts, for both colour schemes and for phones.
+    assert "<script" not in page and "@import" not in page and 'src="' not in page and 'href="http' not in page
+    assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+    for colour in run_report._VARIABLES:
+        assert colour not in page.partition("</style>")[2], "a colour that the dark scheme cannot change"
+    for svg in page.split("<svg ")[1:]:
+        xml.dom.minidom.parseString("<svg " + svg.partition("</svg>")[0] + "</svg>")
+    assert (tmp_path / "new" / "out" / run_report.PNG_NAME).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bands_follow_the_phases(tmp_path: Path) -> None:
+    bands = run_report.read_run(run_folder(tmp_path, history(60))).bands()
+    assert bands == [(0, 10, run_report.FIRST), (10, 20, run_report.RAMP), (20, 60, run_report.SECOND)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_steps", "words"),
+    [
+        (history(8), 0, "Phase 2 was never reached in 8 steps"),
+        (history(15), 0, "the run ended on the ramp to its full effect"),
+        (history(30, scao=False), 0, "The log has no scao/ figures"),
+        (history(30, skipped=7.0), 0, "7 times a matrix was left as it was"),
+        (history(30), 90, "The log ends at step 30 of 90"),
+        ([*history(30), {"step": 31, "loss": math.nan}], 0, "The loss was NaN or infinite at step 31"),
+        ([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}], 0, "did not fall: it went from 1 to 2"),
+    ],
+)
+def test_report_says_what_is_unusual(tmp_path: Path, rows: list[dict[str, float]], max_steps: int, words: str) -> None:
+    said = run_report.findings(run_report.read_run(run_folder(tmp_path, rows, max_steps)))
+    assert words in " ".join(said)
+
+
+def test_report_without_scao_figures_shows_the_rest(tmp_path: Path) -> None:
+    result = run("report", run_folder(tmp_path, history(30, scao=False)))
+    page = (tmp_path / run_report.HTML_NAME).read_text(encoding="utf-8")
+    assert result.exit_code == 0 and page.count("<svg ") == 3 and "The log has no scao/ figures" in page
+
+
+def test_mistakes_of_the_report(tmp_path: Path) -> None:
+    assert "does not exist: pass the output_dir" in mistake("report", tmp_path / "nowhere")
+    assert "is empty" in mistake("report", tmp_path)
+    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
+    assert "is a file" in mistake("report", tmp_path / "notes.txt")
+    assert "has no trainer_state.json" in mistake("report", tmp_path)
+    (tmp_path / "trainer_state.json").write_text("{", encoding="utf-8")
+    assert "is damaged or no Trainer's" in mistake("report", tmp_path)
+    assert "holds no training loss" in mistake("report", run_folder(tmp_path, []))
+    run_folder(tmp_path, history(30))
+    assert "cannot be written to" in mistake("report", tmp_path, "--out", tmp_path / "notes.txt")
+
+
+def test_report_of_a_real_trainer(tmp_path: Path) -> None:
+    from scao_hf import SCAOTrainer
+
+    model = transformers.LlamaForCausalLM(tiny(vocab_size=32, hidden_size=16, num_hidden_layers=1, head_dim=2))
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=8, logging_steps=1, save_steps=8, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    rows = [{"input_ids": list(range(8)), "labels": list(range(8))}] * 64
+    chosen = {"warmup_steps": 2, "precond_freq": 2, "blend_steps": 2}
+    SCAOTrainer(model=model, args=arguments, train_dataset=rows, scao_kwargs=chosen).train()
+    report = run_report.write_report(tmp_path)
+    assert any("first logged at step 3 and is in full effect from step 5" in sentence for sentence in report.findings)
+
+
+# --- doctor
+
+
+@pytest.mark.parametrize("rule", options.RULES)
+def test_doctor_finds_both_rules_sound(rule: str) -> None:
+    text, sound = doctor.self_test(rule, "cpu")
+    assert sound and text.count("ok") == 2
+
+
+def test_doctor_finds_a_broken_rule(monkeypatch: Any) -> None:
+    right = reference.eigenbasis
+    monkeypatch.setattr(reference, "eigenbasis", lambda w, g, o: [w * 1.5 for w in right(w, g, o)])
+    monkeypatch.setattr(doctor, "axolotl_plugin", lambda: ("loads", True))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "float32 WRONG" in result.output and "BROKEN: the eigenbasis rule is wrong on cpu" in result.output
+
+
+def test_doctor_prints_a_block_for_bug_reports(monkeypatch: Any) -> None:
+    monkeypatch.setattr(doctor, "axolotl_plugin", lambda: ("loads", True))
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("```\n") and "\n```\nNothing is broken." in result.output
+    for words in ("torch ", "transformers ", "bitsandbytes ", "cuda ", "backend, cpu ", torch.__version__):
+        assert words in result.output
+
+
+def test_doctor_says_why_the_plugin_does_not_load(monkeypatch: Any) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda _: "0.19.0")
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nImportError: no module")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    assert doctor.axolotl_plugin() == ("does not load: ImportError: no module", False)
+    monkeypatch.setattr(doctor, "_version", lambda _: "not installed")
+    assert doctor.axolotl_plugin() == ("not tried: axolotl is not installed", True)
+
+
+# --- the command line as a whole
+
+
+def test_axolotl_serves_the_commands() -> None:
+    click = pytest.importorskip("click")
+    from scao_hf.tools.cli import command
+
+    assert isinstance(command, click.Command)
+    assert {"plan", "report", "doctor"} <= set(command.commands)  # type: ignore[attr-defined]
+
+
+def test_tool_errors_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="rank is 0"):
+        settings.Settings("any", rank=0)
+    assert issubclass(ToolError, ValueError)
