@@ -112,7 +112,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
         one = (inside / bias1) / ((inside_sq / bias2).sqrt() + o["eps"])
         two = (outside / bias1) / ((torch.outer(row, col) / col.mean() / bias2).sqrt() + o["eps"])
         own = float(one.norm() ** 2 + two.norm() ** 2)
-        return min(max(float(plain.norm()) / own**0.5, 1 / 8), 8.0) if own > 0 else 1.0
+        return min(max(float(plain.norm()) / own**0.5, 0.5), 2.0) if own > 0 else 1.0
 
     trajectory = []
     for step, grad in enumerate(grads, start=1):
@@ -130,6 +130,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
                 share, rest = _shares(spectrum, tail, kept)
                 energy = values.clamp_min(0) / (1 - o["rho"] ** step) * (1 - b2**step) / l
                 inside_sq, row, col = torch.outer(energy * l, share), energy * rest, square.mean(0) * rest
+                gain = graft(step)
         else:
             bias1, bias2 = 1 - b1**step, 1 - b2**step
             p = q.T @ g @ used
@@ -150,8 +151,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
                 plain = (momentum / bias1) / (plain_square(step).sqrt() + o["eps"])
                 direction = blend * direction + (1 - blend) * plain
         if step > start and (step - start) % o["precond_freq"] == 0:
-            # The new bases hold from the next step on; the size of the steps is measured in the old ones.
-            gain = graft(step)
+            # The new bases hold from the next step on.
             values, q_new = _eigh_falling(factor)
             u_new, spectrum, lost = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
             tail = decay * tail + lost
@@ -165,6 +165,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
             share, _ = _shares(spectrum, tail, kept)
             inside_sq = moved @ overlap.T + torch.outer(energy, share * unseen.clamp(0, 1))
             q, u, used = q_new, u_new, used_new
+            gain = graft(step)
         w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction
         trajectory.append(w.clone())
     return trajectory

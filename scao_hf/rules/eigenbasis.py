@@ -27,7 +27,7 @@ from scao_hf.update import (
 )
 
 #: Bound on (U13), either way.
-MOST_GAIN = 8.0
+MOST_GAIN = 2.0
 PHASE_ONE = ("exp_avg", "exp_avg_sq", "factor")
 #: What ``ops.eigenbasis_step_`` takes, in its order.
 FUSED = (
@@ -145,8 +145,13 @@ class Eigenbasis:
         col = state["col"] + state["inside_sq"].mean(1, keepdim=True) @ long_basis.square().mT
         return rank_one(row * tick.bias[1], col)
 
-    def _graft(self, state: dict[str, Tensor], momentum: Tensor, long_basis: Tensor, tick: Tick) -> None:
-        """(U13) What the steps are multiplied by until the next refresh: the ratio of AdamW's norm to their own."""
+    def _graft(self, state: dict[str, Tensor], momentum: Tensor, tick: Tick) -> None:
+        """(U13) What the steps are multiplied by until the next refresh: the ratio of AdamW's norm to their own.
+
+        Measured in the new bases, which are fitted to the momentum: it is above one where the step is a few leading
+        directions. The bound keeps the steps that follow, with more of fresh gradients in them, within twice the size.
+        """
+        long_basis = self._long_basis(state, momentum.dtype)
         eps, bias = tick.group["eps"], tick.bias
         plain = adam_direction(momentum, self._plain_square(state, long_basis, tick), bias, eps)
         outside = adam_direction(state["exp_avg"], rank_one(state["row"], state["col"]), bias, eps)
@@ -183,16 +188,14 @@ class Eigenbasis:
         state["inside_sq"].copy_(row * l * share)
         state["row"].copy_(row * rest)
         state["col"].copy_(square.mean(1, keepdim=True) * rest)
+        self._graft(state, momentum, tick)
 
     def _refresh(self, state: dict[str, Tensor], tick: Tick) -> None:
-        """New bases every ``precond_freq`` steps, and the size of the steps that are taken in them.
-
-        The size is measured in the old bases: new ones are fitted to the momentum, which flatters them at first.
-        """
+        """New bases every ``precond_freq`` steps, and the size of the steps that are taken in them."""
         long_basis = self._long_basis(state, state["exp_avg"].dtype)
         momentum = self._momentum(state, long_basis)
-        self._graft(state, momentum, long_basis, tick)
         self._turn(state, momentum, long_basis, tick)
+        self._graft(state, momentum, tick)
 
     def _turn(self, state: dict[str, Tensor], momentum: Tensor, old_long: Tensor, tick: Tick) -> None:
         """(E6) for the long side, an eigendecomposition for the small one; momentum and second moments move along.
