@@ -8,6 +8,7 @@ parameter), U in bfloat16 (or int8) and terms of size r x r, r x k and l.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -43,6 +44,16 @@ FUSED = (
     "gain",
     "long_vectors",
 )
+
+#: A refresh works on as many matrices at a time as have this many entries: its many intermediates then stay small.
+PORTION = 2**20
+
+
+def _portions(shape: torch.Size) -> Iterator[slice]:
+    """Cut a stack ``[N, r, l]`` into runs of matrices of about ``PORTION`` entries."""
+    count = max(1, PORTION // (shape[1] * shape[2]))
+    for first in range(0, shape[0], count):
+        yield slice(first, first + count)
 
 
 class Eigenbasis:
@@ -181,6 +192,13 @@ class Eigenbasis:
         state |= {name: field for name, field in fresh.items() if name not in PHASE_ONE}
         state["vectors"] += torch.eye(r, dtype=momentum.dtype, device=momentum.device)
         state["gain"] += 1
+        for rows in _portions(momentum.shape):
+            part = {name: field[rows] for name, field in state.items()}
+            self._begin(part, momentum[rows], square[rows], tick.part(rows))
+
+    def _begin(self, state: dict[str, Tensor], momentum: Tensor, square: Tensor, tick: Tick) -> None:
+        """The first refresh of some matrices, from AdamW's two moments."""
+        group, l = tick.group, momentum.shape[-1]
         self._turn(state, momentum, self._long_basis(state, momentum.dtype), tick)
         row = curvature.debias(state["factor_values"][..., None], group["rho"], tick.count) * tick.bias[1] / l
         row = torch.where(row.sum(1, keepdim=True) > 0, row, square.mean(2, keepdim=True))
@@ -192,10 +210,12 @@ class Eigenbasis:
 
     def _refresh(self, state: dict[str, Tensor], tick: Tick) -> None:
         """New bases every ``precond_freq`` steps, and the size of the steps that are taken in them."""
-        long_basis = self._long_basis(state, state["exp_avg"].dtype)
-        momentum = self._momentum(state, long_basis)
-        self._turn(state, momentum, long_basis, tick)
-        self._graft(state, momentum, tick)
+        for rows in _portions(state["exp_avg"].shape):
+            part, now = {name: field[rows] for name, field in state.items()}, tick.part(rows)
+            long_basis = self._long_basis(part, part["exp_avg"].dtype)
+            momentum = self._momentum(part, long_basis)
+            self._turn(part, momentum, long_basis, now)
+            self._graft(part, momentum, now)
 
     def _turn(self, state: dict[str, Tensor], momentum: Tensor, old_long: Tensor, tick: Tick) -> None:
         """(E6) for the long side, an eigendecomposition for the small one; momentum and second moments move along.

@@ -36,6 +36,18 @@ class Tick:
         """Work out weights and bias corrections once for all uses in a step."""
         return cls(step, count, finite, group, *moment_schedule(group["betas"], finite, count))
 
+    def part(self, rows: slice) -> Tick:
+        """The same moment for some of the matrices."""
+        weights, bias = self.weights, self.bias
+        return Tick(
+            self.step,
+            self.count[rows],
+            self.finite[rows],
+            self.group,
+            (weights[0][rows], weights[1][rows]),
+            (bias[0][rows], bias[1][rows]),
+        )
+
 
 def update_finite(state: dict[str, Tensor], fresh: dict[str, Tensor], tick: Tick) -> None:
     """Write ``fresh`` fields into ``state`` in place, but not for matrices whose gradient was not finite in this step."""
