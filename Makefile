@@ -19,11 +19,12 @@ OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 export SCAO_DEMO_MODEL
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-compare demo-inputs test lint clean
+.PHONY: help bench-quick demo demo-compare demo-inputs ext test lint clean
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
 	@echo 'make demo-compare  the same run with AdamW and with SCAO, one table'
+	@echo 'make bench-quick   a reduced sweep against other optimizers: tables and plots, in under 20 minutes'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make test          lint, then the tests with coverage'
 	@echo 'make clean         delete .venv, .cache and runs'
@@ -73,8 +74,26 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Native kernels in the source tree, where this machine can build them.
+ext: $(VENV)/.dev
+	SCAO_BUILD_EXT=auto $(BIN)/python setup.py -q build_ext --inplace
+
+# Everything with the native kernels, then what steps matrices once more in PyTorch alone.
+test: lint ext
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=term
+	OMP_NUM_THREADS=1 SCAO_DISABLE_EXT=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) \
+		tests/test_reference.py tests/test_optimizer.py tests/test_state.py
+
+# What other optimizers need; --no-deps, because torch and numpy are all that they use.
+$(VENV)/.bench: $(VENV)/.demo examples/benchmarks/requirements.txt
+	@echo 'installing the optimizers to compare with'
+	@$(PIP) --no-deps -r examples/benchmarks/requirements.txt
+	@touch $@
+
+bench-quick: $(VENV)/.bench
+	$(OFFLINE) $(BIN)/python examples/benchmarks/sweep.py --task tiny --rank 8 --steps 100 --seeds 0,1 \
+		--optimizers adamw,scao,muon,soap --lrs 4e-3,8e-3,1.6e-2 --out runs/benchmarks/quick.jsonl
+	$(BIN)/python examples/benchmarks/tables.py runs/benchmarks/quick.jsonl --plots runs/benchmarks
 
 clean:
 	rm -rf $(VENV) .cache runs

@@ -67,7 +67,7 @@ class SCAOPlugin(BasePlugin):
         SCAOCallback.attach(trainer)
         trainable = [param for param in trainer.model.parameters() if param.requires_grad]
         own = {name: value for name, value in kwargs.items() if not name.startswith("loraplus_")}
-        state, adamw = SCAO(trainable, **own).memory_report()["total"], sum(8 * param.numel() for param in trainable)
+        state, adamw = SCAO(trainable, **own).memory_report()["peak"], sum(8 * param.numel() for param in trainable)
         LOG.log(
             logging.WARNING if state > 4 * adamw else logging.INFO,
             "optimizer: scao with %s. Its state takes %.1f MiB (AdamW's %.1f MiB) for %d trainable parameters",

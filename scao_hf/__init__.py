@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from scao_hf.ops import backend
 from scao_hf.optimizer import SCAO, create_scao_optimizer
 
 if TYPE_CHECKING:
     from scao_hf.trainer import SCAOCallback, SCAOTrainer, SCAOTrainerMixin
 
 __version__ = "0.1.0"
-__all__ = ["SCAO", "SCAOCallback", "SCAOTrainer", "SCAOTrainerMixin", "__version__", "create_scao_optimizer"]
+__all__ = ["SCAO", "SCAOCallback", "SCAOTrainer", "SCAOTrainerMixin", "__version__", "backend", "create_scao_optimizer"]
 
 _NEED_TRANSFORMERS = ("SCAOCallback", "SCAOTrainer", "SCAOTrainerMixin")
 

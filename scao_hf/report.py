@@ -81,8 +81,17 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
 
 
 def memory_report(groups: Groups) -> dict[str, int]:
-    """Bytes of state by kind (moments, curvature, bases, counters) and in total, in phase 2; allocates nothing."""
+    """Bytes of state by kind (moments, curvature, bases, counters) and in total in phase 2; allocates nothing.
+
+    ``peak`` is the larger of phase 1, which holds AdamW's second moment, and phase 2.
+    """
     sizes: Counter[str] = Counter()
+    before = sum(
+        field.numel() * field.element_size()
+        for group in groups
+        for param in group["params"]
+        for field in expected(param, group, 0).values()
+    )
     for group in groups:
         for param in group["params"]:
             for name, field in expected(param, group, sys.maxsize).items():
@@ -92,4 +101,6 @@ def memory_report(groups: Groups) -> dict[str, int]:
                     else rule_of(group, param.ndim == 2).kind(name.partition(".")[0])
                 )
                 sizes[kind] += field.numel() * field.element_size()
-    return {**sizes, "total": sum(sizes.values()), "parameters": sum(p.numel() for g in groups for p in g["params"])}
+    total = sum(sizes.values())
+    count = sum(param.numel() for group in groups for param in group["params"])
+    return {**sizes, "total": total, "peak": max(before, total), "parameters": count}

@@ -275,7 +275,7 @@ def test_full_fine_tuning_logs_its_state(tiny_llama: Path, tmp_path: Path, caplo
         trainer = build(tiny_llama, tmp_path, adapter=None, lora_target_linear=None)
     optimizer = trainer.create_optimizer()
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
-    total = SCAO(trainer.model.parameters()).memory_report()["total"]
+    total = SCAO(trainer.model.parameters()).memory_report()["peak"]
     assert f"Its state takes {total / 2**20:.1f} MiB" in caplog.text
 
 

@@ -62,7 +62,7 @@ def versions(optimizer: str) -> dict[str, str]:
             found[distribution] = version(distribution)
         except PackageNotFoundError:
             continue
-    if peers.parse(optimizer)[0].startswith("scao"):
+    if peers.PEERS[peers.parse(optimizer)[0]][1] == ("scao-hf",):
         found["scao_hf code"] = code_fingerprint()
         found["scao_hf backend"] = json.dumps({name: kind.partition(":")[0] for name, kind in ops.backend().items()})
     return found

@@ -236,11 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     done, not_run = read(arguments.out)
     noted = {record["unavailable"] for record in not_run}
     code = provenance.code_fingerprint()
-    stale = [
-        name
-        for name, record in done.items()
-        if record["versions"].get("scao_hf code", code) != code and record["cell"]["optimizer"] != "scao-pypi"
-    ]
+    stale = [name for name, record in done.items() if record["versions"].get("scao_hf code", code) != code]
     if arguments.redo_stale:
         for name in stale:
             del done[name]

@@ -124,10 +124,10 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
     words = f"{plan.total / 2**30:.2f} GiB, give or take {_mib(plan.margin)} MiB"
     table.add_row("peak", f"[bold]{_mib(plan.total)}[/]", words)
     console.print(table)
-    state = max(plan.scao["total"], plan.scao["phase_1"])
+    state = plan.scao["peak"]
     more = state - plan.adamw
     console.print(
-        f"Optimizer state: SCAO {_mib(plan.scao['total'])} MiB ({_mib(plan.scao['phase_1'])} MiB in phase 1), AdamW "
+        f"Optimizer state: SCAO {_mib(plan.scao['total'])} MiB ({_mib(state)} MiB at its peak), AdamW "
         f"{_mib(plan.adamw)} MiB: SCAO's peak is {_mib(abs(more))} MiB {'more' if more > 0 else 'less'}."
     )
     without, with_it = plan.peaks["off"].peak, plan.peaks["on"].peak

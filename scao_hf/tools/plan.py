@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scao_hf import state as storage
 from scao_hf.optimizer import SCAO
 from scao_hf.tools import ToolError
 from scao_hf.tools.settings import Settings, load_config
@@ -111,7 +110,6 @@ def make_plan(settings: Settings) -> Plan:
     except (ValueError, TypeError) as error:
         raise ToolError(str(error)) from error
     scao, adamw = optimizer.memory_report(), sum(2 * size_of(param) for _, param in trainable)
-    scao["phase_1"] = _phase_one(optimizer)
     notes = list(settings.notes)
     try:
         flags = {"off": False, "on": True}
@@ -222,12 +220,6 @@ def _unfreeze(model: nn.Module, settings: Settings) -> None:
         raise ToolError(f"lora_modules_to_save names {', '.join(sorted(missing))}, which this model does not have")
 
 
-def _phase_one(optimizer: SCAO) -> int:
-    """Bytes of state before phase 2."""
-    fields = (storage.expected(param, group, 0) for group in optimizer.param_groups for param in group["params"])
-    return sum(size_of(tensor) for entry in fields for tensor in entry.values())
-
-
 def _training_rows(
     settings: Settings, model: nn.Module, trainable: list[tuple[str, nn.Parameter]], scao: dict[str, int]
 ) -> list[Row]:
@@ -241,8 +233,8 @@ def _training_rows(
     rows.append(Row("gradients", size, True))
     kinds = ("moments", "curvature", "bases", "counters")
     rows += [Row(f"SCAO: {kind}", scao[kind], True) for kind in kinds if scao.get(kind)]
-    if scao["phase_1"] > scao["total"]:
-        rows.append(Row("SCAO: what phase 1 needs beyond that", scao["phase_1"] - scao["total"], True))
+    if scao["peak"] > scao["total"]:
+        rows.append(Row("SCAO: what phase 1 needs beyond that", scao["peak"] - scao["total"], True))
     return rows
 
 
