@@ -79,7 +79,7 @@ ext: $(VENV)/.dev
 	SCAO_BUILD_EXT=auto $(BIN)/python setup.py -q build_ext --inplace
 
 # Everything with the native kernels, then what steps matrices once more in PyTorch alone.
-test: lint ext
+test: lint ext $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=term
 	OMP_NUM_THREADS=1 SCAO_DISABLE_EXT=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) \
 		tests/test_reference.py tests/test_optimizer.py tests/test_state.py
@@ -92,8 +92,8 @@ $(VENV)/.bench: $(VENV)/.demo examples/benchmarks/requirements.txt
 
 bench-quick: $(VENV)/.bench
 	$(OFFLINE) $(BIN)/python examples/benchmarks/sweep.py --task tiny --rank 8 --steps 100 --seeds 0,1 \
-		--optimizers adamw,scao,muon,soap --lrs 4e-3,8e-3,1.6e-2 --out runs/benchmarks/quick.jsonl
-	$(BIN)/python examples/benchmarks/tables.py runs/benchmarks/quick.jsonl --plots runs/benchmarks
+		--optimizers adamw,scao,muon,soap --lrs 2e-3,4e-3,8e-3 --out runs/benchmarks/quick.jsonl
+	$(BIN)/python examples/benchmarks/tables.py runs/benchmarks/quick.jsonl --plots runs/benchmarks --compare
 
 clean:
 	rm -rf $(VENV) .cache runs
