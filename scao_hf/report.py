@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf.buckets import Bucket
+from scao_hf.buckets import Bucket, is_matrix
 from scao_hf.rules import rule_of
 from scao_hf.state import Groups, expected
 from scao_hf.update import blend_weight
@@ -34,12 +34,17 @@ def metrics(buckets: list[Bucket]) -> dict[str, float]:
     matrices = [bucket for bucket in buckets if bucket.matrix and bucket.step]
     phase, blend = max((_phase(bucket) for bucket in matrices), default=(0, 0.0))
     figures = {f"scao/{name}": 0.0 for name in METRICS}
-    if matrices:
-        summaries = [rule_of(bucket.group, True).summary(bucket.state, bucket.group) for bucket in matrices]
-        means = [torch.cat([summary[name].double().cpu() for summary in summaries]).mean() for name in METRICS]
-        figures.update(zip(figures, torch.stack(means).tolist(), strict=True))
-    skipped = sum(float(_skipped(bucket).sum()) for bucket in buckets)
-    return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": skipped}
+    if not buckets:
+        return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": 0.0}
+    device = buckets[0].state["taken"].device
+    summaries = [rule_of(bucket.group, True).summary(bucket.state, bucket.group) for bucket in matrices]
+    means = [
+        torch.cat([summary[name].double().to(device) for summary in summaries]).mean() for name in METRICS if summaries
+    ]
+    skipped = torch.stack([_skipped(bucket).double().sum().to(device) for bucket in buckets]).sum()
+    *values, lost = torch.stack([*means, skipped]).tolist()
+    figures.update(zip(figures, values, strict=False))
+    return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": lost}
 
 
 def _skipped(bucket: Bucket) -> Tensor:
@@ -98,7 +103,7 @@ def memory_report(groups: Groups) -> dict[str, int]:
                 kind = (
                     "counters"
                     if name.startswith("taken")
-                    else rule_of(group, param.ndim == 2).kind(name.partition(".")[0])
+                    else rule_of(group, is_matrix(param)).kind(name.partition(".")[0])
                 )
                 sizes[kind] += field.numel() * field.element_size()
     total = sum(sizes.values())
