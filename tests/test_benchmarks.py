@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from scao_hf.rules import eigenbasis
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 
@@ -21,10 +23,11 @@ import data  # noqa: E402
 import models  # noqa: E402
 import peers  # noqa: E402
 import polora  # noqa: E402
-import provenance  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
 import tasks  # noqa: E402
+
+import runs  # noqa: E402
 
 
 class Pair(nn.Module):
@@ -139,7 +142,7 @@ def test_lora_rules_refuse_a_model_without_lora(name: str) -> None:
 def test_options_follow_the_name() -> None:
     assert peers.parse("scao:k_max=8:rule=published") == ("scao", {"k_max": 8, "rule": "published"})
     assert peers.resolved("scao:k_max=8")["k_max"] == 8
-    assert peers.resolved("scao")["k_max"] != 8
+    assert "k_max" not in peers.resolved("scao")
     assert peers.resolved("scao-published")["rule"] == "published"
     assert peers.resolved("loraplus") == {"ratio": 16}
     optimizer = peers.create("scao:k_max=8:warmup_steps=3", Pair(), 1e-3)
@@ -279,7 +282,7 @@ def test_a_sweep_runs_every_cell_once(text_file: Path, tmp_path: Path, capsys: p
     assert made[0]["evals"][-1]["step"] == 4 and made[0]["eval_loss"] == made[0]["evals"][-1]["loss"]
     assert made[0]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
     assert set(made[0]["machine"]) == {"cpu", "threads", "gpu"}
-    assert made[1]["versions"]["scao_hf code"] == provenance.code_fingerprint()
+    assert made[1]["cell"]["options"]["behaviour"] == peers.behaviour("eigenbasis", (("warmup_steps", 1),))
     assert str(tmp_path) not in out.read_text()
 
     assert sweep.main(once) == 0
@@ -301,17 +304,28 @@ def test_a_run_is_reproduced(text_file: Path, tmp_path: Path) -> None:
     assert first["train_loss"] == second["train_loss"] and first["eval_loss"] == second["eval_loss"]
 
 
-def test_results_of_other_code_are_run_again_on_request(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_changed_rule_makes_another_run_and_the_later_one_counts(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.jsonl"
     arguments = command(text_file, out, "--optimizers", "adamw,scao", "--lrs", "1e-3", "--seeds", "0")
     sweep.main(arguments)
-    monkeypatch.setattr(provenance, "code_fingerprint", lambda: "another")
+    monkeypatch.setattr(peers, "behaviour", lambda rule, options: "another")
     sweep.main(arguments)
-    assert len(records(out)) == 2 and "1 of the finished runs are by other scao_hf code" in capsys.readouterr().err
-    sweep.main([*arguments, "--redo-stale"])
     assert [run["cell"]["optimizer"] for run in records(out)] == ["adamw", "scao", "scao"]
+    (setting,) = runs.settings([out])
+    assert [run["cell"]["options"]["behaviour"] for run in setting.runs["scao"]] == ["another"]
+
+
+def test_the_behaviour_of_scao_changes_with_its_equations_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = peers.behaviour("eigenbasis", ())
+    peers.behaviour.cache_clear()
+    assert peers.behaviour("eigenbasis", ()) == usual
+    assert peers.behaviour("eigenbasis", (("k_max", 4),)) != usual
+    peers.behaviour.cache_clear()
+    monkeypatch.setattr(eigenbasis, "MOST_GAIN", 1.5)
+    assert peers.behaviour("eigenbasis", ()) != usual
+    peers.behaviour.cache_clear()
 
 
 def test_everything_that_defines_a_run_is_in_its_key(text_file: Path) -> None:

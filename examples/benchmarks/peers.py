@@ -7,6 +7,8 @@ A peer whose package is absent, or that does not run here, is ``Unavailable`` wi
 from __future__ import annotations
 
 import ast
+import functools
+import hashlib
 import importlib
 import importlib.metadata
 import inspect
@@ -20,7 +22,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scao_hf import SCAO
-from scao_hf import options as scao_options
 
 Builder = Callable[..., Optimizer]
 
@@ -200,14 +201,47 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+@functools.cache
+def behaviour(rule: str, options: tuple[tuple[str, Any], ...]) -> str:
+    """A fingerprint of what SCAO does with some options, to see which rule a result belongs to.
+
+    It is the trajectory of a small problem in float64 PyTorch code, through both phases, rounded far above rounding
+    errors: code that computes the same thing in another way keeps it, a changed equation or default does not.
+
+    Args:
+        rule: SCAO's rule.
+        options: other keyword arguments of ``SCAO``, as pairs.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    params = [nn.Parameter(draw(*shape)) for shape in ((8, 40), (40, 8), (6, 24), (6, 24), (6, 24), (12,))]
+    targets, scales = [draw(*param.shape) for param in params], [draw(*param.shape).exp() for param in params]
+    optimizer = SCAO(params, lr=1e-2, weight_decay=0.01, rule=rule, **dict(options))
+    digest = hashlib.sha256()
+    for _ in range(45):
+        for param, target, scale in zip(params, targets, scales, strict=True):
+            param.grad = (param.detach() - target + 0.3 * draw(*param.shape)) * scale
+        optimizer.step()
+        digest.update(" ".join(f"{float(param.norm()):.6e}" for param in params).encode())
+    return digest.hexdigest()[:12]
+
+
 def resolved(spec: str) -> dict[str, Any]:
-    """The options that a spec stands for, today's defaults of SCAO included: a changed default makes another run."""
+    """The options that a spec stands for. SCAO's name what it does with them: a changed rule makes another run.
+
+    Raises:
+        ValueError: an unknown optimizer, or an option or value that SCAO does not have.
+    """
     name, options = parse(spec)
     if name in ("scao", "scao-published"):
-        rule = "published" if name == "scao-published" else options.get("rule", "eigenbasis")
-        passed = {key: value for key, value in options.items() if key not in ("rule", "eps")}
-        full = scao_options.resolve(rule, passed)
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in full.items()}
+        rule = "published" if name == "scao-published" else options.pop("rule", "eigenbasis")
+        try:
+            return {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())))}
+        except TypeError as error:
+            raise ValueError(f"{spec!r}: {error}") from error
     defaults = {
         key: parameter.default
         for key, parameter in inspect.signature(PEERS[name][0]).parameters.items()

@@ -28,9 +28,10 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What a README calls it: task, rank, schedule and steps."""
+        """What a README calls it: task, rank, batch if it is not the usual one, schedule and steps."""
         rank = f"-r{self.cell['rank']}" if "rank" in self.cell else ""
-        return f"{self.cell['task']}{rank}-{self.cell['schedule']}-{self.steps}"
+        batch = "" if self.cell["batch"] == sweep.BATCH[self.cell["task"]] else f"-b{self.cell['batch']}"
+        return f"{self.cell['task']}{rank}{batch}-{self.cell['schedule']}-{self.steps}"
 
     def at(self, optimizer: str, steps: int | None = None) -> dict[float, dict[int, Record]]:
         """An optimizer's runs of one length, by learning rate and seed."""
@@ -44,8 +45,8 @@ class Setting:
 def settings(paths: Iterable[Path]) -> list[Setting]:
     """Sort the runs of result files into settings.
 
-    Of an optimizer whose options stand for different values in different runs (a default has changed), the values of
-    the run that comes last count.
+    Of an optimizer whose options stand for different values in different runs (a default or SCAO's rule has changed),
+    the values of the run that comes last count.
     """
     groups: dict[str, list[Record]] = defaultdict(list)
     unavailable: dict[str, dict[str, str]] = defaultdict(dict)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 WARMUP = 10
 CLIP = 1.0
+BATCH = {"qlora": 4, "tiny": 4, "gpt": 16}  # rows per step unless --batch is given
 # Parts of a run after which the held-out loss is taken; at 1/1.4 an optimizer that is 1.4 times as fast would be done.
 EVAL_AT = {
     "qlora": (0.5, 1 / 1.4, 1.0),
@@ -207,7 +208,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", help="a .jsonl or text file, or a hub name (default: the demo's docstrings)")
     parser.add_argument("--out", type=Path, required=True, help="result file, added to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
-    parser.add_argument("--redo-stale", action="store_true", help="run again what other scao_hf code has run")
     arguments = parser.parse_args(argv)
     if arguments.steps < 2:
         parser.error(f"--steps {arguments.steps} must be at least 2")
@@ -223,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run what is missing."""
     arguments = parse(argv)
     started = time.monotonic()
-    batch = arguments.batch or {"qlora": 4, "tiny": 4, "gpt": 16}[arguments.task]
+    batch = arguments.batch or BATCH[arguments.task]
     try:
         source = data.load(arguments.data)
         task = tasks.build(arguments.task, source, arguments.rank, batch, arguments.max_tokens)
@@ -235,15 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     wanted = list(cells(task.definition, arguments))
     done, not_run = read(arguments.out)
     noted = {record["unavailable"] for record in not_run}
-    code = provenance.code_fingerprint()
-    stale = [name for name, record in done.items() if record["versions"].get("scao_hf code", code) != code]
-    if arguments.redo_stale:
-        for name in stale:
-            del done[name]
     missing = [cell for cell in wanted if key(cell) not in done]
-    out_of_date = sum(key(cell) in stale for cell in wanted)
-    if out_of_date and not arguments.redo_stale:
-        print(f"{out_of_date} of the finished runs are by other scao_hf code: see --redo-stale", file=sys.stderr)
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} finished before", file=sys.stderr)
     unavailable: dict[str, str] = {}
     with tqdm(total=len(missing) * arguments.steps, unit="step", smoothing=0.05) as bar:

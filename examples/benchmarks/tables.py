@@ -123,10 +123,6 @@ def table(setting: Setting) -> str:
     rows = [row for _, row in sorted(lines, key=lambda line: line[0])]
     out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
     notes = [f"Not run: `{name}`: {reason}." for name, reason in sorted(setting.unavailable.items())]
-    for optimizer in setting.runs:
-        codes = {r["versions"].get("scao_hf code") for seeds in setting.at(optimizer).values() for r in seeds.values()}
-        if len(codes) > 1:
-            notes.append(f"`{optimizer}`: runs of {len(codes)} versions of the code, to be repeated with --redo-stale.")
     return "\n".join([*out, "", caption(setting), *(["", *notes] if notes else [])]) + "\n"
 
 
