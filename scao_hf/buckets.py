@@ -7,7 +7,8 @@ tensor operations, so the number of operations depends on the number of distinct
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -90,6 +91,8 @@ class Bucket:
         members: what is stacked, in order.
         state: the stacked state, one tensor of leading size ``len(members)`` per field.
         native: whether native kernels can step it.
+        turns: how many entries of the group's matrices come before each member (``turns_of``), rising.
+        cycle: how many entries the group's matrices have.
     """
 
     group: dict[str, Any]
@@ -99,6 +102,8 @@ class Bucket:
     members: list[Member] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
     native: bool = False
+    turns: list[int] = field(default_factory=list)
+    cycle: int = 1
 
     @property
     def matrix(self) -> bool:
@@ -121,6 +126,19 @@ class Bucket:
                 params.append(block.part(param) if block else param)
                 grads.append(block.part(param.grad) if block else param.grad.contiguous())
         return params, grads
+
+    def due(self, step: int, start: int) -> slice:
+        """(S1) The members whose turn it is to be refreshed at ``step``, phase 1 having ended at ``start``.
+
+        Each has a slot, ``precond_freq * turns // cycle``, and is refreshed at the steps with ``(step - start) %
+        precond_freq == slot``: every step refreshes about as many entries, in one run of each stack.
+        """
+        if step <= start:
+            return slice(0, 0)
+        period = self.group["precond_freq"]
+        slot = (step - start) % period
+        first, last = (-(-part * self.cycle // period) for part in (slot, slot + 1))
+        return slice(bisect_left(self.turns, first), bisect_left(self.turns, last))
 
     def decay(self, factors: Tensor) -> None:
         """Multiply each member's parameter by its factor, ``[N, 1, 1]``."""
@@ -150,6 +168,27 @@ def members_of(param: Tensor, max_dim: int, split_long_side: bool) -> list[tuple
     blocks = blocks_of(param.shape, max_dim, split_long_side)
     suffixes = [""] if len(blocks) == 1 else [f".{index}" for index in range(len(blocks))]
     return [(block.shape, Member(param, suffix, block)) for block, suffix in zip(blocks, suffixes, strict=True)]
+
+
+def turns_of(members: Iterable[tuple[tuple[int, int], Member]]) -> tuple[dict[tuple[int, str], int], int]:
+    """In which order the matrices of a group take turns: shape by shape, each in the order of the parameters.
+
+    Args:
+        members: the blocks of all parameters of the group, whether or not they have a gradient now.
+
+    Returns:
+        How many entries come before a block, by the parameter's id and the block's suffix; how many there are in all.
+    """
+    shapes: dict[tuple[int, int], list[Member]] = {}
+    for shape, member in members:
+        if member.block is not None:
+            shapes.setdefault(shape, []).append(member)
+    turns, before = {}, 0
+    for (r, l), alike in shapes.items():
+        for member in alike:
+            turns[id(member.param), member.suffix] = before
+            before += r * l
+    return turns, before
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:

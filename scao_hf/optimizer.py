@@ -167,10 +167,11 @@ class SCAO(Optimizer):
     def _step_bucket(self, bucket: Bucket) -> None:
         """One step of one bucket: moments and curvature, direction, decay, write-back."""
         group, rule = bucket.group, rule_of(bucket.group, bucket.matrix)
+        due = bucket.due(bucket.step + 1, rule.start(group))
         # A learning rate on a device would have to be waited for.
         if bucket.native and not (isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"):
             params, parts = bucket.parts()
-            if rule.fused(bucket.state, params, parts, bucket.step + 1, group):
+            if rule.fused(bucket.state, params, parts, bucket.step + 1, group, due):
                 bucket.step += 1
                 torch.autograd.graph.increment_version(params)
                 storage.publish(bucket, self.state)
@@ -178,7 +179,7 @@ class SCAO(Optimizer):
         grads, finite = sanitize(bucket.gradients())
         bucket.step += 1
         bucket.state["taken"] += finite[:, 0, 0]
-        tick = Tick.of(bucket.step, bucket.state["taken"][:, None, None], finite, group)
+        tick = Tick.of(bucket.step, bucket.state["taken"][:, None, None], finite, group, due)
         direction = rule.step(bucket.state, grads, tick)
         lr, decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):

@@ -62,7 +62,7 @@ OPTIONS: dict[str, Option] = {
     "warmup_steps": Option(int, "steps of plain AdamW before phase 2", low=0),
     "blend_steps": Option(int, "length of the ramp from the AdamW step to the curvature step", low=0),
     "min_precond_updates": Option(int, "refreshes of the curvature basis required before phase 2", low=1),
-    "precond_freq": Option(int, "steps between two refreshes of the curvature basis", low=1),
+    "precond_freq": Option(int, "steps between two refreshes of a matrix's curvature basis", low=1),
     "rho": Option(float, "EMA decay of the curvature per step", low=0, high=1, open_high=True),
     "epsilon_sparse": Option(
         float, "spectral mass that the truncated basis may leave out", low=0, high=1, open_high=True

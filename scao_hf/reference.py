@@ -76,13 +76,14 @@ def published(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> lis
     return trajectory
 
 
-def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> list[Tensor]:
+def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot: int = 0) -> list[Tensor]:
     """SCAO's rule on one matrix ``[r, l]`` with r <= l, momentum kept whole and in the weight's own coordinates.
 
     Args:
         weight: ``[r, l]``.
         grads: one ``[r, l]`` gradient a step.
         o: every option by name, with lr, betas, eps and weight_decay.
+        slot: (S1) when in each interval of ``precond_freq`` steps the matrix is refreshed; 0 for a matrix alone.
     """
     w, (r, l) = weight.double().clone(), weight.shape
     b1, b2 = o["betas"]
@@ -91,7 +92,6 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
     factor = torch.zeros(r, r).double()
     q = torch.eye(r).double()
     start = max(o["warmup_steps"], o["min_precond_updates"] * o["precond_freq"])
-    decay = o["rho"] ** o["precond_freq"]
     u, spectrum, tail = torch.zeros(l, k).double(), torch.zeros(k).double(), 0.0
     used = u
     row = col = inside_sq = torch.zeros(1).double()
@@ -124,7 +124,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
             direction = (momentum / (1 - b1**step)) / ((square / (1 - b2**step)).sqrt() + o["eps"])
             if step == start:
                 values, q = _eigh_falling(factor)
-                u, spectrum, tail = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
+                u, spectrum, tail = _sketch(u, spectrum, momentum / (1 - b1**step), decay=1.0)
                 kept = _mask(spectrum, tail, o)
                 used = u * kept
                 share, rest = _shares(spectrum, tail, kept)
@@ -150,9 +150,10 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
             if blend < 1:
                 plain = (momentum / bias1) / (plain_square(step).sqrt() + o["eps"])
                 direction = blend * direction + (1 - blend) * plain
-        if step > start and (step - start) % o["precond_freq"] == 0:
+        if step > start and (step - start) % o["precond_freq"] == slot:
             # The new bases hold from the next step on.
             values, q_new = _eigh_falling(factor)
+            decay = o["rho"] ** min(o["precond_freq"], step - start)
             u_new, spectrum, lost = _sketch(u, spectrum, momentum / (1 - b1**step), decay)
             tail = decay * tail + lost
             kept = _mask(spectrum, tail, o)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import ops, options
-from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of
+from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of, turns_of
 from scao_hf.rules import rule_of
 
 #: Version of the state's layout, kept in every parameter group.
@@ -38,6 +38,7 @@ def build_buckets(groups: Groups, state: State, include: Callable[[Tensor], bool
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
     for index, group in enumerate(groups):
+        turns, cycle = turns_of(entry for param in group["params"] for entry in _members(param, group))
         for param in group["params"]:
             if not include(param):
                 continue
@@ -51,8 +52,9 @@ def build_buckets(groups: Groups, state: State, include: Callable[[Tensor], bool
             dtype = arithmetic_dtype(param)
             for shape, member in _members(param, group):
                 key = (index, shape, dtype, param.dtype, param.device, step, member.block is None)
-                bucket = buckets.setdefault(key, Bucket(group, shape, step, dtype))
+                bucket = buckets.setdefault(key, Bucket(group, shape, step, dtype, cycle=cycle))
                 bucket.members.append(member)
+                bucket.turns.append(turns.get((id(param), member.suffix), 0))
     for bucket in buckets.values():
         bucket.native = ops.supports([member.param for member in bucket.members], bucket.shape, bucket.matrix)
         bucket.state = _stacked(bucket, state) if bucket.step else create(bucket, bucket.members[0].param.device)

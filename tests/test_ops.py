@@ -287,7 +287,8 @@ def test_the_optimizer_steps_the_same_with_and_without(rule: str, int8: bool, mo
         assert used == ({"adamw_step_"} if int8 else {"adamw_step_", "eigenbasis_step_"})
         assert not calls
         for a, b in zip(fast, slow, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+            # A difference in the last bit can move an int8 code by one.
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if int8 else 2e-5)
     else:
         assert used == ({"adamw_step_", "int8_ema_"} if int8 else {"adamw_step_"})
 

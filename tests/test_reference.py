@@ -63,6 +63,25 @@ def test_fast_path_follows_the_reference(rule: str, shape: tuple[int, int], extr
         torch.testing.assert_close(a, b.T if tall else b, rtol=1e-6, atol=1e-8, msg=lambda m, s=step: f"step {s}: {m}")
 
 
+def test_matrices_that_take_turns_follow_the_reference() -> None:
+    """(S1) Seven matrices in three slots: each refreshed in its own step, the first time after fewer of them."""
+    shapes = [(5, 12), (12, 5), (4, 9), (5, 12), (5, 12), (4, 9), (5, 12)]
+    slots = [0, 0, 2, 0, 1, 2, 1]  # 3 * before // 372: 5 x 12 first (0, 60, 120, 180, 240), then 4 x 9 (300, 336)
+    weights = [gradients(shape, 1, seed=7 + index)[0] for index, shape in enumerate(shapes)]
+    grads = [gradients(shape, 30, seed=index) for index, shape in enumerate(shapes)]
+    params = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    optimizer = SCAO(params, lr=0.01, **OPTIONS)
+    full = {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.01, **options.resolve("eigenbasis", OPTIONS)}
+    for step in range(30):
+        for param, mine in zip(params, grads, strict=True):
+            param.grad = mine[step].clone()
+        optimizer.step()
+    for param, weight, mine, slot in zip(params, weights, grads, slots, strict=True):
+        tall = weight.shape[0] > weight.shape[1]
+        slow = reference.eigenbasis(weight.T if tall else weight, [g.T for g in mine] if tall else mine, full, slot)[-1]
+        torch.testing.assert_close(param.detach(), slow.T if tall else slow, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("rule", options.RULES)
 def test_float32_stays_near_the_reference(rule: str) -> None:
     weight, grads = gradients((6, 48), 1, seed=7)[0], gradients((6, 48), 30)

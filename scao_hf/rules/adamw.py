@@ -36,7 +36,13 @@ class AdamW:
         return adam_direction(state["exp_avg"], state["exp_avg_sq"], tick.bias, tick.group["eps"])
 
     def fused(
-        self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
+        self,
+        state: dict[str, Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        step: int,
+        group: dict[str, Any],
+        due: slice,
     ) -> bool:
         """Where there is a kernel."""
         if not ops.has("adamw_step_", state["exp_avg"].device):

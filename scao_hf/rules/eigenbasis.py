@@ -93,7 +93,7 @@ class Eigenbasis:
         }
 
     def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
-        """Phase 1: (E1) and AdamW. Phase 2: (E1), (U11), the ramp (U9), and at the end of the step a refresh when due."""
+        """Phase 1: (E1) and AdamW. Phase 2: (E1), (U11), the ramp (U9), and then the refreshes that are due."""
         group = tick.group
         start = self.start(group)
         curvature.accumulate(state["factor"], grads @ grads.mT, (1 - group["rho"]) * tick.finite)
@@ -105,12 +105,18 @@ class Eigenbasis:
             return direction
         blend = blend_weight(tick.step, start, group["blend_steps"])
         direction, plain = self._directions(state, grads, tick, blend)
-        if (tick.step - start) % group["precond_freq"] == 0:
+        if tick.due.start < tick.due.stop:
             self._refresh(state, tick)
         return direction if plain is None else mix(plain, direction, blend)
 
     def fused(
-        self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
+        self,
+        state: dict[str, Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        step: int,
+        group: dict[str, Any],
+        due: slice,
     ) -> bool:
         """Phase 1, and phase 2 once the ramp is over, unless an option asks for what the kernel does not do."""
         start = self.start(group)
@@ -124,14 +130,14 @@ class Eigenbasis:
             able = able and ops.has("eigenbasis_step_", device, state["mask"].shape[-1])
         if not able:
             return False
-        refresh = since >= 0 and since % group["precond_freq"] == 0
+        refresh = since == 0 or due.start < due.stop
         before = state["taken"].clone() if refresh else state["taken"]
         if since <= 0:
             ops.adamw_step_(params, grads, *(state[name] for name in PHASE_ONE), state["taken"], *ops.numbers(group))
         else:
             ops.eigenbasis_step_(params, grads, *(state[name] for name in FUSED), *ops.numbers(group))
         if refresh:
-            tick = Tick.of(step, state["taken"][:, None, None], (state["taken"] - before)[:, None, None], group)
+            tick = Tick.of(step, state["taken"][:, None, None], (state["taken"] - before)[:, None, None], group, due)
             (self._refresh if since else self._enter)(state, tick)
         return True
 
@@ -209,9 +215,11 @@ class Eigenbasis:
         self._graft(state, momentum, tick)
 
     def _refresh(self, state: dict[str, Tensor], tick: Tick) -> None:
-        """New bases every ``precond_freq`` steps, and the size of the steps that are taken in them."""
-        for rows in _portions(state["exp_avg"].shape):
-            part, now = {name: field[rows] for name, field in state.items()}, tick.part(rows)
+        """New bases for the matrices that are due, and the size of the steps that are taken in them."""
+        due = {name: field[tick.due] for name, field in state.items()}
+        moment = tick.part(tick.due)
+        for rows in _portions(due["exp_avg"].shape):
+            part, now = {name: field[rows] for name, field in due.items()}, moment.part(rows)
             long_basis = self._long_basis(part, part["exp_avg"].dtype)
             momentum = self._momentum(part, long_basis)
             self._turn(part, momentum, long_basis, now)
@@ -227,7 +235,8 @@ class Eigenbasis:
         k = state["long_values"].shape[-1]
         decomposition = curvature.eigh(state["factor"], torch.zeros_like(state["gain"]))
         factor_values, basis = (state["factor_values"], old_basis) if decomposition is None else decomposition
-        decay = group["rho"] ** group["precond_freq"]
+        # Matrices take turns (S1), so that the first refresh comes after fewer steps than the others.
+        decay = group["rho"] ** min(group["precond_freq"], tick.step - self.start(group))
         found = curvature.sketch(old_long, state["long_values"], momentum / tick.bias[0], decay)
         if found is None:
             found = old_long, state["long_values"], torch.zeros_like(state["long_tail"])

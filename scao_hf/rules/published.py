@@ -1,4 +1,7 @@
-"""The published rule: precondition the gradient by L^-1/4 and R^-1/4, then AdamW. Kept as the reference to beat."""
+"""The published rule: precondition the gradient by L^-1/4 and R^-1/4, then AdamW. Kept as the reference to beat.
+
+As published, all matrices are refreshed in the same step: (S1) does not apply.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,13 @@ class Published:
         return adam_direction(state["exp_avg"], state["exp_avg_sq"], tick.bias, group["eps"])
 
     def fused(
-        self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
+        self,
+        state: dict[str, Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        step: int,
+        group: dict[str, Any],
+        due: slice,
     ) -> bool:
         """Never: the reference rule is left to PyTorch."""
         return False

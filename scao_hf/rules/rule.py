@@ -20,6 +20,7 @@ class Tick:
         count: finite gradients seen by each matrix so far.
         finite: 1 or 0: whether this step's gradient was finite.
         group: the parameter group with every option.
+        due: the matrices whose turn it is to be refreshed, none in phase 1 (``Bucket.due``).
         weights: ``(1 - beta) finite`` for the two moments: what this gradient counts in each.
         bias: ``1 - beta^count`` for the two moments, never zero (U5).
     """
@@ -28,13 +29,14 @@ class Tick:
     count: Tensor
     finite: Tensor
     group: dict[str, Any]
+    due: slice
     weights: tuple[Tensor, Tensor]
     bias: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, step: int, count: Tensor, finite: Tensor, group: dict[str, Any]) -> Tick:
+    def of(cls, step: int, count: Tensor, finite: Tensor, group: dict[str, Any], due: slice) -> Tick:
         """Work out weights and bias corrections once for all uses in a step."""
-        return cls(step, count, finite, group, *moment_schedule(group["betas"], finite, count))
+        return cls(step, count, finite, group, due, *moment_schedule(group["betas"], finite, count))
 
     def part(self, rows: slice) -> Tick:
         """The same moment for some of the matrices."""
@@ -44,6 +46,7 @@ class Tick:
             self.count[rows],
             self.finite[rows],
             self.group,
+            self.due,
             (weights[0][rows], weights[1][rows]),
             (bias[0][rows], bias[1][rows]),
         )
@@ -79,7 +82,13 @@ class Rule(Protocol):
         ...
 
     def fused(
-        self, state: dict[str, Tensor], params: list[Tensor], grads: list[Tensor], step: int, group: dict[str, Any]
+        self,
+        state: dict[str, Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        step: int,
+        group: dict[str, Any],
+        due: slice,
     ) -> bool:
         """Take the whole step natively, skipping, decay and parameters included; False, nothing changed, if ``step`` must.
 
@@ -87,6 +96,7 @@ class Rule(Protocol):
             state: as for ``step``; ``taken`` is counted up here.
             params, grads: as stored, ``[r, l]`` or ``[l, r]`` each.
             step: steps taken, this one included.
+            due: as in ``Tick``.
         """
         ...
 
