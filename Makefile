@@ -14,19 +14,26 @@ BIN := $(VENV)/bin
 # -qq hides pip's progress and warnings; errors are still printed.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 DEMO_YAML := examples/axolotl/smollm2-135m-qlora-cpu.yml
+DEMO_HELD_OUT := test_datasets=[{path: .cache/demo/docstrings_eval.jsonl, ds_type: json, split: train, \
+	type: chat_template, field_messages: messages}]
 OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 
 export SCAO_DEMO_MODEL
 
 .DELETE_ON_ERROR:
-.PHONY: help bench-quick demo demo-compare demo-inputs ext test lint clean
+.PHONY: help bench-costs bench-quick demo demo-compare demo-inputs docs ext gpu survival test test-long lint clean
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
 	@echo 'make demo-compare  the same run with AdamW and with SCAO, one table'
 	@echo 'make bench-quick   a reduced sweep against other optimizers: tables and plots, in under 20 minutes'
+	@echo 'make bench-costs   step times and memory, into the committed tables: half an hour on an idle machine'
+	@echo 'make gpu           on a machine with a GPU: every CUDA kernel checked, step times, QLoRA runs, one record'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make test          lint, then the tests with coverage'
+	@echo 'make survival      every fault on SCAO and on the other optimizers: docs/survival.md'
+	@echo 'make test-long     the tests that take minutes: several processes, faults, long runs'
+	@echo 'make docs          the documentation as HTML in runs/site, warnings being errors'
 	@echo 'make clean         delete .venv, .cache and runs'
 
 $(VENV)/.made:
@@ -67,7 +74,7 @@ demo: demo-inputs
 	@$(BIN)/python examples/demo/plot.py runs/demo
 
 demo-compare: demo-inputs
-	@$(OFFLINE) $(BIN)/python examples/demo/compare.py $(DEMO_YAML)
+	@$(OFFLINE) $(BIN)/python -m scao_hf compare $(DEMO_YAML) --steps 80 --out runs/compare --set '$(DEMO_HELD_OUT)'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -84,16 +91,41 @@ test: lint ext $(VENV)/.bench
 	OMP_NUM_THREADS=1 SCAO_DISABLE_EXT=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) \
 		tests/test_reference.py tests/test_optimizer.py tests/test_state.py
 
+# One at a time: these start processes of their own.
+test-long: ext $(VENV)/.bench
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m long -v --durations=0
+
 # What other optimizers need; --no-deps, because torch and numpy are all that they use.
 $(VENV)/.bench: $(VENV)/.demo examples/benchmarks/requirements.txt
 	@echo 'installing the optimizers to compare with'
 	@$(PIP) --no-deps -r examples/benchmarks/requirements.txt
 	@touch $@
 
+# Every fault on every optimizer, then the pages; it fails where SCAO does not survive.
+survival: $(VENV)/.bench ext
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python examples/benchmarks/survival.py --out examples/benchmarks/results/survival.jsonl
+	$(BIN)/python examples/benchmarks/tables.py --write > /dev/null
+
 bench-quick: $(VENV)/.bench
 	$(OFFLINE) $(BIN)/python examples/benchmarks/sweep.py --task tiny --rank 8 --steps 100 --seeds 0,1 \
 		--optimizers adamw,scao,muon,soap --lrs 2e-3,4e-3,8e-3 --out runs/benchmarks/quick.jsonl
 	$(BIN)/python examples/benchmarks/tables.py runs/benchmarks/quick.jsonl --plots runs/benchmarks --compare
+
+bench-costs: $(VENV)/.bench ext
+	$(OFFLINE) $(BIN)/python examples/benchmarks/speed.py --redo-stale
+	$(OFFLINE) $(BIN)/python examples/benchmarks/memory.py --redo-stale
+	@mkdir -p runs/benchmarks
+	$(BIN)/python examples/benchmarks/tables.py --write --plots runs/benchmarks > runs/benchmarks/tables.md
+
+# The check comes first: building takes minutes and needs nvcc.
+gpu: $(VENV)/.bench
+	@$(BIN)/python examples/benchmarks/gpu.py --check
+	SCAO_BUILD_EXT=cuda $(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python examples/benchmarks/gpu.py --redo-stale
+
+docs: $(VENV)/.dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo 'documentation: runs/site/index.html'
 
 clean:
 	rm -rf $(VENV) .cache runs

@@ -21,6 +21,7 @@ CHOICES = ("0", "cpu", "cuda", "auto")
 CSRC = Path("csrc")
 TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the oldest whose stable ABI has what the kernels use
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")
+CPU_SOURCES = ("cpu_adamw", "cpu_eigenbasis", "cpu_refresh", "cpu_int8", "cpu_kernels")
 CPU_LEVELS = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
 
 
@@ -126,10 +127,12 @@ def build_cpu(target: Path, folder: Path) -> None:
         "-fvisibility=hidden",
     ]
     levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": None}
-    objects = [folder / f"kernels_{name}.o" for name in levels]
-    for (name, march), out in zip(levels.items(), objects, strict=True):
+    objects = []
+    for name, march in levels.items():
         options = [f"-march={march}"] if march else []
-        call(compiler(), *flags, *options, f"-DSCAO_ISA={name}", "-c", CSRC / "cpu_kernels.cpp", "-o", out)
+        for source in CPU_SOURCES:
+            objects.append(folder / f"{source}_{name}.o")
+            call(compiler(), *flags, *options, f"-DSCAO_ISA={name}", "-c", CSRC / f"{source}.cpp", "-o", objects[-1])
     define = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
     call(compiler(), *flags, define, "-isystem", include, "-shared", CSRC / "cpu.cpp", *objects, "-o", target,
          f"-L{lib}", "-ltorch_cpu")  # fmt: skip

@@ -8,7 +8,7 @@ from axolotl.utils.logging import get_logger
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, create_model, model_validator
 
 from axolotl_plugin.rules import check_config, check_sizes
-from axolotl_plugin.values import PREFIX, Findings, read_raw
+from axolotl_plugin.values import PREFIX, SWITCHES, Findings, read_raw
 from scao_hf.options import OPTIONS
 
 LOG = get_logger(__name__)
@@ -54,6 +54,8 @@ def _field(name: str) -> tuple[Any, Any]:
 
 
 _FIELDS: dict[str, Any] = {PREFIX + name: _field(name) for name in OPTIONS}
+for _name, _option in SWITCHES.items():
+    _FIELDS[PREFIX + _name] = (_option.kind | None, Field(default=None, description=f"{_option.doc}; {_option.valid}"))
 
 SCAOArgs = create_model("SCAOArgs", __base__=SCAOConfigRules, __module__=__name__, **_FIELDS)
 SCAOArgs.__doc__ = "The flat, optional ``scao_*`` fields of an Axolotl config; None means not passed."

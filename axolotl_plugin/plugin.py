@@ -18,7 +18,7 @@ LOG = get_logger(__name__)
 
 
 class SCAOPlugin(BasePlugin):
-    """``optimizer: scao``. Every hook is a no-op for another optimizer."""
+    """``optimizer: scao``, and ``scao_fuse_moe: true`` with any optimizer. Else every hook is a no-op."""
 
     def register(self, cfg: dict[str, Any]) -> None:
         """Check that the optimizer can be imported, before anything slow happens.
@@ -45,16 +45,22 @@ class SCAOPlugin(BasePlugin):
         return {"optim": "adamw_torch", "optim_args": None}
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
-        """Hand SCAO and its options to the trainer that Axolotl has built.
+        """Hand SCAO and its options to the trainer that Axolotl has built, and fuse LoRA on experts if that is asked for.
 
         Raises:
-            ValueError: the run, whose length and precision are known only now, breaks a rule of the validation.
+            ValueError: the run, whose length and precision are known only now, breaks a rule of the validation; or there
+                is nothing to fuse.
         """
+        if cfg.scao_fuse_moe:
+            from scao_hf.moe import fuse_moe_lora
+
+            LOG.info("scao_fuse_moe: fused the LoRA of %d expert modules", len(fuse_moe_lora(trainer.model)))
         if cfg.optimizer != "scao":
             return
         from axolotl_plugin.rules import check_run, optimizer_kwargs
         from axolotl_plugin.values import Findings
         from scao_hf import SCAO
+        from scao_hf.experts import find_experts
         from scao_hf.trainer import SCAOCallback, refuse_parallelism
 
         refuse_parallelism(trainer)
@@ -62,6 +68,10 @@ class SCAOPlugin(BasePlugin):
         findings = Findings()
         check_run(cfg.get, trainer.args, kwargs, findings)
         findings.report(LOG)
+        told = ", ".join(f"{name}={value}" for name, value in kwargs.items())
+        if experts := find_experts(trainer.model):
+            kwargs["experts"] = experts
+            told += f", expert by expert in {len(experts)} packed LoRA factors"
         trainer.optimizer_cls_and_kwargs = (SCAO, kwargs)
         trainer.args.optim = "scao"
         SCAOCallback.attach(trainer)
@@ -71,7 +81,7 @@ class SCAOPlugin(BasePlugin):
         LOG.log(
             logging.WARNING if state > 4 * adamw else logging.INFO,
             "optimizer: scao with %s. Its state takes %.1f MiB (AdamW's %.1f MiB) for %d trainable parameters",
-            ", ".join(f"{name}={value}" for name, value in kwargs.items()),
+            told,
             state / 2**20,
             adamw / 2**20,
             sum(param.numel() for param in trainable),

@@ -21,6 +21,8 @@ ON_POLICY = ("grpo", "gdpo", "ebft")
 
 ONE_GPU = "train in one process on one GPU (QLoRA makes the model fit), or use optimizer: adamw_torch"
 
+WHOLE_MATRICES = "remove it and train with DDP, or with FSDP2 (fsdp_version: 2), which keeps the shapes of the matrices"
+
 Get = Callable[[str], Any]
 
 
@@ -39,6 +41,7 @@ def check_config(get: Get, findings: Findings) -> None:
         get: the config's value by key, None where it has none.
         findings: where errors and warnings go.
     """
+    _check_experts(get, findings)
     if get("optimizer") != "scao":
         return
     options = _merged_options(get, findings.errors)
@@ -115,21 +118,39 @@ def _check_torch_options(get: Get, findings: Findings) -> None:
 
 
 def _check_parallelism(get: Get, findings: Findings) -> None:
-    unproved = f"not proved to give the result of one process yet, so it is refused for now; {ONE_GPU}"
+    """DDP and FSDP2 give the result of one process; what leaves no matrix whole is refused."""
     if get("deepspeed"):
         findings.errors.append(
-            f"deepspeed: {get('deepspeed')}: ZeRO flattens the matrices that SCAO needs whole; remove it, {ONE_GPU}"
+            f"deepspeed: {get('deepspeed')}: ZeRO flattens the matrices that SCAO needs whole; {WHOLE_MATRICES}"
         )
-    if get("fsdp") or get("fsdp_config"):
-        version = get("fsdp_version") or getattr(get("fsdp_config"), "fsdp_version", None) or 1
-        if str(version) == "2":
-            findings.errors.append(f"fsdp_config with fsdp_version: 2: {unproved}")
-        else:
-            findings.errors.append(
-                f"fsdp_config: FSDP1 flattens the matrices that SCAO needs whole; remove it, {ONE_GPU}"
-            )
-    elif get("ddp") or (getattr(get("capabilities"), "n_gpu", None) or 1) > 1:
-        findings.errors.append(f"more than one process (DDP): {unproved}; for one process: CUDA_VISIBLE_DEVICES=0")
+    if not (get("fsdp") or get("fsdp_config")):
+        return
+    config = get("fsdp_config")
+    version = get("fsdp_version") or getattr(config, "fsdp_version", None) or 1
+    if str(version) != "2":
+        findings.errors.append(f"fsdp_config: FSDP1 flattens the matrices that SCAO needs whole; {WHOLE_MATRICES}")
+    elif getattr(config, "offload_params", None):
+        findings.errors.append(
+            "fsdp_config.offload_params: true keeps the shards in the memory of the host, where the step of SCAO has not "
+            "been proved; set it to false"
+        )
+    if str(version) == "2" and getattr(config, "state_dict_type", None) != "SHARDED_STATE_DICT":
+        findings.warnings.append(
+            "fsdp_config.state_dict_type: checkpoints of sharded models have been proved with SHARDED_STATE_DICT alone; set it"
+        )
+
+
+def _check_experts(get: Get, findings: Findings) -> None:
+    """``scao_fuse_moe``, which holds with any optimizer."""
+    if not get("scao_fuse_moe"):
+        return
+    kernels = [key for key in ("use_scattermoe", "use_sonicmoe") if get(key)]
+    if kernels:
+        findings.errors.append(
+            f"scao_fuse_moe: true and {kernels[0]}: true both replace the forward of the experts: keep one of the two"
+        )
+    if not get("adapter"):
+        findings.errors.append("scao_fuse_moe: true without adapter: lora or qlora has nothing to fuse")
 
 
 def _state_of(rows: int, cols: int, options: dict[str, Any]) -> str:

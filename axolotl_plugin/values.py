@@ -10,6 +10,8 @@ from scao_hf.options import OPTIONS, TORCH_OPTIONS, Option, check
 from scao_hf.trainer import did_you_mean
 
 PREFIX = "scao_"
+#: What the plugin does beside choosing the optimizer, with any optimizer.
+SWITCHES = {"fuse_moe": Option(bool, "compute LoRA on stacked experts beside their products (scao_hf.moe)")}
 #: Keys that optim_args may hold beside SCAO's options, and the config key that says the same.
 MOMENT_KEYS = {"betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon"}
 #: Keys of other optimizers that Axolotl accepts and SCAO does not read.
@@ -111,14 +113,16 @@ def read_raw(data: dict[str, Any], findings: Findings) -> dict[str, Any]:
     problems: list[str] = []
     named = sorted(key for key, value in data.items() if str(key).startswith(PREFIX) and value is not None)
     for key in named:
-        option = OPTIONS.get(key.removeprefix(PREFIX))
+        option = {**OPTIONS, **SWITCHES}.get(key.removeprefix(PREFIX))
         try:
             if option is None:
-                raise ValueError(f"{key} is not an option of SCAO{_suggest(key.removeprefix(PREFIX), OPTIONS, PREFIX)}")
+                near = _suggest(key.removeprefix(PREFIX), (*OPTIONS, *SWITCHES), PREFIX)
+                raise ValueError(f"{key} is not an option of SCAO{near}")
             data[key] = read_value(key, data[key], option)
         except ValueError as error:
             problems.append(str(error))
             del data[key]
+    named = [key for key in named if key.removeprefix(PREFIX) not in SWITCHES]
     if data.get("scao") is not None:
         block = data["scao"]
         flat = ", ".join(f"{PREFIX}{key}: {value}" for key, value in block.items()) if isinstance(block, dict) else ""

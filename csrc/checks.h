@@ -50,6 +50,15 @@ inline Dtype dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
+// The dtype of a long basis.
+inline Dtype basis_dtype(const Tensor& tensor, const Tensor& like, std::initializer_list<int64_t> sizes) {
+  const Dtype dtype = dtype_of(tensor, "long_vectors");
+  STD_TORCH_CHECK(dtype != F16, "scao: long_vectors must be float32 or bfloat16");
+  check_shape(tensor, "long_vectors", sizes);
+  STD_TORCH_CHECK(tensor.device() == like.device(), "scao: long_vectors is on another device");
+  return dtype;
+}
+
 // A parameter or gradient as [r, l]: stored that way or as [l, r], any strides; (1, l) takes any contiguous shape.
 inline View view_of(const Tensor& tensor, const char* name, const Tensor& like, int64_t r, int64_t l) {
   STD_TORCH_CHECK(tensor.device() == like.device(), "scao: ", name, " is on another device");

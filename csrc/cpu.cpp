@@ -37,41 +37,41 @@ std::unique_ptr<void, Free> scratch(unsigned long bytes) {
   return memory;
 }
 
-template <class Task>
-void run(std::vector<Task>& tasks, const Numbers& numbers, unsigned long bytes,
-         void (*kernel)(const Task&, const Numbers&, void*)) {
+// kernel(task, scratch) for every task.
+template <class Task, class Kernel>
+void run(const std::vector<Task>& tasks, unsigned long bytes, Kernel kernel) {
   torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t first, int64_t last) {
     const auto memory = scratch(bytes);
-    for (int64_t index = first; index < last; index++) kernel(tasks[index], numbers, memory.get());
+    for (int64_t index = first; index < last; index++) kernel(tasks[index], memory.get());
   });
 }
 
 void adamw_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,
-                 std::optional<Tensor> factor, Tensor taken, double lr, double beta1, double beta2, double eps,
+                 std::optional<Tensor> factor, Tensor taken, Tensor level, double lr, double beta1, double beta2, double eps,
                  double weight_decay, double rho) {
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
   float* mean = floats(exp_avg, "exp_avg", exp_avg, {matrices, r, l});
   float* square = floats(exp_avg_sq, "exp_avg_sq", exp_avg, {matrices, r, l});
   float* outer = factor ? floats(*factor, "factor", exp_avg, {matrices, r, r}) : nullptr;
   float* count = floats(taken, "taken", exp_avg, {matrices});
+  float* largest = floats(level, "level", exp_avg, {matrices});
   std::vector<AdamwTask> tasks;
   for (int64_t i = 0; i < matrices; i++) {
     tasks.push_back({view_of(grads[i], "grads", exp_avg, r, l), view_of(params[i], "params", exp_avg, r, l),
-                     mean + i * r * l, square + i * r * l, outer ? outer + i * r * r : nullptr, count + i, r, l});
+                     mean + i * r * l, square + i * r * l, outer ? outer + i * r * r : nullptr, count + i, largest + i, r, l});
   }
-  run(tasks, {lr, beta1, beta2, eps, weight_decay, rho}, chosen->adamw_scratch(r, l), chosen->adamw);
+  const Numbers numbers{lr, beta1, beta2, eps, weight_decay, rho};
+  run(tasks, chosen->adamw_scratch(r, l), [&](const AdamwTask& task, void* memory) { chosen->adamw(task, numbers, memory); });
 }
 
 void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor factor,
-                      Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor vectors,
-                      Tensor mask, Tensor gain, Tensor long_vectors, double lr, double beta1, double beta2, double eps,
-                      double weight_decay, double rho) {
+                      Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor level,
+                      Tensor vectors, Tensor mask, Tensor gain, Tensor long_vectors, Tensor agreement, bool cautious, double lr,
+                      double beta1, double beta2, double eps, double weight_decay, double rho) {
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
   STD_TORCH_CHECK(inside_avg.dim() == 3, "scao: inside_avg must be [N, r, k]");
   const int64_t k = inside_avg.size(2);
-  const Dtype long_dtype = dtype_of(long_vectors, "long_vectors");
-  STD_TORCH_CHECK(long_dtype != F16, "scao: long_vectors must be float32 or bfloat16");
-  check_shape(long_vectors, "long_vectors", {matrices, l, k});
+  const Dtype long_dtype = basis_dtype(long_vectors, exp_avg, {matrices, k, l});
   const char* basis = static_cast<const char*>(long_vectors.data_ptr());
   EigenbasisTask task{};
   task.exp_avg = floats(exp_avg, "exp_avg", exp_avg, {matrices, r, l});
@@ -81,9 +81,12 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Ten
   task.row = floats(row, "row", exp_avg, {matrices, r, 1});
   task.col = floats(col, "col", exp_avg, {matrices, 1, l});
   task.taken = floats(taken, "taken", exp_avg, {matrices});
+  task.level = floats(level, "level", exp_avg, {matrices});
   task.vectors = floats(vectors, "vectors", exp_avg, {matrices, r, r});
   task.mask = floats(mask, "mask", exp_avg, {matrices, 1, k});
   task.gain = floats(gain, "gain", exp_avg, {matrices});
+  task.agreement = floats(agreement, "agreement", exp_avg, {matrices});
+  task.cautious = cautious;
   task.long_vectors = basis;
   task.long_dtype = long_dtype;
   task.r = r, task.l = l, task.k = k;
@@ -93,10 +96,70 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Ten
     task.param = view_of(params[i], "params", exp_avg, r, l);
     tasks.push_back(task);
     task.exp_avg += r * l, task.factor += r * r, task.inside_avg += r * k, task.inside_sq += r * k;
-    task.row += r, task.col += l, task.taken += 1, task.vectors += r * r, task.mask += k, task.gain += 1;
-    task.long_vectors = basis + (i + 1) * l * k * (long_dtype == F32 ? 4 : 2);
+    task.row += r, task.col += l, task.taken += 1, task.level += 1, task.agreement += 1, task.vectors += r * r, task.mask += k, task.gain += 1;
+    task.long_vectors = basis + (i + 1) * k * l * (long_dtype == F32 ? 4 : 2);
   }
-  run(tasks, {lr, beta1, beta2, eps, weight_decay, rho}, chosen->eigenbasis_scratch(r, l, k), chosen->eigenbasis);
+  const Numbers numbers{lr, beta1, beta2, eps, weight_decay, rho};
+  run(tasks, chosen->eigenbasis_scratch(r, l, k), [&](const EigenbasisTask& task, void* memory) { chosen->eigenbasis(task, numbers, memory); });
+}
+
+struct Bases {
+  int64_t matrices, r, l, k;
+  Dtype dtype;
+  char* data;
+  long bytes;  // of one matrix
+};
+
+Bases bases_of(const Tensor& exp_avg, const Tensor& long_vectors) {
+  STD_TORCH_CHECK(exp_avg.dim() == 3 && long_vectors.dim() == 3, "scao: exp_avg and long_vectors must be stacks");
+  const int64_t matrices = exp_avg.size(0), r = exp_avg.size(1), l = exp_avg.size(2), k = long_vectors.size(1);
+  const Dtype dtype = basis_dtype(long_vectors, exp_avg, {matrices, k, l});
+  return {matrices, r, l, k, dtype, static_cast<char*>(long_vectors.data_ptr()), k * l * (dtype == F32 ? 4 : 2)};
+}
+
+Tensor eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) {
+  const Bases b = bases_of(exp_avg, long_vectors);
+  const float* moments = floats(exp_avg, "exp_avg", exp_avg, {b.matrices, b.r, b.l});
+  const int64_t rows = b.k + b.r;
+  Tensor gram = torch::stable::new_empty(exp_avg, {b.matrices, rows, rows});
+  float* out = static_cast<float*>(gram.data_ptr());
+  std::vector<GramTask> tasks;
+  for (int64_t i = 0; i < b.matrices; i++) {
+    tasks.push_back({moments + i * b.r * b.l, b.data + i * b.bytes, b.dtype, out + i * rows * rows, b.r, b.l, b.k});
+  }
+  run(tasks, chosen->gram_scratch(b.r, b.l, b.k), chosen->gram);
+  return gram;
+}
+
+Tensor eigenbasis_turn_(Tensor exp_avg, Tensor long_vectors, Tensor row, Tensor col, Tensor coefficients,
+                        Tensor plain_row, Tensor inside_sq, Tensor bias1, Tensor bias2, Tensor finite, double least,
+                        double eps) {
+  const Bases b = bases_of(exp_avg, long_vectors);
+  const auto [n, r, l, k, dtype, data, bytes] = b;
+  Tensor norms = torch::stable::new_empty(exp_avg, {n, 2});
+  TurnTask task{};
+  task.exp_avg = floats(exp_avg, "exp_avg", exp_avg, {n, r, l});
+  task.coefficients = floats(coefficients, "coefficients", exp_avg, {n, k + 2 * r, k + r});
+  task.row = floats(row, "row", exp_avg, {n, r, 1});
+  task.col = floats(col, "col", exp_avg, {n, 1, l});
+  task.plain_row = floats(plain_row, "plain_row", exp_avg, {n, r, 1});
+  task.inside_sq = floats(inside_sq, "inside_sq", exp_avg, {n, 1, k});
+  task.bias1 = floats(bias1, "bias1", exp_avg, {n});
+  task.bias2 = floats(bias2, "bias2", exp_avg, {n});
+  task.finite = floats(finite, "finite", exp_avg, {n});
+  task.norms = static_cast<float*>(norms.data_ptr());
+  task.long_vectors = data, task.long_dtype = dtype, task.eps = static_cast<float>(eps);
+  task.least = static_cast<float>(least);
+  task.r = r, task.l = l, task.k = k;
+  std::vector<TurnTask> tasks;
+  for (int64_t i = 0; i < n; i++) {
+    tasks.push_back(task);
+    task.exp_avg += r * l, task.coefficients += (k + 2 * r) * (k + r), task.row += r, task.col += l;
+    task.plain_row += r, task.inside_sq += k, task.bias1 += 1, task.bias2 += 1, task.finite += 1, task.norms += 2;
+    task.long_vectors = data + (i + 1) * bytes;
+  }
+  run(tasks, chosen->turn_scratch(r, l, k), chosen->turn);
+  return norms;
 }
 
 void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64_t seed) {
@@ -121,6 +184,8 @@ void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64
 STABLE_TORCH_LIBRARY_IMPL(scao, CPU, m) {
   m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
   m.impl("eigenbasis_step_", TORCH_BOX(&eigenbasis_step_));
+  m.impl("eigenbasis_gram", TORCH_BOX(&eigenbasis_gram));
+  m.impl("eigenbasis_turn_", TORCH_BOX(&eigenbasis_turn_));
   m.impl("int8_ema_", TORCH_BOX(&int8_ema_));
 }
 

@@ -1,4 +1,4 @@
-// What the CPU kernels take: plain pointers and numbers, no torch header. cpu_kernels.cpp is compiled once for each
+// What the CPU kernels take: plain pointers and numbers, no torch header. The files of the kernels are compiled once for each
 // instruction set with another SCAO_ISA; cpu.cpp picks one table when it is loaded.
 #pragma once
 
@@ -23,17 +23,39 @@ struct AdamwTask {
   View grad, param;
   float *exp_avg, *exp_avg_sq;
   float* factor;  // [r, r], or null
-  float* taken;
+  float *taken, *level;
   long r, l;
 };
 
 // One matrix in phase 2; names as in scao_hf/rules/eigenbasis.py.
 struct EigenbasisTask {
   View grad, param;
-  float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken;
+  float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken, *level, *agreement;
   const float *vectors, *mask, *gain;
-  const void* long_vectors;  // [l, k]
+  const void* long_vectors;  // [k, l]
   Dtype long_dtype;          // F32 or BF16
+  bool cautious;
+  long r, l, k;
+};
+
+// Inner products of the rows of [U^T; M], both halves.
+struct GramTask {
+  const float* exp_avg;      // [r, l]
+  const void* long_vectors;  // [k, l]
+  Dtype long_dtype;
+  float* gram;  // [k + r, k + r]
+  long r, l, k;
+};
+
+// (U15) of scao_hf/update.py, where the names are explained.
+struct TurnTask {
+  float* exp_avg;      // [r, l]
+  void* long_vectors;  // [k, l]
+  Dtype long_dtype;
+  float *row, *col;
+  const float *coefficients, *plain_row, *inside_sq, *bias1, *bias2, *finite;
+  float* norms;  // [2]
+  float least, eps;
   long r, l, k;
 };
 
@@ -44,6 +66,10 @@ struct Kernels {
   void (*adamw)(const AdamwTask&, const Numbers&, void* scratch);
   unsigned long (*eigenbasis_scratch)(long r, long l, long k);
   void (*eigenbasis)(const EigenbasisTask&, const Numbers&, void* scratch);
+  unsigned long (*gram_scratch)(long r, long l, long k);
+  void (*gram)(const GramTask&, void* scratch);
+  unsigned long (*turn_scratch)(long r, long l, long k);
+  void (*turn)(const TurnTask&, void* scratch);
   // Blocks [first, last) of an int8 EMA: see int8.h. values holds numel entries for each of the matrices.
   void (*int8_ema)(signed char* codes, float* scales, const float* values, const float* weights, long numel,
                    long blocks_per_matrix, unsigned seed_key, long first, long last);

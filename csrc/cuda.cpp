@@ -17,9 +17,9 @@ void* stream_of(const Tensor& tensor) {
 }
 
 void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor factor,
-                      Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor vectors,
-                      Tensor mask, Tensor gain, Tensor long_vectors, double lr, double beta1, double beta2, double eps,
-                      double weight_decay, double rho) {
+                      Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor level,
+                      Tensor vectors, Tensor mask, Tensor gain, Tensor long_vectors, Tensor agreement, bool cautious, double lr,
+                      double beta1, double beta2, double eps, double weight_decay, double rho) {
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
   STD_TORCH_CHECK(inside_avg.dim() == 3, "scao: inside_avg must be [N, r, k]");
   const int64_t k = inside_avg.size(2);
@@ -34,13 +34,13 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Ten
   state.row = floats(row, "row", exp_avg, {matrices, r, 1});
   state.col = floats(col, "col", exp_avg, {matrices, 1, l});
   state.taken = floats(taken, "taken", exp_avg, {matrices});
+  state.level = floats(level, "level", exp_avg, {matrices});
   state.vectors = floats(vectors, "vectors", exp_avg, {matrices, r, r});
   state.mask = floats(mask, "mask", exp_avg, {matrices, 1, k});
+  state.agreement = floats(agreement, "agreement", exp_avg, {matrices});
+  state.cautious = cautious;
   state.gain = floats(gain, "gain", exp_avg, {matrices});
-  state.long_dtype = dtype_of(long_vectors, "long_vectors");
-  STD_TORCH_CHECK(state.long_dtype != F16, "scao: long_vectors must be float32 or bfloat16");
-  check_shape(long_vectors, "long_vectors", {matrices, l, k});
-  STD_TORCH_CHECK(long_vectors.device() == exp_avg.device(), "scao: long_vectors is on another device");
+  state.long_dtype = basis_dtype(long_vectors, exp_avg, {matrices, k, l});
   state.long_vectors = long_vectors.data_ptr();
   state.r = static_cast<int>(r), state.l = static_cast<int>(l), state.k = static_cast<int>(k);
   std::vector<View> gradients, weights;

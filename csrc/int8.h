@@ -14,7 +14,7 @@ constexpr int INT8_BLOCK = 128;
 constexpr float INT8_LEVELS = 127.0f;
 
 // Bijective mixing of 32 bits (lowbias32 by Chris Wellons, public domain).
-SCAO_HD inline unsigned mix32(unsigned x) {
+SCAO_HD static inline unsigned mix32(unsigned x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= x >> 15;
@@ -23,10 +23,10 @@ SCAO_HD inline unsigned mix32(unsigned x) {
   return x;
 }
 
-SCAO_HD inline unsigned block_key(unsigned seed_key, unsigned block) { return mix32(block ^ seed_key); }
+SCAO_HD static inline unsigned block_key(unsigned seed_key, unsigned block) { return mix32(block ^ seed_key); }
 
 // Uniform in [0, 1) with 24 bits.
-SCAO_HD inline float uniform(unsigned key, unsigned lane) {
+SCAO_HD static inline float uniform(unsigned key, unsigned lane) {
   return static_cast<float>(static_cast<int>(mix32(key + lane * 0x9e3779b9u) >> 8)) * 0x1p-24f;
 }
 

@@ -6,7 +6,7 @@
 //   settle    one block a matrix: (U3), (E1), the kept part's moments, Q and Q K scaled for the last launch
 //   residual  reads G, U and the momentum: the residual, its momentum, col, per-chunk sums for row
 //   apply     reads the momentum and U, writes the parameter
-//   finish    stores row
+//   finish    stores row and the agreement
 // Sums over chunks are added in a fixed order, so results are reproducible.
 #pragma once
 
@@ -27,12 +27,12 @@ namespace cuda {
 
 SCAO_HD inline long scratch_size(int r, int l, int k) {
   const int chunks = (l + CHUNK - 1) / CHUNK;
-  return HEADER + 2 * r * k + r * r + static_cast<long>(chunks) * (r * r + r * k + 1) + chunks * (r + 1L);
+  return HEADER + 2 * r * k + r * r + static_cast<long>(chunks) * (r * r + r * k + 1) + chunks * (r + 2L);
 }
 
 // Where the parts of a matrix's scratch lie.
 struct Scratch {
-  float *header, *kept, *mixed, *scaled, *partial, *largest, *rows, *cols;
+  float *header, *kept, *mixed, *scaled, *partial, *largest, *rows, *cols, *agreed;
 };
 
 __device__ inline Scratch scratch_of(const State& s, int matrix) {
@@ -40,12 +40,13 @@ __device__ inline Scratch scratch_of(const State& s, int matrix) {
   Scratch x;
   x.header = at;
   x.kept = x.header + HEADER;             // P, [r][k]
-  x.mixed = x.kept + s.r * s.k;           // lr Q K, [r][k]
-  x.scaled = x.mixed + s.r * s.k;         // lr Q, [r][r]
+  x.mixed = x.kept + s.r * s.k;           // gain Q K, [r][k]
+  x.scaled = x.mixed + s.r * s.k;         // gain Q, [r][r]
   x.partial = x.scaled + s.r * s.r;       // chunk after chunk: G G^T, then Q^T G U
   x.largest = x.partial + static_cast<long>(s.chunks) * (s.r * s.r + s.r * s.k);
   x.rows = x.largest + s.chunks;          // [chunks][r]
   x.cols = x.rows + s.chunks * s.r;       // [chunks]
+  x.agreed = x.cols + s.chunks;           // [chunks]: entries of the step that agree with the gradient (U16)
   return x;
 }
 
@@ -97,9 +98,10 @@ __device__ inline void load_gradient(const View& g, int r, int first, int width,
 
 // One tile of U, [TILE][k].
 __device__ inline void load_basis(const State& s, int matrix, int first, int width, float* tile) {
-  const long from = (static_cast<long>(matrix) * s.l + first) * s.k;
+  const long from = static_cast<long>(matrix) * s.l * s.k + first;
   for (int at = threadIdx.x; at < TILE * s.k; at += THREADS) {
-    tile[at] = at < width * s.k ? read(s.long_vectors, s.long_dtype, from + at) : 0.0f;
+    const int m = at / TILE, j = at % TILE;
+    tile[m * BASIS_ROW + j] = j < width ? read(s.long_vectors, s.long_dtype, from + static_cast<long>(m) * s.l + j) : 0.0f;
   }
 }
 
@@ -116,7 +118,7 @@ __device__ inline void rotate(const float* q, const float* tile, int r, float* t
 // Shared memory of the kernels below: 8 + 8 + 16 KB, and 8 KB more for `turned` where it is needed.
 #define SCAO_SHARED                       \
   __shared__ float tile[LARGEST * TILE];  \
-  __shared__ float basis[TILE * LARGEST]; \
+  __shared__ float basis[BASIS_ROW * LARGEST]; \
   __shared__ float square[LARGEST * LARGEST]
 
 // Sums of one chunk; returns the largest magnitude that this thread has seen, as bits.
@@ -145,7 +147,7 @@ __device__ inline unsigned project_chunk(const State& s, const View& grad, int m
         for (int j = 0; j < TILE; j++) sum += a[j] * b[j];
       } else {
         const int i = (at - r * r) / k, m = (at - r * r) % k;
-        for (int j = 0; j < TILE; j++) sum += turned[i * TILE + j] * basis[j * k + m];
+        for (int j = 0; j < TILE; j++) sum += turned[i * TILE + j] * basis[m * BASIS_ROW + j];
       }
       sums[at] = sum;
     }
@@ -190,9 +192,14 @@ __global__ void settle(Batch batch, State s, Numbers n) {
       float f;
     } magnitude;
     magnitude.u = most;
-    shared_scale = !finite ? 0.0f : magnitude.f > 1e15f ? 1e15f / magnitude.f : 1.0f;
+    // (U3), as in cpu_kernels.cpp
+    float& level = s.level[matrix];
+    const float limit = level > 0 && level * 10.0f < 1e15f ? level * 10.0f : 1e15f;
+    shared_scale = !finite ? 0.0f : magnitude.f > limit ? limit / magnitude.f : 1.0f;
     x.header[0] = shared_scale;
     if (finite) {
+      const float bounded = magnitude.f > limit ? limit : magnitude.f, faded = level * 0.95f;
+      if (magnitude.f > 0) level = bounded > faded ? bounded : faded;
       const double count = static_cast<double>(s.taken[matrix]) + 1;
       s.taken[matrix] = static_cast<float>(count);
       x.header[1] = static_cast<float>(1 - pow(n.beta1, count));
@@ -208,7 +215,7 @@ __global__ void settle(Batch batch, State s, Numbers n) {
   }
   const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
   const float outer = static_cast<float>(1 - n.rho), eps = static_cast<float>(n.eps);
-  const float lr = static_cast<float>(n.lr) * s.gain[matrix];
+  const float gain = s.gain[matrix];
   const float bias1 = x.header[1], root2 = x.header[2];
   for (int at = threadIdx.x; at < total; at += THREADS) {
     float sum = 0;
@@ -216,7 +223,7 @@ __global__ void settle(Batch batch, State s, Numbers n) {
     if (at < r * r) {
       float& factor = s.factor[matrix * r * r + at];
       factor += outer * (sum - factor);
-      x.scaled[at] = lr * square[at];
+      x.scaled[at] = gain * square[at];
     } else {
       const int entry = at - r * r;
       const float p = sum * s.mask[matrix * k + entry % k];
@@ -237,7 +244,7 @@ __global__ void settle(Batch batch, State s, Numbers n) {
       const int i = at / width, c = at % width;
       float sum = 0;
       for (int j = 0; j < r; j++) sum += square[i * r + j] * tile[j * TILE + c];
-      x.mixed[i * k + m + c] = lr * sum;
+      x.mixed[i * k + m + c] = gain * sum;
     }
     SCAO_SYNC(8);
   }
@@ -272,7 +279,7 @@ __global__ void residual(Batch batch, State s, Numbers n) {
       for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
         const int i = at / TILE, j = at % TILE;
         float sum = 0;
-        for (int d = 0; d < depth; d++) sum += kept[i * TILE + d] * basis[j * k + m + d];
+        for (int d = 0; d < depth; d++) sum += kept[i * TILE + d] * basis[(m + d) * BASIS_ROW + j];
         turned[at] -= sum;
       }
       SCAO_SYNC(11);
@@ -306,6 +313,7 @@ __global__ void apply(Batch batch, State s, Numbers n) {
   SCAO_SHARED;
   __shared__ float row_root[LARGEST];
   __shared__ float col_mean;
+  __shared__ int agreed[THREADS];
   const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, k = s.k;
   const Scratch x = scratch_of(s, matrix);
   if (x.header[0] == 0.0f) return;
@@ -328,7 +336,10 @@ __global__ void apply(Batch batch, State s, Numbers n) {
   }
   for (int at = threadIdx.x; at < r * r; at += THREADS) square[at] = x.scaled[at];
   SCAO_SYNC(13);
-  const View& w = batch.param[matrix];
+  const View &w = batch.param[matrix], &g = batch.grad[matrix];
+  const float least = s.agreement[matrix] > 0.5f ? s.agreement[matrix] : 0.5f;
+  const float lr = static_cast<float>(n.lr) / (s.cautious ? least : 1.0f);
+  int agrees = 0;
   for (int c = start; c < end; c += TILE) {
     const int width = c + TILE < end ? TILE : end - c;
     load_basis(s, matrix, c, width, basis);
@@ -347,19 +358,36 @@ __global__ void apply(Batch batch, State s, Numbers n) {
       const int i = w.col_stride == 1 ? at / width : at % r, j = w.col_stride == 1 ? at % width : at / r;
       float delta = 0;
       for (int d = 0; d < r; d++) delta += square[i * r + d] * tile[d * TILE + j];
-      for (int d = 0; d < k; d++) delta += x.mixed[i * k + d] * basis[j * k + d];
+      for (int d = 0; d < k; d++) delta += x.mixed[i * k + d] * basis[d * BASIS_ROW + j];
+      if (s.cautious) {
+        const bool agree = delta * read(g.data, g.dtype, i * g.row_stride + (c + j) * g.col_stride) > 0;
+        agrees += agree;
+        delta = agree ? delta : 0.0f;
+      }
       const long to = i * w.row_stride + (c + j) * w.col_stride;
-      write(w.data, w.dtype, to, read(w.data, w.dtype, to) * keep - delta);
+      write(w.data, w.dtype, to, read(w.data, w.dtype, to) * keep - lr * delta);
     }
     SCAO_SYNC(15);
   }
+  agreed[threadIdx.x] = agrees;
+  SCAO_SYNC(19);
+  if (threadIdx.x == 0) {
+    float sum = 0;
+    for (int i = 0; i < THREADS; i++) sum += agreed[i];
+    x.agreed[chunk] = sum;
+  }
 }
 
-// row <- (1 - w) row + w mean(R^2), once all blocks of `apply` have read the old one.
+// row <- (1 - w) row + w mean(R^2), and the share that agreed, once all blocks of `apply` have read the old ones.
 __global__ void finish(State s, Numbers n) {
   const int matrix = blockIdx.x;
   const Scratch x = scratch_of(s, matrix);
   if (x.header[0] == 0.0f || static_cast<int>(threadIdx.x) >= s.r) return;
+  if (threadIdx.x == 0 && s.cautious) {
+    float total = 0;
+    for (int c = 0; c < s.chunks; c++) total += x.agreed[c];
+    s.agreement[matrix] = total / (static_cast<float>(s.r) * s.l);
+  }
   float sum = 0;
   for (int c = 0; c < s.chunks; c++) sum += x.rows[c * s.r + threadIdx.x];
   float& row = s.row[matrix * s.r + threadIdx.x];

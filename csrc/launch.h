@@ -8,6 +8,7 @@ namespace cuda {
 
 constexpr int THREADS = 128;
 constexpr int TILE = 32;         // columns in shared memory at once
+constexpr int BASIS_ROW = TILE + 1;  // of U^T in shared memory: neither rows nor columns share a bank
 constexpr int CHUNK = 512;       // columns of one block
 constexpr int LARGEST = 64;      // of r and of k: 48 KB of static shared memory hold no more
 constexpr int BATCH = 48;        // matrices of one launch: the arguments must fit in 4 KB
@@ -19,11 +20,11 @@ struct Batch {
 
 // Everything but G and W, stacked; the pointers are those of the batch's first matrix.
 struct State {
-  float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken;
+  float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken, *level, *agreement;
   const float *vectors, *mask, *gain;
   const void* long_vectors;
   Dtype long_dtype;
-  int r, l, k, chunks;
+  int r, l, k, chunks, cautious;
   float* scratch;  // scratch_size() floats a matrix
 };
 

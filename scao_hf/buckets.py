@@ -7,6 +7,7 @@ tensor operations, so the number of operations depends on the number of distinct
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scao_hf.experts import Packing, unpack
+
 
 @dataclass(frozen=True)
 class Block:
-    """A contiguous part of a 2-D parameter. ``whole`` spares the slicing, ``transposed`` puts the small side first."""
+    """A contiguous part of a 2-D parameter. ``whole`` spares the slicing, ``transposed`` puts the small side first.
+
+    Of a parameter that packs the factors of several experts it is the same part of each, a stack.
+    """
 
     rows: tuple[int, int]
     cols: tuple[int, int]
     transposed: bool
     whole: bool
+    packing: Packing | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -32,14 +39,21 @@ class Block:
         shape = (self.rows[1] - self.rows[0], self.cols[1] - self.cols[0])
         return shape[::-1] if self.transposed else shape
 
+    @property
+    def size(self) -> int:
+        """How many matrices it is."""
+        return self.packing.experts if self.packing else 1
+
     def of(self, tensor: Tensor) -> Tensor:
-        """The block as a view of ``tensor`` (the parameter or its gradient)."""
+        """The block as a view of ``tensor`` (the parameter or its gradient), ``[r, l]``, or ``[E, r, l]`` of E experts."""
         tensor = self.part(tensor)
         return tensor.mT if self.transposed else tensor
 
     def part(self, tensor: Tensor) -> Tensor:
-        """The block as it is stored, ``[r, l]`` or ``[l, r]``."""
-        return tensor if self.whole else tensor[self.rows[0] : self.rows[1], self.cols[0] : self.cols[1]]
+        """The block as it is stored, ``[r, l]`` or ``[l, r]``, or E of them."""
+        if self.packing:
+            tensor = unpack(tensor, self.packing)
+        return tensor if self.whole else tensor[..., self.rows[0] : self.rows[1], self.cols[0] : self.cols[1]]
 
 
 def is_matrix(param: Tensor) -> bool:
@@ -54,13 +68,14 @@ def split_evenly(length: int, largest: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def blocks_of(shape: Sequence[int], max_dim: int, split_long_side: bool) -> list[Block]:
+def blocks_of(shape: Sequence[int], max_dim: int, split_long_side: bool, packing: Packing | None = None) -> list[Block]:
     """Cut a 2-D shape into blocks, small side first, the small side at most ``max_dim``.
 
     Args:
         shape: the parameter's two sides.
         max_dim: the largest side that a dense factor may have.
         split_long_side: whether the rule keeps a dense factor of the long side too, so that it has to be cut as well.
+        packing: how the parameter holds the factors of several experts; ``shape`` is then that of one.
     """
     rows, cols = shape
     transposed = rows > cols
@@ -68,7 +83,7 @@ def blocks_of(shape: Sequence[int], max_dim: int, split_long_side: bool) -> list
     col_limit = max_dim if split_long_side or transposed else cols
     row_parts, col_parts = split_evenly(rows, row_limit), split_evenly(cols, col_limit)
     whole = len(row_parts) == len(col_parts) == 1
-    return [Block(row, col, transposed, whole) for row in row_parts for col in col_parts]
+    return [Block(row, col, transposed, whole, packing) for row in row_parts for col in col_parts]
 
 
 class Member(NamedTuple):
@@ -78,10 +93,15 @@ class Member(NamedTuple):
     suffix: str
     block: Block | None
 
+    @property
+    def size(self) -> int:
+        """How many rows of the bucket it fills."""
+        return self.block.size if self.block else 1
+
 
 @dataclass
 class Bucket:
-    """Blocks of one shape that are stepped together.
+    """Blocks of one shape that are stepped together: of ordinary parameters, or of such as pack E experts each.
 
     Attributes:
         group: the parameter group whose options hold.
@@ -89,9 +109,10 @@ class Bucket:
         step: how many steps these blocks have taken, skipped ones included.
         dtype: arithmetic and moment dtype: float64 for float64 parameters, float32 for all others.
         members: what is stacked, in order.
-        state: the stacked state, one tensor of leading size ``len(members)`` per field.
+        entries: where each member's state is published.
+        state: the stacked state, one tensor of leading size N, the number of matrices, per field.
         native: whether native kernels can step it.
-        turns: how many entries of the group's matrices come before each member (``turns_of``), rising.
+        turns: how many entries of the group's matrices come before each of the N (``turns_of``), rising.
         cycle: how many entries the group's matrices have.
     """
 
@@ -100,6 +121,7 @@ class Bucket:
     step: int
     dtype: torch.dtype
     members: list[Member] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
     native: bool = False
     turns: list[int] = field(default_factory=list)
@@ -110,21 +132,54 @@ class Bucket:
         """Whether the members are matrices; the others take plain AdamW steps."""
         return self.members[0].block is not None
 
+    @property
+    def size(self) -> int:
+        """N, the number of matrices (or vectors): E for each member that packs E experts."""
+        return len(self.members) * self.members[0].size
+
+    @property
+    def packed(self) -> bool:
+        """Whether each member packs the factors of several experts."""
+        return self.members[0].size > 1
+
+    def split(self, stack: Tensor) -> Sequence[Tensor]:
+        """A field of the state, ``[N, ...]``, as views by member: ``[...]`` each, or ``[E, ...]`` of E experts."""
+        return stack.chunk(len(self.members)) if self.packed else stack.unbind(0)
+
+    def idle(self) -> Tensor | None:
+        """Which experts had no token, so that their gradient is all zero: bool ``[N, 1, 1]``; None for ordinary members."""
+        if not self.packed:
+            return None
+        tops = [
+            torch.linalg.vector_norm(block.part(param.grad), ord=math.inf, dim=(1, 2))
+            for param, _, block in self.members
+            if param.grad is not None and block is not None
+        ]
+        return torch.cat(tops).eq(0)[:, None, None]
+
     def gradients(self) -> Tensor:
         """A stacked copy ``[N, r, l]`` of the gradients in the bucket's arithmetic dtype."""
         grads = []
         for param, _, block in self.members:
             if param.grad is not None:
                 grads.append(block.of(param.grad) if block else as_real(param.grad).reshape(1, -1))
-        return torch.stack(grads).to(self.dtype)
+        return torch.stack(grads).to(self.dtype).reshape(-1, *self.shape)
 
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
         """Parameters and gradients as they are stored, without a copy (vectors' gradients: contiguous)."""
         params, grads = [], []
         for param, _, block in self.members:
-            if param.grad is not None:
-                params.append(block.part(param) if block else param)
-                grads.append(block.part(param.grad) if block else param.grad.contiguous())
+            if param.grad is None:
+                continue
+            if block is None:
+                params.append(param)
+                grads.append(param.grad.contiguous())
+            elif block.packing:
+                params.extend(block.part(param).unbind(0))
+                grads.extend(block.part(param.grad).unbind(0))
+            else:
+                params.append(block.part(param))
+                grads.append(block.part(param.grad))
         return params, grads
 
     def due(self, step: int, start: int) -> slice:
@@ -142,12 +197,13 @@ class Bucket:
 
     def decay(self, factors: Tensor) -> None:
         """Multiply each member's parameter by its factor, ``[N, 1, 1]``."""
-        torch._foreach_mul_(self._targets(), [factor.view(()) for factor in factors.unbind(0)])
+        shape = (-1, 1, 1) if self.packed else ()
+        torch._foreach_mul_(self._targets(), [factor.view(shape) for factor in self.split(factors)])
 
     def subtract(self, delta: Tensor) -> None:
         """Subtract ``delta``, ``[N, r, l]``, from the members' parameters."""
         targets = self._targets()
-        pieces = [piece.view(target.shape) for piece, target in zip(delta.unbind(0), targets, strict=True)]
+        pieces = [piece.view(target.shape) for piece, target in zip(self.split(delta), targets, strict=True)]
         torch._foreach_sub_(targets, pieces)
 
     def _targets(self) -> list[Tensor]:
@@ -159,13 +215,16 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def members_of(param: Tensor, max_dim: int, split_long_side: bool) -> list[tuple[tuple[int, int], Member]]:
+def members_of(
+    param: Tensor, max_dim: int, split_long_side: bool, packing: Packing | None = None
+) -> list[tuple[tuple[int, int], Member]]:
     """The blocks of a parameter with their shapes: one ``(1, numel)`` entry where it is no matrix, none where it is empty."""
     if param.numel() == 0:
         return []
-    if not is_matrix(param):
+    matrix = unpack(param, packing)[0] if packing else param
+    if not is_matrix(matrix):
         return [((1, as_real(param).numel()), Member(param, "", None))]
-    blocks = blocks_of(param.shape, max_dim, split_long_side)
+    blocks = blocks_of(matrix.shape, max_dim, split_long_side, packing)
     suffixes = [""] if len(blocks) == 1 else [f".{index}" for index in range(len(blocks))]
     return [(block.shape, Member(param, suffix, block)) for block, suffix in zip(blocks, suffixes, strict=True)]
 
@@ -187,7 +246,7 @@ def turns_of(members: Iterable[tuple[tuple[int, int], Member]]) -> tuple[dict[tu
     for (r, l), alike in shapes.items():
         for member in alike:
             turns[id(member.param), member.suffix] = before
-            before += r * l
+            before += r * l * member.size
     return turns, before
 
 

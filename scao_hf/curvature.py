@@ -6,13 +6,11 @@ a truncated basis ``[N, d, k]`` whose columns beyond a matrix's own rank are zer
 
 from __future__ import annotations
 
-import logging
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger(__name__)
 
 
 class Basis(NamedTuple):
@@ -56,8 +54,9 @@ def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues of ``L + damping I`` in falling order, at least ``damping``, and eigenvectors; None if it fails.
 
     Each matrix is scaled to a trace of d first, so that float32 neither over- nor underflows. A stack on which the
-    decomposition fails is tried once more in float64 with a thousandth of the mean eigenvalue on the diagonal. A factor
-    that int8 rounding has made slightly indefinite comes out with the damping in place of its negative eigenvalues.
+    decomposition fails, or for which memory does not suffice, is tried once more on the CPU in float64 with a
+    thousandth of the mean eigenvalue on the diagonal. A factor that int8 rounding has made slightly indefinite comes out
+    with the damping in place of its negative eigenvalues.
 
     Args:
         factor: L, symmetric, ``[N, d, d]``.
@@ -66,14 +65,20 @@ def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
     side = factor.shape[-1]
     mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(factor.dtype).tiny)[:, None, None]
     scaled = factor / mean
-    for attempt in (scaled, scaled.double() + 1e-3 * torch.eye(side, dtype=torch.float64, device=factor.device)):
+    for last in (False, True):
         try:
-            values, vectors = torch.linalg.eigh(attempt)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            log.warning("eigendecomposition of %s factors of side %s failed: %s", len(factor), side, error)
+            attempt = scaled.cpu().double() + 1e-3 * torch.eye(side, dtype=torch.float64) if last else scaled
+            values, vectors = (part.flip(-1).to(factor) for part in torch.linalg.eigh(attempt))
+        except (torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:  # type: ignore[attr-defined]
+            # Python shows a warning once for each place and text: not at every refresh.
+            warnings.warn(
+                f"a decomposition of curvature factors of side {side} failed ({type(error).__name__}): "
+                + ("the matrices keep their last basis" if last else "tried again in float64 on the CPU"),
+                RuntimeWarning,
+                stacklevel=2,
+            )
             continue
-        values = values.flip(-1).clamp_min(0).to(factor.dtype) * mean[:, 0] + damping[:, None]
-        return values, vectors.flip(-1).to(factor.dtype)
+        return values.clamp_min(0) * mean[:, 0] + damping[:, None], vectors
     return None
 
 
@@ -110,23 +115,33 @@ def truncate(values: Tensor, vectors: Tensor, rank: Tensor, width: int) -> Basis
     return Basis(vectors[:, :, :width] * keep[:, None, :], kept, tail, mass)
 
 
-def sketch(vectors: Tensor, values: Tensor, rows: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(E6) Top-k eigenbasis of ``decay * U S U^T + X^T X`` through a (k + r) x (k + r) Gram, no l x l matrix.
+def gram(moments: Tensor, long_basis: Tensor) -> Tensor:
+    """Inner products of the rows of ``Z = [U^T; M]``, ``[N, k + r, k + r]``: all that a refresh has to know of the long side.
 
     Args:
-        vectors: U, ``[N, l, k]``, orthonormal or zero columns.
+        moments: M, ``[N, r, l]``.
+        long_basis: U^T, ``[N, k, l]``.
+    """
+    rows = torch.cat([long_basis.to(moments.dtype), moments], 1)
+    return rows @ rows.mT
+
+
+def sketch(gram: Tensor, values: Tensor, lift: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(E6) Top-k eigenbasis of ``decay * U S U^T + X^T X``, as coefficients of the rows of Z: no l x l matrix, no pass over l.
+
+    Args:
+        gram: of Z = [U^T; M], ``[N, k + r, k + r]``; U's columns are orthonormal or zero.
         values: S, ``[N, k]``.
-        rows: X, ``[N, r, l]``.
+        lift: what makes X of Z, ``X = lift Z``, ``[N, r, k + r]``.
         decay: what the old basis is worth.
 
     Returns:
-        New vectors ``[N, l, k]`` (a column without mass is zero), values ``[N, k]`` falling, and the mass that was
-        discarded ``[N]``; None if the decomposition failed.
+        A with ``A Z`` the new U^T, ``[N, k, k + r]`` (a row without mass is zero), values ``[N, k]`` falling, and the mass
+        that was discarded ``[N]``; None if the decomposition failed.
     """
     width = values.shape[-1]
-    tall = torch.cat([vectors * (decay * values).sqrt()[:, None, :], rows.mT], dim=-1)
-    gram = tall.mT @ tall
-    decomposition = eigh(gram, torch.zeros_like(values[:, 0]))
+    rows = torch.cat([torch.nn.functional.pad((decay * values).sqrt().diag_embed(), (0, lift.shape[1])), lift], 1)
+    decomposition = eigh(rows @ gram @ rows.mT, torch.zeros_like(values[:, 0]))
     if decomposition is None:
         return None
     spectrum, mixing = decomposition
@@ -134,7 +149,7 @@ def sketch(vectors: Tensor, values: Tensor, rows: Tensor, decay: float) -> tuple
     # A direction below float32's resolution of the Gram is rounding, not curvature.
     solid = kept > 1e-6 * kept[:, :1]
     scale = torch.where(solid, kept.clamp_min(torch.finfo(kept.dtype).tiny).rsqrt(), 0.0)
-    return (tall @ mixing[:, :, :width]) * scale[:, None, :], kept * solid, spectrum[:, width:].sum(-1)
+    return (mixing[:, :, :width] * scale[:, None, :]).mT @ rows, kept * solid, spectrum[:, width:].sum(-1)
 
 
 def transport(square: Tensor, new: Tensor, old: Tensor) -> Tensor:

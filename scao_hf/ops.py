@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scao_hf import curvature, quantization
+from scao_hf import curvature, quantization, update
 from scao_hf.update import (
     adam_direction,
     adam_moments,
@@ -23,12 +23,16 @@ from scao_hf.update import (
     full_precision,
     moment_schedule,
     sanitize,
+    turn,
 )
 
 #: Largest r and k that the native kernels take: beyond it the library's products are faster, or shared memory ends.
 LARGEST_SIDE = {"cpu": 128, "cuda": 64}
 #: The operations that have a native kernel.
-KERNELS = {"cpu": ("adamw_step_", "eigenbasis_step_", "int8_ema_"), "cuda": ("eigenbasis_step_", "int8_ema_")}
+KERNELS = {
+    "cpu": ("adamw_step_", "eigenbasis_step_", "eigenbasis_gram", "eigenbasis_turn_", "int8_ema_"),
+    "cuda": ("eigenbasis_step_", "int8_ema_"),
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TORCH = (2, 10)
 #: Compute capability below which there is no device code.
@@ -38,12 +42,18 @@ _NUMBERS = "float lr, float beta1, float beta2, float eps, float weight_decay, f
 _LIBRARY = torch.library.Library("scao", "DEF")
 _LIBRARY.define(
     "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? factor, "
-    f"Tensor(e!) taken, {_NUMBERS}) -> ()"
+    f"Tensor(e!) taken, Tensor(f!) level, {_NUMBERS}) -> ()"
 )
 _LIBRARY.define(
     "eigenbasis_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) factor, "
-    "Tensor(d!) inside_avg, Tensor(e!) inside_sq, Tensor(f!) row, Tensor(g!) col, Tensor(h!) taken, Tensor vectors, "
-    f"Tensor mask, Tensor gain, Tensor long_vectors, {_NUMBERS}) -> ()"
+    "Tensor(d!) inside_avg, Tensor(e!) inside_sq, Tensor(f!) row, Tensor(g!) col, Tensor(h!) taken, "
+    "Tensor(i!) level, Tensor vectors, "
+    f"Tensor mask, Tensor gain, Tensor long_vectors, Tensor(j!) agreement, bool cautious, {_NUMBERS}) -> ()"
+)
+_LIBRARY.define("eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) -> Tensor")
+_LIBRARY.define(
+    "eigenbasis_turn_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor(c!) row, Tensor(d!) col, Tensor coefficients, "
+    "Tensor plain_row, Tensor inside_sq, Tensor bias1, Tensor bias2, Tensor finite, float least, float eps) -> Tensor"
 )
 _LIBRARY.define("int8_ema_(Tensor(a!) codes, Tensor(b!) scales, Tensor values, Tensor weights, int seed) -> ()")
 
@@ -75,9 +85,9 @@ def _oriented(tensor: Tensor, r: int, l: int) -> Tensor:
     return tensor if tuple(tensor.shape) == (r, l) else tensor.mT
 
 
-def _gradients(grads: Sequence[Tensor], exp_avg: Tensor) -> tuple[Tensor, Tensor]:
+def _gradients(grads: Sequence[Tensor], exp_avg: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     _, r, l = exp_avg.shape
-    return sanitize(torch.stack([_oriented(grad, r, l).to(exp_avg.dtype) for grad in grads]))
+    return sanitize(torch.stack([_oriented(grad, r, l).to(exp_avg.dtype) for grad in grads]), level)
 
 
 def _write(params: Sequence[Tensor], direction: Tensor, finite: Tensor, lr: float, weight_decay: float) -> None:
@@ -95,6 +105,7 @@ def _adamw_fake(
     exp_avg_sq: Tensor,
     factor: Tensor | None,
     taken: Tensor,
+    level: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -107,6 +118,7 @@ def _adamw_fake(
     _check(exp_avg, "exp_avg", (size, r, l))
     _check(exp_avg_sq, "exp_avg_sq", (size, r, l))
     _check(taken, "taken", (size,))
+    _check(level, "level", (size,))
     if factor is not None:
         _check(factor, "factor", (size, r, r))
 
@@ -118,6 +130,7 @@ def _adamw(
     exp_avg_sq: Tensor,
     factor: Tensor | None,
     taken: Tensor,
+    level: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -126,8 +139,8 @@ def _adamw(
     rho: float,
 ) -> None:
     """(U3), (E1) where there is a factor, (U4), (U6), decay and step."""
-    _adamw_fake(params, grads, exp_avg, exp_avg_sq, factor, taken, lr, beta1, beta2, eps, weight_decay, rho)
-    stacked, finite = _gradients(grads, exp_avg)
+    _adamw_fake(params, grads, exp_avg, exp_avg_sq, factor, taken, level, lr, beta1, beta2, eps, weight_decay, rho)
+    stacked, finite = _gradients(grads, exp_avg, level)
     taken += finite[:, 0, 0]
     if factor is not None:
         with full_precision():
@@ -148,10 +161,13 @@ def _eigenbasis_fake(
     row: Tensor,
     col: Tensor,
     taken: Tensor,
+    level: Tensor,
     vectors: Tensor,
     mask: Tensor,
     gain: Tensor,
     long_vectors: Tensor,
+    agreement: Tensor,
+    cautious: bool,
     lr: float,
     beta1: float,
     beta2: float,
@@ -162,7 +178,7 @@ def _eigenbasis_fake(
     size, r, l = exp_avg.shape
     k = inside_avg.shape[-1]
     _check_members(params, grads, exp_avg)
-    _check(long_vectors, "long_vectors", (size, l, k), (torch.float32, torch.bfloat16))
+    _check(long_vectors, "long_vectors", (size, k, l), (torch.float32, torch.bfloat16))
     for name, tensor, shape in (
         ("exp_avg", exp_avg, (r, l)),
         ("factor", factor, (r, r)),
@@ -171,9 +187,11 @@ def _eigenbasis_fake(
         ("row", row, (r, 1)),
         ("col", col, (1, l)),
         ("taken", taken, ()),
+        ("level", level, ()),
         ("vectors", vectors, (r, r)),
         ("mask", mask, (1, k)),
         ("gain", gain, ()),
+        ("agreement", agreement, ()),
     ):
         _check(tensor, name, (size, *shape))
 
@@ -188,10 +206,13 @@ def _eigenbasis(
     row: Tensor,
     col: Tensor,
     taken: Tensor,
+    level: Tensor,
     vectors: Tensor,
     mask: Tensor,
     gain: Tensor,
     long_vectors: Tensor,
+    agreement: Tensor,
+    cautious: bool,
     lr: float,
     beta1: float,
     beta2: float,
@@ -199,20 +220,90 @@ def _eigenbasis(
     weight_decay: float,
     rho: float,
 ) -> None:
-    """(U3), (E1), (U11), decay and step."""
+    """(U3), (E1), (U11), (U16), decay and step."""
     _eigenbasis_fake(
-        params, grads, exp_avg, factor, inside_avg, inside_sq, row, col, taken, vectors, mask, gain, long_vectors, lr, beta1,
-        beta2, eps, weight_decay, rho,
+        params, grads, exp_avg, factor, inside_avg, inside_sq, row, col, taken, level, vectors, mask, gain, long_vectors,
+        agreement, cautious, lr, beta1, beta2, eps, weight_decay, rho,
     )  # fmt: skip
     state = {"exp_avg": exp_avg, "inside_avg": inside_avg, "inside_sq": inside_sq, "row": row, "col": col}
     state |= {"vectors": vectors, "mask": mask}
-    stacked, finite = _gradients(grads, exp_avg)
+    stacked, finite = _gradients(grads, exp_avg, level)
     taken += finite[:, 0, 0]
     weights, bias = moment_schedule((beta1, beta2), finite, taken[:, None, None])
     with full_precision():
         curvature.accumulate(factor, stacked @ stacked.mT, (1 - rho) * finite)
         direction = eigenbasis_direction(state, stacked, long_vectors.to(exp_avg.dtype), weights, bias, eps)
-    _write(params, direction * gain[:, None, None], finite, lr, weight_decay)
+    direction.mul_(gain[:, None, None])
+    if cautious:
+        direction = update.cautious(direction, stacked, agreement, finite)
+    _write(params, direction, finite, lr, weight_decay)
+
+
+def _gram_fake(exp_avg: Tensor, long_vectors: Tensor) -> Tensor:
+    size, r, l = exp_avg.shape
+    k = long_vectors.shape[1]
+    _check(exp_avg, "exp_avg", (size, r, l))
+    _check(long_vectors, "long_vectors", (size, k, l), (torch.float32, torch.bfloat16))
+    return exp_avg.new_empty(size, k + r, k + r)
+
+
+def _gram(exp_avg: Tensor, long_vectors: Tensor) -> Tensor:
+    """``curvature.gram``."""
+    _gram_fake(exp_avg, long_vectors)
+    with full_precision():
+        return curvature.gram(exp_avg, long_vectors)
+
+
+def _turn_fake(
+    exp_avg: Tensor,
+    long_vectors: Tensor,
+    row: Tensor,
+    col: Tensor,
+    coefficients: Tensor,
+    plain_row: Tensor,
+    inside_sq: Tensor,
+    bias1: Tensor,
+    bias2: Tensor,
+    finite: Tensor,
+    least: float,
+    eps: float,
+) -> Tensor:
+    size, r, l = exp_avg.shape
+    k = long_vectors.shape[1]
+    _gram_fake(exp_avg, long_vectors)
+    for name, tensor, shape in (
+        ("coefficients", coefficients, (k + 2 * r, k + r)),
+        ("row", row, (r, 1)),
+        ("col", col, (1, l)),
+        ("plain_row", plain_row, (r, 1)),
+        ("inside_sq", inside_sq, (1, k)),
+        ("bias1", bias1, ()),
+        ("bias2", bias2, ()),
+        ("finite", finite, ()),
+    ):
+        _check(tensor, name, (size, *shape))
+    return exp_avg.new_empty(size, 2)
+
+
+def _turn(
+    exp_avg: Tensor,
+    long_vectors: Tensor,
+    row: Tensor,
+    col: Tensor,
+    coefficients: Tensor,
+    plain_row: Tensor,
+    inside_sq: Tensor,
+    bias1: Tensor,
+    bias2: Tensor,
+    finite: Tensor,
+    least: float,
+    eps: float,
+) -> Tensor:
+    """(U15)."""
+    _turn_fake(exp_avg, long_vectors, row, col, coefficients, plain_row, inside_sq, bias1, bias2, finite, least, eps)
+    one, two, taken = (part[:, None, None] for part in (bias1, bias2, finite))
+    with full_precision():
+        return turn(exp_avg, long_vectors, row, col, coefficients, plain_row, inside_sq, (one, two), taken, least, eps)
 
 
 def _int8_fake(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
@@ -235,16 +326,22 @@ def _int8(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: 
     scales.copy_(torch.where(keep, scales, fresh_scales))
 
 
-for _name, _default, _fake in (
-    ("adamw_step_", _adamw, _adamw_fake),
-    ("eigenbasis_step_", _eigenbasis, _eigenbasis_fake),
-    ("int8_ema_", _int8, _int8_fake),
-):
+#: The default kernel of each operation, and its fake.
+DEFAULTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "adamw_step_": (_adamw, _adamw_fake),
+    "eigenbasis_step_": (_eigenbasis, _eigenbasis_fake),
+    "eigenbasis_gram": (_gram, _gram_fake),
+    "eigenbasis_turn_": (_turn, _turn_fake),
+    "int8_ema_": (_int8, _int8_fake),
+}
+for _name, (_default, _fake) in DEFAULTS.items():
     _LIBRARY.impl(_name, _default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"scao::{_name}", _fake, lib=_LIBRARY)
 
 adamw_step_ = torch.ops.scao.adamw_step_
 eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
+eigenbasis_gram = torch.ops.scao.eigenbasis_gram
+eigenbasis_turn_ = torch.ops.scao.eigenbasis_turn_
 int8_ema_ = torch.ops.scao.int8_ema_
 
 
@@ -326,6 +423,11 @@ def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> 
     return 1 < shape[0] <= LARGEST_SIDE[first.device.type]
 
 
-def has(name: str, device: torch.device, width: int = 1) -> bool:
-    """Whether the operation has a native kernel on the device, for a long basis of ``width`` columns."""
-    return name in KERNELS.get(device.type, ()) and width <= LARGEST_SIDE[device.type]
+def has(name: str, moments: Tensor, long_basis: Tensor | None = None) -> bool:
+    """Whether the operation has a native kernel for such moments ``[N, r, l]`` and a long basis ``[N, k, l]``."""
+    device = moments.device.type
+    if device not in NATIVE or name not in KERNELS[device] or moments.dtype != torch.float32:
+        return False
+    if long_basis is None:
+        return True
+    return max(moments.shape[1], long_basis.shape[1]) <= LARGEST_SIDE[device] and long_basis.dtype != torch.float16

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from scao_hf import integrity, report
 from scao_hf import options as opt
-from scao_hf import report
 from scao_hf import state as storage
-from scao_hf.buckets import Bucket
+from scao_hf.buckets import Bucket, is_matrix
+from scao_hf.distributed.exchange import check_flattened, check_placement, is_sharded
+from scao_hf.distributed.shards import Shards, restored
+from scao_hf.distributed.sharing import Sharing
+from scao_hf.experts import Packing, find_experts, split_group
 from scao_hf.rules import Tick, rule_of
+from scao_hf.storage import opened
 from scao_hf.update import full_precision, sanitize
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -33,8 +39,10 @@ class SCAO(Optimizer):
         weight_decay: decoupled weight decay.
         rule: ``"eigenbasis"`` (SCAO's own) or ``"published"`` (the published algorithm, as a reference).
         warmup_steps, blend_steps, min_precond_updates, precond_freq, rho, epsilon_sparse, k_min, k_max, tau,
-            max_precond_dim, use_int8_ema, on_nonfinite: see ``scao_hf.options.OPTIONS``. None takes the rule's default
-            (``scao_hf.options.RULE_DEFAULTS``).
+            max_precond_dim, use_int8_ema, cautious, moment_dtype, on_nonfinite: see ``scao_hf.options.OPTIONS``. None takes the
+            rule's default (``scao_hf.options.RULE_DEFAULTS``).
+        experts: the packed LoRA factors of stacked experts, from ``scao_hf.experts.find_experts(model)``: each expert
+            then is a matrix of its own. They become parameter groups of their own.
 
     Raises:
         ValueError: an option outside its legal range, named with the value and the range.
@@ -60,7 +68,10 @@ class SCAO(Optimizer):
         tau: float | None = None,
         max_precond_dim: int | None = None,
         use_int8_ema: bool | None = None,
+        cautious: bool | None = None,
+        moment_dtype: str | None = None,
         on_nonfinite: str | None = None,
+        experts: Mapping[Tensor, Packing] | None = None,
     ) -> None:
         passed = {
             "betas": betas,
@@ -75,30 +86,43 @@ class SCAO(Optimizer):
             "tau": tau,
             "max_precond_dim": max_precond_dim,
             "use_int8_ema": use_int8_ema,
+            "cautious": cautious,
+            "moment_dtype": moment_dtype,
             "on_nonfinite": on_nonfinite,
         }
         self._reset_plan()
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **opt.resolve(rule, passed)}
         defaults["scao_version"] = storage.VERSION
         self._passed = {name: value for name, value in passed.items() if value is not None}
+        self._sharing: Sharing | None = None
+        self._had_matrices: list[bool] = []
+        self._experts = experts or {}
         super().__init__(params, defaults)
+        self._experts = {}
 
     def _reset_plan(self) -> None:
         self._signature: tuple[Any, ...] = ()
         self._buckets: list[Bucket] = []
+        self._shards: Shards | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._passed = {}
+        self._sharing = None
+        self._had_matrices = []
         self._reset_plan()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not name take the optimizer's, or its own rule's defaults.
 
+        A group with ``experts`` (as in the constructor) becomes one group for each kind of packing in it.
+
         Raises:
             ValueError: an illegal option, or a parameter that is sharded in a way SCAO cannot step.
         """
         group = dict(param_group)
+        experts = group.pop("experts", None) or self._experts
+        group, *others = split_group(group, experts)
         rule = group.get("rule", self.defaults["rule"])
         named = {name: group[name] for name in (*opt.OPTIONS, "betas") if name in group and name != "rule"}
         if rule != self.defaults["rule"]:
@@ -113,8 +137,11 @@ class SCAO(Optimizer):
         opt.resolve(rule, {name: settings[name] for name in opt.RULE_DEFAULTS[rule]})
         super().add_param_group(group)
         for param in self.param_groups[-1]["params"]:
-            storage.refuse_sharded(param)
+            check_placement(param)
+        self._had_matrices.append(any(map(is_matrix, self.param_groups[-1]["params"])))
         self._reset_plan()
+        for other in others:
+            self.add_param_group(other)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -134,10 +161,22 @@ class SCAO(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_nonfinite()
-        for bucket in self._plan():
+        buckets, shards = self._plan(), self._shards
+        if shards is not None:
+            shards.gather()
+            if any(group["on_nonfinite"] == "raise" for group in self.param_groups):
+                shards.agree(self._nonfinite(shards.wholes))
+        sharing = self._sharing
+        parts = [] if sharing is None else sharing.split(buckets)
+        for index, bucket in enumerate(buckets):
             # The step may be taken inside the training loop's autocast block: its own arithmetic must not be lowered.
-            with full_precision(), torch.autocast(bucket.members[0].param.device.type, enabled=False):
-                self._step_bucket(bucket)
+            device = bucket.members[0].param.device.type
+            with full_precision(), torch.autocast(device, enabled=False), _idle_experts_kept(bucket):
+                self._step_bucket(bucket, None if sharing is None else parts[index].get(sharing.rank, slice(0, 0)))
+        if sharing is not None:
+            sharing.exchange(buckets, parts)
+        if shards is not None:
+            shards.scatter(self.state)
         return loss
 
     def _plan(self) -> list[Bucket]:
@@ -149,49 +188,101 @@ class SCAO(Optimizer):
             if param.grad is not None
         )
         if signature != self._signature:
-            self._buckets = storage.build_buckets(self.param_groups, self.state, lambda param: param.grad is not None)
+            self._buckets = self._build(lambda param: param.grad is not None)
             self._signature = signature
         return self._buckets
 
+    def _build(self, include: Callable[[Tensor], bool]) -> list[Bucket]:
+        for group in self.param_groups:
+            for param in group["params"]:
+                check_placement(param)
+        for group, had in zip(self.param_groups, self._had_matrices, strict=False):
+            check_flattened(group["params"], had)
+        self._shards = Shards.of(self.param_groups)
+        return storage.build_buckets(
+            self.param_groups, self.state, include, self._shards.wholes if self._shards is not None else None
+        )
+
     def _refuse_nonfinite(self) -> None:
+        problem = self._nonfinite({})
+        if problem is not None:
+            raise problem
+
+    def _nonfinite(self, wholes: storage.Wholes) -> RuntimeError | None:
+        """What ``on_nonfinite="raise"`` has to say about the gradients that are held whole here."""
         for group in self.param_groups:
             if group["on_nonfinite"] != "raise":
                 continue
             for param in group["params"]:
-                if param.grad is not None and not bool(torch.isfinite(param.grad).all()):
-                    raise RuntimeError(
+                held = wholes.get(param) if is_sharded(param) else param
+                if held is not None and held.grad is not None and not bool(torch.isfinite(held.grad).all()):
+                    return RuntimeError(
                         f"the gradient of a parameter of shape {tuple(param.shape)} holds NaN or Inf and on_nonfinite="
                         "'raise'; nothing was changed. Pass on_nonfinite='skip' to leave such a matrix as it is for the step"
                     )
+        return None
 
-    def _step_bucket(self, bucket: Bucket) -> None:
-        """One step of one bucket: moments and curvature, direction, decay, write-back."""
+    def _step_bucket(self, bucket: Bucket, due: slice | None) -> None:
+        """One step of one bucket, whose moments are decoded for it where they are kept encoded.
+
+        ``due``: the members to be refreshed, None for all whose turn it is.
+        """
+        with opened(bucket) as state:
+            self._step_state(bucket, state, due)
+        storage.publish(bucket)
+
+    def _step_state(self, bucket: Bucket, state: dict[str, Tensor], due: slice | None) -> None:
+        """One step: moments and curvature, direction, decay, write-back."""
         group, rule = bucket.group, rule_of(bucket.group, bucket.matrix)
-        due = bucket.due(bucket.step + 1, rule.start(group))
+        if due is None:
+            due = bucket.due(bucket.step + 1, rule.start(group))
         # A learning rate on a device would have to be waited for.
-        if bucket.native and not (isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"):
+        waits = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
+        # The kernels' v += (1 - b2) (g^2 - v) loses all digits of a small g^2 where b2 is next to zero; lerp does not.
+        if bucket.native and not waits and group["betas"][1] >= 0.5:
             params, parts = bucket.parts()
-            if rule.fused(bucket.state, params, parts, bucket.step + 1, group, due):
+            if rule.fused(state, params, parts, bucket.step + 1, group, due):
                 bucket.step += 1
                 torch.autograd.graph.increment_version(params)
-                storage.publish(bucket, self.state)
                 return
-        grads, finite = sanitize(bucket.gradients())
+        grads, finite = sanitize(bucket.gradients(), state["level"])
         bucket.step += 1
-        bucket.state["taken"] += finite[:, 0, 0]
-        tick = Tick.of(bucket.step, bucket.state["taken"][:, None, None], finite, group, due)
-        direction = rule.step(bucket.state, grads, tick)
+        state["taken"] += finite[:, 0, 0]
+        tick = Tick.of(bucket.step, state["taken"][:, None, None], finite, group, due)
+        direction = rule.step(state, grads, tick)
         lr, decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):
             lr = lr.detach().to(direction)
         if decay:
             bucket.decay(1 - finite * (lr * decay))
         bucket.subtract(direction.mul_(finite * lr))
-        storage.publish(bucket, self.state)
+
+    def share_refresh(self, group: Any = None) -> None:
+        """Share the refreshes out between the processes of a data-parallel run (DDP). Call it in all of them.
+
+        Every process must give the optimizer the same parameters and gradients, as DDP does. Each matrix is then
+        refreshed by one process, which sends its state to the others; weights and states stay equal to the bit.
+
+        Args:
+            group: a ``torch.distributed.ProcessGroup``; None for all processes.
+
+        Raises:
+            ValueError: the processes hold parameters of different shapes, or sharded ones.
+        """
+        self._sharing = Sharing(self.param_groups, group)
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's state dict: tensors and numbers only, loadable with ``torch.load(weights_only=True)``."""
-        return super().state_dict()
+        """Torch's state dict: tensors and numbers only, loadable with ``torch.load(weights_only=True)``.
+
+        Each parameter's entry has a checksum (``scao_hf.integrity``), which ``load_state_dict`` checks.
+
+        With sharded parameters (FSDP2) all processes have to call it together: each parameter's state is then its step
+        and one DTensor of bytes (``scao_hf.distributed.serial``), which torch.distributed.checkpoint saves and cuts anew.
+        """
+        saved = super().state_dict()
+        saved["state"] = integrity.sealed(saved["state"])
+        shards = Shards.of(self.param_groups)
+        return saved if shards is None else shards.to_bytes(saved, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state exactly: dtypes are kept, tensors are copied.
@@ -200,41 +291,52 @@ class SCAO(Optimizer):
             ValueError: another optimizer's or rule's state, a shape or key that does not fit, a non-finite value. The
                 optimizer is unchanged then.
         """
-        taken: dict[str, Any] = {}
+        fresh: storage.State = {}
+        shards = Shards.of(self.param_groups)
 
-        def inspect(_: Optimizer, incoming: dict[str, Any]) -> None:
-            storage.check_state_dict(incoming, self.param_groups)
-            taken.update(incoming)
+        def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            incoming = storage.completed(incoming)
+            fresh.update(restored(incoming, self.param_groups, shards))
+            return {**incoming, "state": {}}
 
-        # The hook runs after those of the user, which may replace the dict, and before torch changes anything.
+        # The hook runs after those of the user, which may replace the dict, and before torch changes anything. Torch
+        # sees no state: it would cast every tensor to its parameter's dtype.
         handle = self.register_load_state_dict_pre_hook(inspect)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        # torch has cast every tensor to its parameter's dtype: put the exact values in place of those.
-        self.state.update(storage.exact_state(taken, self.param_groups))
+        self.state.update(fresh)
         self._reset_plan()
 
     def _all_buckets(self) -> list[Bucket]:
         """Buckets of every parameter with state, whether or not it has a gradient now."""
-        return storage.build_buckets(self.param_groups, self.state, lambda param: param in self.state)
+        return self._build(lambda param: param in self.state)
 
     def metrics(self) -> dict[str, float]:
         """The figures for a training log: scao/phase, blend, rank, captured_mass, curvature_norm, skipped.
 
-        Averages over the matrices of the latest step; one device synchronisation.
+        Averages over the matrices of the latest step; one device synchronisation. With sharded parameters, over those
+        that this process owns.
         """
         return report.metrics(self._buckets or self._all_buckets())
 
-    def statistics(self) -> list[dict[str, Any]]:
-        """One plain row per matrix: name, shape, phase, rank, captured mass, curvature norm, skipped steps."""
-        names = {
+    def statistics(self, names: Mapping[Tensor, str] | None = None) -> list[dict[str, Any]]:
+        """One plain row per matrix: name, shape, phase, rank, captured mass, curvature norm, skipped steps.
+
+        With sharded parameters, the matrices that this process owns.
+
+        Args:
+            names: of parameters that were passed without one.
+        """
+        names = dict(names or {}) | {
             param: name
             for group in self.param_groups
             for param, name in zip(group["params"], group.get("param_names", ()), strict=False)
         }
         buckets = self._all_buckets()
+        wholes = {} if self._shards is None else self._shards.wholes
+        names |= {whole: names[param] for param, whole in wholes.items() if whole is not None and param in names}
         self._reset_plan()
         return report.statistics(buckets, names)
 
@@ -243,10 +345,30 @@ class SCAO(Optimizer):
         return report.memory_report(self.param_groups)
 
 
+@contextmanager
+def _idle_experts_kept(bucket: Bucket) -> Iterator[None]:
+    """Leave the curvature of experts without a token as it is: an average over the steps in which they had some.
+
+    Their moments decay as AdamW's do.
+    """
+    idle = bucket.idle()
+    if idle is None:
+        yield
+        return
+    rule = rule_of(bucket.group, bucket.matrix)
+    before = {name: field.clone() for name, field in bucket.state.items() if rule.kind(name) == "curvature"}
+    yield
+    for name, field in before.items():
+        kept = idle.view(-1, *[1] * (field.ndim - 1))
+        bucket.state[name].copy_(torch.where(kept, field, bucket.state[name]))
+
+
 def create_scao_optimizer(
     model: nn.Module, lr: float | Tensor = 1e-3, weight_decay: float = 0.01, **scao_kwargs: Any
 ) -> SCAO:
     """Build SCAO for a model's trainable parameters, with their names and without decay on biases and norms.
+
+    LoRA on stacked experts is found and stepped expert by expert.
 
     Args:
         model: any module; PEFT models bring their LoRA factors as the trainable parameters.
@@ -266,4 +388,10 @@ def create_scao_optimizer(
         {"params": [pair for pair in trainable if pair[1].ndim >= 2], "weight_decay": weight_decay},
         {"params": [pair for pair in trainable if pair[1].ndim < 2], "weight_decay": 0.0},
     ]
-    return SCAO([group for group in groups if group["params"]], lr=lr, weight_decay=weight_decay, **scao_kwargs)
+    return SCAO(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        weight_decay=weight_decay,
+        experts=find_experts(model),
+        **scao_kwargs,
+    )

@@ -47,7 +47,8 @@ class Option:
             return self.kind is bool and isinstance(value, bool)
         if not isinstance(value, int if self.kind is int else (int, float)):
             return False
-        if not math.isfinite(value):
+        # An integer that no 64 bits hold cannot come back out of a tensor operation.
+        if not math.isfinite(value) or (isinstance(value, int) and abs(value) >= 2**63):
             return False
         above = self.low is None or (value > self.low if self.open_low else value >= self.low)
         below = self.high is None or (value < self.high if self.open_high else value <= self.high)
@@ -72,6 +73,14 @@ OPTIONS: dict[str, Option] = {
     "tau": Option(float, "bound on the natural-gradient norm, None for no bound", low=0, open_low=True, optional=True),
     "max_precond_dim": Option(int, "largest dense curvature factor; a larger side is split into blocks", low=2),
     "use_int8_ema": Option(bool, "hold the curvature as blockwise int8 with stochastic rounding"),
+    "cautious": Option(
+        bool, "leave out the entries of a curvature step whose sign is not this gradient's; False with 'published'"
+    ),
+    "moment_dtype": Option(
+        str,
+        "how the moments are kept between steps; below float32 with stochastic rounding, int8 in blocks of 128",
+        choices=("float32", "bfloat16", "int8"),
+    ),
     "on_nonfinite": Option(
         str,
         "a NaN or Inf gradient leaves its matrix as it is ('skip') or is an error ('raise')",
@@ -94,6 +103,8 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
         "tau": None,
         "max_precond_dim": 4096,
         "use_int8_ema": False,
+        "cautious": False,
+        "moment_dtype": "float32",
         "on_nonfinite": "skip",
     },
     "eigenbasis": {
@@ -109,6 +120,8 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
         "tau": None,
         "max_precond_dim": 512,
         "use_int8_ema": False,
+        "cautious": True,
+        "moment_dtype": "float32",
         "on_nonfinite": "skip",
     },
 }
@@ -145,6 +158,10 @@ def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name != "betas":
             check(name, value, OPTIONS[name])
+    if rule == "published" and options["cautious"]:
+        raise ValueError(
+            "cautious=True is not valid with rule='published': it must be False, or take rule='eigenbasis'"
+        )
     if options["k_min"] > options["k_max"]:
         if passed.get("k_min") is not None and passed.get("k_max") is not None:
             raise ValueError(f"k_min={options['k_min']} must not exceed k_max={options['k_max']}")

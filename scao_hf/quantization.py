@@ -1,4 +1,4 @@
-"""Blockwise int8 codec with stochastic rounding, for curvature that is an exponential moving average.
+"""Blockwise int8 codec and bfloat16 with stochastic rounding, for state that is an exponential moving average.
 
 Rounding to nearest stalls such an average: at rho = 0.999 a step changes an entry by less than half a code and is
 rounded away. Stochastic rounding is right on average. One scale for a block of 128 entries keeps small entries.
@@ -38,17 +38,23 @@ def uniform_noise(blocks: int, seed: int, device: torch.device) -> Tensor:
     return (_mix((blocks_keys[:, None] + lanes) & 0xFFFFFFFF) >> 8).to(torch.float32) * 2.0**-24
 
 
-def encode(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """(Q1) Round each block of 128 entries to ``scale * code``, code = floor(x / scale + u), u uniform in [0, 1).
+def encode(values: Tensor, seed: int, power: int = 1) -> tuple[Tensor, Tensor]:
+    """(Q1) Round each block of 128 entries to the levels ``scale * 127 * sign(c) |c / 127|^power``, right on average.
+
+    With power 1 the levels are evenly spaced and ``code = floor(x / scale + u)``, u uniform in [0, 1). Higher powers are
+    for entries of very different sizes: neighbouring levels are ``power / |c|`` apart, relative to their size, and an
+    entry goes to one of its two neighbours with the probability that makes its mean right.
 
     Args:
-        values: ``[N, ...]``, any float dtype, finite.
+        values: ``[N, ...]``, any float dtype, finite; not negative where ``power`` is 4.
         seed: seed of u; the same seed gives the same codes, and torch's global generator is not touched.
+        power: 1 (curvature), 2 (momenta) or 4 (second moments: an entry above zero never becomes zero, as steps are
+            divided by it).
 
     Returns:
         Codes, int8 ``[N, blocks * 128]`` (the tail of the last block is zero), and scales, float32 ``[N, blocks]``.
-        The error of an entry is below one scale, max|block| / 127, and zero on average
-        (tests/test_quantization.py).
+        The error of an entry is below one scale, max|block| / 127, with power 1 and below the distance of its two
+        levels otherwise, and zero on average (tests/test_quantization.py).
     """
     flat = values.reshape(values.shape[0], -1).to(torch.float32)
     (_, padded), (_, blocks) = encoded_shapes(*flat.shape)
@@ -56,15 +62,43 @@ def encode(values: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     scales = flat.abs().amax(-1) / LEVELS
     noise = uniform_noise(scales.numel(), seed, flat.device).view_as(flat)
     # The reciprocal of a denormal scale overflows: such a block holds nothing that a float32 square root would see.
-    inverse = torch.where(scales > torch.finfo(torch.float32).tiny, 1 / scales, 0.0)
-    codes = (flat * inverse[..., None] + noise).floor_().clamp_(-LEVELS, LEVELS)
-    return codes.to(torch.int8).view(-1, padded), scales
+    inverse = torch.where(scales > torch.finfo(torch.float32).tiny, 1 / scales, 0.0)[..., None]
+    codes = (flat * inverse + noise).floor_() if power == 1 else _between(flat * inverse / LEVELS, noise, power)
+    return codes.clamp_(-LEVELS, LEVELS).to(torch.int8).view(-1, padded), scales
 
 
-def decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _between(values: Tensor, noise: Tensor, power: int) -> Tensor:
+    """Codes, as floats, of values in [-1, 1] on the levels ``sign(c) |c / 127|^power``, the lower or the upper one."""
+    size = values.abs()
+    codes = (size.sqrt() if power == 2 else size.sqrt().sqrt()).mul_(LEVELS).floor_()
+    lower, upper = (codes / LEVELS).pow_(power), ((codes + 1) / LEVELS).pow_(power)
+    codes += noise * (upper - lower) < size - lower
+    if power == 4:
+        codes = torch.maximum(codes, (size > 0).to(codes))
+    return codes * values.sign()
+
+
+def decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, power: int = 1) -> Tensor:
     """Inverse of ``encode``: ``[N, *shape]`` in ``dtype``."""
     numel = 1
     for side in shape:
         numel *= side
-    values = codes.view(*scales.shape, BLOCK).to(dtype) * scales[..., None].to(dtype)
+    values = codes.view(*scales.shape, BLOCK).to(dtype)
+    if power > 1:
+        values = values.sign().mul_((values.abs_() / LEVELS).pow_(power)).mul_(LEVELS)
+    values = values * scales[..., None].to(dtype)
     return values.view(codes.shape[0], -1)[:, :numel].reshape(-1, *shape)
+
+
+def to_bfloat16(values: Tensor, seed: int) -> Tensor:
+    """(Q2) Round to one of the two neighbouring bfloat16 numbers, right on average; a bfloat16 number stays as it is.
+
+    Args:
+        values: float, finite.
+        seed: as for ``encode``.
+    """
+    bits = values.to(torch.float32).contiguous().view(torch.int32).flatten()
+    noise = uniform_noise(-(-bits.numel() // BLOCK), seed, values.device).flatten()[: bits.numel()]
+    # Adding 16 random bits below the ones that are kept carries into these with the right probability.
+    rounded = (bits + (noise * 2**16).to(torch.int32)) & ~0xFFFF
+    return rounded.view(torch.float32).view(values.shape).to(torch.bfloat16)

@@ -95,13 +95,23 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
     u, spectrum, tail = torch.zeros(l, k).double(), torch.zeros(k).double(), 0.0
     used = u
     row = col = inside_sq = torch.zeros(1).double()
-    gain = 1.0
+    gain = agreement = 1.0
+    least = max(0.0, (1 - b2) * (1 - b1**2 / b2) / (1 - b1) ** 2) if b2 else 0.0
 
     def plain_square(step: int) -> Tensor:
         """(U12)."""
-        plain_row = factor.diagonal() / (1 - o["rho"] ** step) / l
+        plain_row = factor.diagonal() / (1 - o["rho"] ** step) / l * (1 - b2**step)
+        plain_row = torch.maximum(plain_row, least * (momentum**2).mean(1))
         plain_col = col + inside_sq.mean(0) @ (u**2).T
-        return torch.outer(plain_row, plain_col) / plain_col.mean()
+        square: Tensor = torch.outer(plain_row, plain_col) / plain_col.mean() / (1 - b2**step)
+        return square
+
+    def held() -> tuple[Tensor, ...]:
+        """(U14) for the second moments in new bases."""
+        inside = q.T @ momentum @ used
+        outside = q.T @ momentum - inside @ used.T
+        squares = inside**2, (outside**2).mean(1), (outside**2).mean(0)
+        return tuple(torch.maximum(v, least * m) for v, m in zip((inside_sq, row, col), squares, strict=True))
 
     def graft(step: int) -> float:
         """(U13)."""
@@ -130,6 +140,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
                 share, rest = _shares(spectrum, tail, kept)
                 energy = values.clamp_min(0) / (1 - o["rho"] ** step) * (1 - b2**step) / l
                 inside_sq, row, col = torch.outer(energy * l, share), energy * rest, square.mean(0) * rest
+                inside_sq, row, col = held()
                 gain = graft(step)
         else:
             bias1, bias2 = 1 - b1**step, 1 - b2**step
@@ -144,6 +155,10 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
             scaled = (mean_residual / bias1) / ((outer / bias2).sqrt() + o["eps"])
             scaled = scaled + (mean_inside / bias1) / ((inside_sq / bias2).sqrt() + o["eps"]) @ used.T
             direction = gain * q @ scaled
+            if o["cautious"]:
+                agrees = direction * g > 0  # (U16)
+                direction = direction * agrees / max(agreement, 0.5)
+                agreement = float(agrees.double().mean())
             if o["tau"] is not None:
                 direction = direction * min(1.0, o["tau"] / float(direction.norm()))
             blend = _ramp(step, start, o["blend_steps"])
@@ -166,6 +181,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
             share, _ = _shares(spectrum, tail, kept)
             inside_sq = moved @ overlap.T + torch.outer(energy, share * unseen.clamp(0, 1))
             q, u, used = q_new, u_new, used_new
+            inside_sq, row, col = held()
             gain = graft(step)
         w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction
         trajectory.append(w.clone())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from scao_hf.state import Groups, expected
 from scao_hf.update import blend_weight
 
 METRICS = ("rank", "captured_mass", "curvature_norm")
+#: Beside a run's trainer_state.json: the figures of every matrix over time.
+STATISTICS_NAME = "scao_statistics.jsonl"
 
 
 def _phase(bucket: Bucket) -> tuple[int, float]:
@@ -52,7 +56,7 @@ def _skipped(bucket: Bucket) -> Tensor:
 
 
 def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str, Any]]:
-    """One plain row per matrix, in the order of the parameters.
+    """One plain row per matrix, in the order of the parameters; ``name[e]`` is expert e of a packed one.
 
     Args:
         buckets: all buckets with state.
@@ -68,18 +72,25 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
             for name, values in rule_of(bucket.group, True).summary(bucket.state, bucket.group).items()
         }
         skipped = _skipped(bucket).tolist()
-        for index, (param, suffix, _) in enumerate(bucket.members):
+        matrices = [
+            (names.get(param, "") + suffix + (f"[{expert}]" if bucket.packed else ""), shape)
+            for param, suffix, block in bucket.members
+            if block is not None
+            for shape in [block.part(param).shape[1:] if bucket.packed else param.shape]
+            for expert in range(block.size)
+        ]
+        for index, (name, shape) in enumerate(matrices):
             rows.append(
                 {
-                    "name": names.get(param, "") + suffix,
-                    "rows": param.shape[0],
-                    "cols": param.shape[1],
+                    "name": name,
+                    "rows": shape[0],
+                    "cols": shape[1],
                     "block": list(bucket.shape),
                     "step": bucket.step,
                     "phase": phase,
                     "blend": blend,
                     "skipped": int(skipped[index]),
-                    **{name: values[index] for name, values in summary.items()},
+                    **{field: values[index] for field, values in summary.items()},
                 }
             )
     return rows
@@ -102,10 +113,60 @@ def memory_report(groups: Groups) -> dict[str, int]:
             for name, field in expected(param, group, sys.maxsize).items():
                 kind = (
                     "counters"
-                    if name.startswith("taken")
+                    if name.startswith(("taken", "level"))
                     else rule_of(group, is_matrix(param)).kind(name.partition(".")[0])
                 )
                 sizes[kind] += field.numel() * field.element_size()
     total = sum(sizes.values())
     count = sum(param.numel() for group in groups for param in group["params"])
     return {**sizes, "total": total, "peak": max(before, total), "parameters": count}
+
+
+class StatisticsFile:
+    """Writes ``statistics()`` over time as JSON lines: a header with names and options, then one line per record.
+
+    A run that starts at step 0 begins the file anew; one that is resumed adds a header that says from where.
+
+    Args:
+        path: the file; its folder is made if need be.
+        steps: length of the run, 0 if unknown. At most about ``RECORDS`` records are made in it.
+    """
+
+    RECORDS = 100
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path, self.interval = path, max(1, -(-steps // self.RECORDS))
+        self._names: list[str] | None = None
+        self._latest = -self.interval
+
+    def due(self, step: int) -> bool:
+        """Whether enough steps have gone by since the latest record."""
+        return step >= self._latest + self.interval
+
+    def append(
+        self, start: int, step: int, options: dict[str, Any], rows: list[dict[str, Any]], ms: list[float], write: bool
+    ) -> None:
+        """Add a record.
+
+        Args:
+            start: the step at which this process began, 0 unless resumed.
+            step: of the record.
+            options: the optimizer's, for the header.
+            rows: what ``statistics()`` returned.
+            ms: milliseconds of each optimizer step since the record before.
+            write: False in all processes but one; they make their records at the same steps.
+        """
+        self._latest = step
+        if not write:
+            return
+        lines = []
+        names = [row["name"] for row in rows]
+        first = self._names is None
+        if names != self._names:
+            self._names = names
+            lines.append({"from": start if first else step, "matrices": names, "options": options})
+        figures = {name: [float(f"{row[name]:.4g}") for row in rows] for name in (*METRICS, "skipped")}
+        lines.append({"step": step, **figures, "optimizer_ms": [round(value, 3) for value in ms]})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w" if first and start == 0 else "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scao_hf import ops, options
+from scao_hf import storage as encoding
 from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of, turns_of
+from scao_hf.experts import packing_of
 from scao_hf.rules import rule_of
 
 #: Version of the state's layout, kept in every parameter group.
-VERSION = 1
+VERSION = 2
 
 State = dict[Tensor, dict[str, Any]]
 Groups = list[dict[str, Any]]
+Wholes = dict[Tensor, Tensor | None]
 
 
-def refuse_sharded(param: Tensor) -> None:
-    """Raise ``ValueError`` for a parameter that is a shard of a larger one: its curvature would be a shard's too."""
-    if type(param).__name__ == "DTensor" or hasattr(param, "ds_id"):
-        raise ValueError(
-            f"a parameter of shape {tuple(param.shape)} is sharded ({type(param).__name__}): SCAO steps whole matrices. "
-            "Train on one device or with DDP instead of FSDP or ZeRO"
-        )
-
-
-def build_buckets(groups: Groups, state: State, include: Callable[[Tensor], bool]) -> list[Bucket]:
+def build_buckets(
+    groups: Groups, state: State, include: Callable[[Tensor], bool], wholes: Wholes | None = None
+) -> list[Bucket]:
     """Group the blocks of the included parameters by shape, dtype, device, age and parameter group.
 
     Existing state is stacked (without a copy where it already is), missing state is created and entered in ``state``.
+
+    Args:
+        groups: the parameter groups.
+        state: the optimizer's state.
+        include: which parameters.
+        wholes: for each sharded parameter the whole one that this process steps in its place, None where another
+            process does. Its state is then entered as ``state[param]["bytes"]``, empty in the other processes.
 
     Raises:
         RuntimeError: a sparse gradient.
     """
     buckets: dict[tuple[Any, ...], Bucket] = {}
+    entries_of: Counter[tuple[Any, ...]] = Counter()
     for index, group in enumerate(groups):
         turns, cycle = turns_of(entry for param in group["params"] for entry in _members(param, group))
         for param in group["params"]:
@@ -47,66 +52,84 @@ def build_buckets(groups: Groups, state: State, include: Callable[[Tensor], bool
                     f"SCAO does not support sparse gradients (parameter of shape {tuple(param.shape)}): use "
                     "torch.optim.SparseAdam for it, or an embedding with sparse=False"
                 )
-            refuse_sharded(param)
+            if param.numel() == 0:
+                continue
             step = state[param]["step"] if param in state else 0
             dtype = arithmetic_dtype(param)
-            for shape, member in _members(param, group):
-                key = (index, shape, dtype, param.dtype, param.device, step, member.block is None)
+            entry = state.setdefault(param, {})
+            whole: Tensor | None = param
+            if wholes is not None and param in wholes:
+                entry["step"] = step
+                whole, entry = wholes[param], entry.setdefault("bytes", {})
+            for shape, member in [] if whole is None else _members(whole, group):
+                key: tuple[Any, ...] = (index, shape, dtype, param.dtype, param.device, step, member.block is None)
+                if group["moment_dtype"] != "float32":
+                    key += (entries_of[key] // encoding.CHUNK,)
+                    entries_of[key[:-1]] += member.size * shape[0] * shape[1]
                 bucket = buckets.setdefault(key, Bucket(group, shape, step, dtype, cycle=cycle))
                 bucket.members.append(member)
-                bucket.turns.append(turns.get((id(param), member.suffix), 0))
+                bucket.entries.append(entry)
+                first = turns.get((id(param), member.suffix), 0)
+                bucket.turns.extend(first + index * shape[0] * shape[1] for index in range(member.size))
     for bucket in buckets.values():
         bucket.native = ops.supports([member.param for member in bucket.members], bucket.shape, bucket.matrix)
-        bucket.state = _stacked(bucket, state) if bucket.step else create(bucket, bucket.members[0].param.device)
+        bucket.state = _stacked(bucket) if bucket.step else create(bucket, bucket.members[0].param.device)
     # The old entries go only when every block has been read: the blocks of one parameter may lie in several buckets.
     for bucket in buckets.values():
-        for member in bucket.members:
-            state[member.param] = {}
+        for entry in bucket.entries:
+            entry.clear()
     for bucket in buckets.values():
-        publish(bucket, state)
+        publish(bucket)
     return list(buckets.values())
 
 
 def _members(param: Tensor, group: dict[str, Any]) -> list[tuple[tuple[int, int], Member]]:
-    return members_of(param, group["max_precond_dim"], rule_of(group, matrix=True).split_long_side)
+    split = rule_of(group, matrix=True).split_long_side
+    return members_of(param, group["max_precond_dim"], split, packing_of(group))
 
 
 def create(bucket: Bucket, device: torch.device) -> dict[str, Tensor]:
-    """Zeroed stacked state of a bucket of its age on ``device``; ``taken`` counts the finite gradients of each member."""
+    """Zeroed stacked state of a bucket of its age on ``device``; ``taken`` counts the finite gradients of each member,
+    ``level`` is how large they were (U3)."""
     rule = rule_of(bucket.group, bucket.matrix)
-    size = len(bucket.members)
+    size = bucket.size
     taken = torch.zeros(size, dtype=bucket.dtype, device=device)
-    return {"taken": taken, **rule.create(size, bucket.shape, bucket.dtype, device, bucket.group, bucket.step)}
+    fields = rule.create(size, bucket.shape, bucket.dtype, device, bucket.group, bucket.step)
+    return {"taken": taken, "level": torch.zeros_like(taken), **encoding.zeros(fields, bucket.group)}
 
 
-def _stacked(bucket: Bucket, state: State) -> dict[str, Tensor]:
-    first, suffix, _ = bucket.members[0]
-    names = [key.removesuffix(suffix) for key in state[first] if key != "step" and key.endswith(suffix)]
+def _stacked(bucket: Bucket) -> dict[str, Tensor]:
+    first, suffix = bucket.entries[0], bucket.members[0].suffix
+    names = [key.removesuffix(suffix) for key in first if key != "step" and key.endswith(suffix)]
     stacks = {}
     for name in names:
-        pieces = [state[param][name + suffix] for param, suffix, _ in bucket.members]
+        pieces = [entry[name + member.suffix] for entry, member in zip(bucket.entries, bucket.members, strict=True)]
         base = pieces[0]._base
         in_place = (
             base is not None
-            and base.shape == (len(pieces), *pieces[0].shape)
-            and all(piece.data_ptr() == base[index].data_ptr() for index, piece in enumerate(pieces))
+            and base.shape == (bucket.size, *pieces[0].shape[int(bucket.packed) :])
+            and all(piece.data_ptr() == part.data_ptr() for piece, part in zip(pieces, bucket.split(base), strict=True))
         )
-        stacks[name] = base if in_place and base is not None else torch.stack(pieces)
+        together = torch.cat if bucket.packed else torch.stack
+        stacks[name] = base if in_place and base is not None else together(pieces)
     return stacks
 
 
-def publish(bucket: Bucket, state: State) -> None:
+def publish(bucket: Bucket) -> None:
     """Enter the step and, where the fields are others than before, views of the stacked tensors for each parameter."""
-    first, suffix, _ = bucket.members[0]
-    known = {key.removesuffix(suffix) for key in state[first] if key != "step" and key.endswith(suffix)}
-    for index, (param, suffix, _) in enumerate(bucket.members):
-        entry = state[param]
+    first, suffix = bucket.entries[0], bucket.members[0].suffix
+    known = {key.removesuffix(suffix) for key in first if key != "step" and key.endswith(suffix)}
+    pieces = {}
+    if known != bucket.state.keys():
+        pieces = {name: bucket.split(stack) for name, stack in bucket.state.items()}
+    for index, (entry, member) in enumerate(zip(bucket.entries, bucket.members, strict=True)):
+        suffix = member.suffix
         entry["step"] = bucket.step
         if known != bucket.state.keys():
             for name in known - bucket.state.keys():
                 del entry[name + suffix]
-            for name, stack in bucket.state.items():
-                entry[name + suffix] = stack[index]
+            for name, parts in pieces.items():
+                entry[name + suffix] = parts[index]
 
 
 def expected(param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -115,11 +138,11 @@ def expected(param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tenso
     for shape, member in _members(param, group):
         bucket = Bucket(group, shape, step, arithmetic_dtype(param), [member])
         for name, stack in create(bucket, torch.device("meta")).items():
-            fields[name + member.suffix] = stack[0]
+            fields[name + member.suffix] = bucket.split(stack)[0]
     return fields
 
 
-def _pairs(state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Tensor, dict[str, Any]]]:
+def pairs(state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Tensor, dict[str, Any]]]:
     """(saved id, live parameter, saved group) of every parameter."""
     return [
         (key, param, saved)
@@ -128,13 +151,49 @@ def _pairs(state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Tensor
     ]
 
 
-def check_state_dict(state_dict: dict[str, Any], groups: Groups) -> None:
-    """Raise ``ValueError`` unless ``state_dict`` fits: SCAO's, this rule's, these shapes, all its fields, all finite."""
-    saved_groups = state_dict.get("param_groups")
-    if saved_groups is None or "state" not in state_dict:
+def check_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor] = ()) -> None:
+    """Raise ``ValueError`` unless the entries of ``state_dict`` fit: these shapes, all their fields, all finite.
+
+    Entries of the parameters ``elsewhere``, whose state another process holds, are not looked at.
+    """
+    for key, param, saved in pairs(state_dict, groups):
+        if key in state_dict["state"] and param not in elsewhere:
+            _check_entry(f"parameter {key} of shape {tuple(param.shape)}", state_dict["state"][key], param, saved)
+
+
+def completed(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict whose groups have every option: those that are newer than the file have their rule's defaults."""
+    check_structure(state_dict)
+    groups = []
+    for saved in state_dict["param_groups"]:
+        defaults = options.RULE_DEFAULTS.get(str(saved.get("rule")), {})
+        given = {name: value for name, value in saved.items() if value is not None or name not in defaults}
+        groups.append({**defaults, **given})
+    return {**state_dict, "param_groups": groups}
+
+
+def check_structure(state_dict: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless ``state_dict`` is built as torch builds state dicts, whatever the values in it are."""
+    saved_groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if saved_groups is None or state is None:
         raise ValueError(
             f"not an optimizer state: its keys are {sorted(map(str, state_dict))}, not state and param_groups"
         )
+    sound = isinstance(saved_groups, list) and isinstance(state, dict)
+    sound = sound and all(isinstance(saved, dict) for saved in saved_groups)
+    sound = sound and all(isinstance(saved.get("params"), list) for saved in saved_groups)
+    sound = sound and all(isinstance(key, (int, str)) for saved in saved_groups for key in saved["params"])
+    if not sound or not all(isinstance(entry, dict) for entry in state.values()):
+        raise ValueError("not an optimizer state: state must map to dicts, and param_groups list dicts with params")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def check_groups(state_dict: dict[str, Any], groups: Groups) -> None:
+    """Raise ``ValueError`` unless the groups of ``state_dict`` fit: SCAO's, this rule's, legal, of these parameters."""
+    saved_groups = state_dict["param_groups"]
     if not all("scao_version" in saved for saved in saved_groups):
         raise ValueError(
             "the saved state was written by another optimizer (its groups have no 'scao_version'): resume with the "
@@ -145,25 +204,29 @@ def check_state_dict(state_dict: dict[str, Any], groups: Groups) -> None:
     if saved_sizes != live_sizes:
         raise ValueError(f"the saved state has parameter groups of sizes {saved_sizes}, the optimizer has {live_sizes}")
     for saved, group in zip(saved_groups, groups, strict=True):
-        if saved["scao_version"] != VERSION:
+        if not isinstance(saved["scao_version"], int) or saved["scao_version"] != VERSION:
             raise ValueError(
                 f"the saved state has layout version {saved['scao_version']}, this scao_hf reads {VERSION}"
             )
-        if saved.get("rule") != group["rule"]:
+        if not isinstance(saved.get("rule"), str) or saved["rule"] != group["rule"]:
             raise ValueError(
                 f"the saved state belongs to rule={saved.get('rule')!r}, the optimizer has rule={group['rule']!r}"
             )
+        if packing_of(saved) != packing_of(group):
+            raise ValueError(
+                f"the saved state is of {packing_of(saved) or 'ordinary matrices'}, the optimizer's group of "
+                f"{packing_of(group) or 'ordinary matrices'}: create it as the saved one was, from the same model"
+            )
+        missing = [name for name in ("lr", "eps", "weight_decay") if not _is_number(saved.get(name))]
+        if missing:
+            raise ValueError(f"the saved state has no number for {', '.join(missing)} in a parameter group")
         options.check_torch_options(float(saved["lr"]), saved["betas"], saved["eps"], saved["weight_decay"])
         options.resolve(
             saved["rule"], {name: saved[name] for name in options.RULE_DEFAULTS[saved["rule"]] if name in saved}
         )
-    pairs = _pairs(state_dict, groups)
-    strangers = set(state_dict["state"]) - {key for key, _, _ in pairs}
+    strangers = set(state_dict["state"]) - {key for key, _, _ in pairs(state_dict, groups)}
     if strangers:
         raise ValueError(f"the saved state has entries for unknown parameters: {sorted(map(str, strangers))[:5]}")
-    for key, param, saved in pairs:
-        if key in state_dict["state"]:
-            _check_entry(f"parameter {key} of shape {tuple(param.shape)}", state_dict["state"][key], param, saved)
 
 
 def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
@@ -173,7 +236,9 @@ def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[s
     fields = expected(param, group, step)
     missing, extra = fields.keys() - entry.keys(), entry.keys() - fields.keys() - {"step"}
     if missing or extra:
-        raise ValueError(f"{where}: the saved state lacks {sorted(missing)} and has {sorted(extra)} that do not belong")
+        raise ValueError(
+            f"{where}: the saved state lacks {sorted(missing)} and has {sorted(map(str, extra))} that do not belong"
+        )
     for name, field in fields.items():
         value = entry[name]
         if not isinstance(value, Tensor) or value.shape != field.shape:
@@ -185,12 +250,18 @@ def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[s
             raise ValueError(f"{where}: saved {name} holds NaN or Inf")
 
 
-def exact_state(state_dict: dict[str, Any], groups: Groups) -> State:
-    """Copies of a checked state dict's entries, by live parameter: on its device, in the dtypes that the rule uses."""
+def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor] = ()) -> State:
+    """Copies of a checked state dict's entries, by live parameter: on its device, in the dtypes that the rule uses.
+
+    Of the parameters ``elsewhere``, whose state another process holds, only the step.
+    """
     fresh: State = {}
-    for key, param, saved in _pairs(state_dict, groups):
+    for key, param, saved in pairs(state_dict, groups):
         entry = state_dict["state"].get(key)
         if entry is None:
+            continue
+        if param in elsewhere:
+            fresh[param] = {"step": entry["step"]}
             continue
         fields = expected(param, saved, entry["step"])
         fresh[param] = {

@@ -6,15 +6,20 @@ import copy
 import difflib
 import inspect
 import logging
+import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scao_hf.distributed.exchange import WAYS_OUT
+from scao_hf.experts import find_experts, without_gradient
 from scao_hf.optimizer import SCAO
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, resolve
+from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.update import curvature_start
 
 if TYPE_CHECKING:
@@ -59,21 +64,19 @@ def check_scao_kwargs(scao_kwargs: dict[str, Any]) -> None:
 
 
 def refuse_parallelism(trainer: Trainer) -> None:
-    """Refuse the kinds of parallelism whose results have not been proved equal to one process.
+    """Refuse the kinds of parallelism that leave no matrix whole.
 
     Raises:
-        ValueError: DeepSpeed, FSDP or more than one process, with what to use instead.
+        ValueError: DeepSpeed or FSDP1, with what to use instead.
     """
-    why = "it has not been proved to give the result of one process yet"
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if trainer.is_deepspeed_enabled:
-        kind, why = "DeepSpeed", "ZeRO flattens the matrices that SCAO needs whole"
-    elif trainer.is_fsdp_enabled:
-        kind = "FSDP"
-    elif trainer.args.world_size > 1:
-        kind = f"DDP ({trainer.args.world_size} processes)"
+        kind = "DeepSpeed: ZeRO"
+    elif trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
+        kind = "FSDP1: it"
     else:
         return
-    raise ValueError(f"SCAO does not run under {kind}: {why}. Train in one process on one GPU, or use adamw_torch")
+    raise ValueError(f"SCAO does not run under {kind} flattens the matrices that SCAO steps whole. {WAYS_OUT}")
 
 
 def unwrap(optimizer: Any) -> SCAO | None:
@@ -86,9 +89,18 @@ def unwrap(optimizer: Any) -> SCAO | None:
 class SCAOCallback(TrainerCallback):
     """Adds ``SCAO.metrics()`` to every training log, before the console, TensorBoard or W&B read it.
 
+    Beside ``trainer_state.json`` it keeps ``scao_statistics.jsonl``, the figures of every matrix at up to 100 of the
+    logged steps, for ``scao-hf report``.
+
     Use ``SCAOCallback.attach(trainer)``: a callback that is passed as ``callbacks=[...]`` runs after the reporting
     backends, which then see none of the metrics. With another optimizer it does nothing.
     """
+
+    def __init__(self) -> None:
+        self._file: StatisticsFile | None = None
+        self._start, self._began = 0, 0.0
+        self._ms: list[float] = []
+        self._reached = False
 
     @classmethod
     def attach(cls, trainer: Trainer) -> SCAOCallback:
@@ -105,10 +117,12 @@ class SCAOCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn about a resume without optimizer state, and about a run that ends before its phase 2."""
+        """Warn about a resume without state, and about a run that ends before phase 2."""
         optimizer = unwrap(kwargs.get("optimizer"))
         if optimizer is None:
             return
+        self._file = StatisticsFile(Path(args.output_dir) / STATISTICS_NAME, state.max_steps)
+        self._start, self._ms, self._reached = state.global_step, [], False
         if state.global_step > 0 and not optimizer.state:
             logger.warning(
                 "resuming at step %d without SCAO's state: the checkpoint holds no optimizer.pt with scheduler.pt "
@@ -141,6 +155,42 @@ class SCAOCallback(TrainerCallback):
         logs.update(metrics)
         if state.log_history:
             state.log_history[-1].update(metrics)
+        if self._file is not None and self._file.due(state.global_step):
+            options = {name: optimizer.param_groups[0][name] for name in OPTIONS}
+            # Trainers that build the optimizer from its class pass parameters without their names.
+            names = {param: name for name, param in kwargs["model"].named_parameters()}
+            rows, write = optimizer.statistics(names), state.is_world_process_zero
+            self._file.append(self._start, state.global_step, options, rows, self._ms, write)
+            self._ms = []
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of the optimizer's step."""
+        self._began = time.perf_counter()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop it. On a GPU this is the time of the host, which does not wait for the device."""
+        self._ms.append(1000 * (time.perf_counter() - self._began))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the first step, check that the LoRA of every expert stack has had a gradient.
+
+        Raises:
+            RuntimeError: some had none: they would stay as they are for the whole run, without a word.
+        """
+        optimizer = unwrap(kwargs.get("optimizer"))
+        if self._reached or optimizer is None or not optimizer.state:
+            return
+        self._reached = True
+        missing = without_gradient(kwargs["model"].named_parameters(), optimizer.param_groups, optimizer.state)
+        if missing:
+            raise RuntimeError(
+                f"no gradient has reached the LoRA of these experts, so that they do not train: {', '.join(missing)}. With "
+                "4-bit experts call scao_hf.moe.fuse_moe_lora(model) (scao_fuse_moe: true in a YAML) before training"
+            )
 
 
 class SCAOTrainerMixin(_AnyTrainer):
@@ -158,7 +208,7 @@ class SCAOTrainerMixin(_AnyTrainer):
         **kwargs: keyword arguments of the Trainer.
 
     Raises:
-        ValueError: an option that is unknown or outside its range; a second optimizer; DeepSpeed, FSDP or DDP.
+        ValueError: an option that is unknown or outside its range; a second optimizer; DeepSpeed or FSDP1.
     """
 
     args: TrainingArguments
@@ -197,6 +247,7 @@ class SCAOTrainerMixin(_AnyTrainer):
             lr=self.args.learning_rate,
             eps=self.args.adam_epsilon,
             weight_decay=self.args.weight_decay,
+            experts=find_experts(model),
             **{name: value for name, value in options.items() if name != "rule" or value is not None},
         )
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 #: Gradients are scaled to at most this magnitude per matrix, so that their squares stay finite in float32.
 LARGEST_GRADIENT = 1e15
+#: A gradient may be this many times as large as the level of those before it, which fades by the second factor a step.
+LARGEST_JUMP, LEVEL_DECAY = 10.0, 0.95
 
 
 @contextmanager
@@ -35,19 +37,31 @@ def blend_weight(step: int, start: int, blend_steps: int) -> float:
     return min(1.0, (step - start) / (blend_steps + 1)) if blend_steps else 1.0
 
 
-def sanitize(grads: Tensor) -> tuple[Tensor, Tensor]:
-    """(U3) Zero the matrices that hold a NaN or Inf, and bound the others' magnitude by ``LARGEST_GRADIENT``.
+def sanitize(grads: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """(U3) Zero the matrices that hold a NaN or Inf, and bound the magnitude of the others: ``max|G| <= 10 level``.
+
+    The level is the largest magnitude of the earlier gradients, fading: ``level <- max(0.95 level, max|G|)`` with the
+    bounded G. One gradient that is far too large cannot ruin moments and curvature then, and a lasting change of scale
+    is followed within a few steps. Before the first gradient that is not zero, ``LARGEST_GRADIENT`` is the bound alone.
 
     Args:
         grads: G, ``[N, r, l]``, changed in place.
+        level: ``[N]``, zero before the first step, changed in place; as it was for a matrix that is skipped.
 
     Returns:
         G, and ``[N, 1, 1]`` with 1 for a finite matrix and 0 for a skipped one.
     """
-    largest = grads.abs().flatten(1).amax(1)[:, None, None]
+    flat = grads.flatten(1)
+    largest = torch.maximum(flat.amax(1), -flat.amin(1))
     finite = torch.isfinite(largest)
-    scale = torch.where(finite, LARGEST_GRADIENT / largest.clamp_min(LARGEST_GRADIENT), 0.0)
-    return grads.mul_(scale).nan_to_num_(0.0, 0.0, 0.0), finite.to(grads.dtype)
+    limit = torch.where(level > 0, LARGEST_JUMP * level, LARGEST_GRADIENT).clamp_max(LARGEST_GRADIENT)
+    scale = torch.where(finite, limit / torch.maximum(largest, limit), 0.0)
+    fresh = torch.maximum(torch.minimum(largest, limit), LEVEL_DECAY * level)
+    level.copy_(torch.where(finite & (largest > 0), fresh, level))
+    # On a GPU the question would have to be waited for, on a CPU it is cheaper than two passes over the gradient.
+    if grads.device.type != "cpu" or not bool((scale == 1).all()):
+        grads.mul_(scale[:, None, None]).nan_to_num_(0.0, 0.0, 0.0)
+    return grads, finite[:, None, None].to(grads.dtype)
 
 
 def bias_correction(beta: float, count: Tensor) -> Tensor:
@@ -73,6 +87,17 @@ def adam_moments(mean: Tensor, square: Tensor, grads: Tensor, weights: tuple[Ten
     """
     mean.lerp_(grads, weights[0])
     square.lerp_(grads.square(), weights[1])
+
+
+def least_square(betas: tuple[float, float]) -> float:
+    """(U14) The share c of m^2 that v cannot be below: ``v >= c m^2`` for the two averages of any gradients.
+
+    By Cauchy and Schwarz ``m^2 <= sum_k (1 - b1)^2 b1^2k / ((1 - b2) b2^k) v``. Zero where b1^2 >= b2: no bound then.
+    """
+    first, second = betas
+    if first * first >= second or first == 1:
+        return 0.0
+    return (1 - second) * (1 - first * first / second) / (1 - first) ** 2
 
 
 def adam_direction(mean: Tensor, square: Tensor, bias: tuple[Tensor, Tensor], eps: float) -> Tensor:
@@ -120,14 +145,22 @@ def mix(first: Tensor, second: Tensor, weight: float) -> Tensor:
     return torch.lerp(first, second, weight)
 
 
-def rank_one(row: Tensor, col: Tensor) -> Tensor:
-    """(U10) Second moment of rank one: ``row_i col_j / mean(col)``, ``[N, r, l]``.
+def rank_one_direction(mean: Tensor, row: Tensor, col: Tensor, bias: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """(U10) (U6) with a second moment of rank one, ``row_i col_j / mean(col)``, in fresh memory.
+
+    The moment is never formed: its root is the product of two roots.
 
     Args:
+        mean: ``[N, r, l]``.
         row: mean of the squares over the columns, ``[N, r, 1]``.
         col: mean of the squares over the rows, ``[N, 1, l]``.
+        bias: bias corrections.
+        eps: Adam's.
     """
-    return row @ (col / col.mean(2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny))
+    rows = row.sqrt().mul_(bias[0] / bias[1].sqrt())
+    cols = (col / col.mean(2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)).sqrt_()
+    denominator = torch.addcmul(bias[0] * eps, rows, cols)
+    return torch.div(mean, denominator, out=denominator)
 
 
 def eigenbasis_direction(
@@ -147,20 +180,89 @@ def eigenbasis_direction(
         state: the moments ``exp_avg`` of R, ``row`` and ``col``, ``inside_avg`` and ``inside_sq`` of P, all changed in
             place; Q in ``vectors`` and the ``mask`` of U's columns.
         grads: G, ``[N, r, l]``.
-        long_basis: U, ``[N, l, k]``.
+        long_basis: U^T, ``[N, k, l]``.
         weights: ``1 - beta`` of the two moments, zero for a skipped matrix.
         bias: their bias corrections.
     """
     basis, (first, second) = state["vectors"], weights
     rotated = basis.mT @ grads
-    inside = (rotated @ long_basis).mul_(state["mask"])
-    outside = rotated.baddbmm_(inside, long_basis.mT, alpha=-1)
+    inside = (rotated @ long_basis.mT).mul_(state["mask"])
+    outside = rotated.baddbmm_(inside, long_basis, alpha=-1)
     state["inside_avg"].lerp_(inside, first)
     state["inside_sq"].lerp_(inside.square(), second)
     state["exp_avg"].lerp_(outside, first)
     energy = outside.square_()
     state["row"].lerp_(energy.mean(2, keepdim=True), second)
     state["col"].lerp_(energy.mean(1, keepdim=True), second)
-    direction = adam_direction(state["exp_avg"], rank_one(state["row"], state["col"]), bias, eps)
+    direction = rank_one_direction(state["exp_avg"], state["row"], state["col"], bias, eps)
     kept = adam_direction(state["inside_avg"], state["inside_sq"], bias, eps)
-    return basis @ direction.baddbmm_(kept, long_basis.mT)
+    return basis @ direction.baddbmm_(kept, long_basis)
+
+
+def cautious(direction: Tensor, grads: Tensor, agreement: Tensor, finite: Tensor) -> Tensor:
+    """(U16) Only the entries of a step that this gradient agrees with, larger by the share that agreed a step ago.
+
+    ``D (D G > 0) / max(a, 1/2)``: the share of the step before stands for this step's own, which is known too late to be
+    used without another pass over the matrix. After C. Liang et al., Cautious Optimizers, 2024.
+
+    Args:
+        direction: D, ``[N, r, l]``, changed in place.
+        grads: G, in the same coordinates; scratch.
+        agreement: a, ``[N]``, replaced by this step's share, not for a matrix that is skipped.
+        finite: 0 for a skipped matrix, ``[N, 1, 1]``.
+    """
+    agrees = grads.mul_(direction).gt_(0)
+    direction.mul_(agrees).div_(agreement.clamp_min(0.5)[:, None, None])
+    agreement.copy_(torch.where(finite[:, 0, 0] > 0, agrees.mean((1, 2)), agreement))
+    return direction
+
+
+def turn(
+    moments: Tensor,
+    long_basis: Tensor,
+    row: Tensor,
+    col: Tensor,
+    coefficients: Tensor,
+    plain_row: Tensor,
+    inside_sq: Tensor,
+    bias: tuple[Tensor, Tensor],
+    finite: Tensor,
+    least: float,
+    eps: float,
+) -> Tensor:
+    """(U15) Move U and the residual's momentum to new bases in place; the squared norms of two steps in them.
+
+    Of ``coefficients Z`` with ``Z = [U^T; M]``, ``[N, k + r, l]``, the first r rows are the new M, the next k the new U^T,
+    the last r the whole momentum in the parameter's own coordinates. The second moments are raised to where (U14) holds:
+    turning moves rounding errors of large coordinates, and of moments in few bits, into coordinates whose second moment
+    is next to nothing, and their steps would be thousands of learning rates.
+
+    Args:
+        moments: M, ``[N, r, l]``.
+        long_basis: U^T, ``[N, k, l]``.
+        row, col: second moment of the residual in the new basis, as in (U10); changed in place too.
+        coefficients: ``[N, r + k + r, k + r]``.
+        plain_row: what AdamW's second moment has in place of ``row``, ``[N, r, 1]``.
+        inside_sq: second moment of the kept part, mean over the rows, ``[N, 1, k]``: AdamW's moment has
+            ``col + inside_sq (U^T)^2`` in place of ``col``.
+        bias: bias corrections.
+        finite: 0 for a matrix that stays as it is, ``[N, 1, 1]``.
+        least: (U14).
+        eps: Adam's.
+
+    Returns:
+        ``[N, 2]``: of AdamW's step with the whole momentum, and of the residual's.
+    """
+    r, k = moments.shape[1], long_basis.shape[1]
+    fresh = coefficients @ torch.cat([long_basis.to(moments.dtype), moments], 1)
+    outside, basis, momentum = fresh.split([r, k, r], 1)
+    moments.copy_(torch.where(finite > 0, outside, moments))
+    long_basis.copy_(torch.where(finite > 0, basis.to(long_basis.dtype), long_basis))
+    square = outside.square()
+    row.copy_(torch.where(finite > 0, torch.maximum(row, least * square.mean(2, keepdim=True)), row))
+    col.copy_(torch.where(finite > 0, torch.maximum(col, least * square.mean(1, keepdim=True)), col))
+    plain_row = torch.maximum(plain_row, least * momentum.square().mean(2, keepdim=True))
+    plain_col = col + inside_sq @ long_basis.to(moments.dtype).square()
+    plain = rank_one_direction(momentum, plain_row, plain_col, bias, eps)
+    steps = plain, rank_one_direction(outside, row, col, bias, eps)
+    return torch.stack([torch.linalg.vector_norm(step.flatten(1), dim=1).square() for step in steps], -1)

@@ -99,17 +99,25 @@ def test_preconditioner_with_truncated_factors_is_the_dense_one() -> None:
     torch.testing.assert_close(update.kronecker_precondition(grads, bases[0], bases[1])[0], expected)
 
 
+def sketch(vectors: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, decay: float) -> tuple[torch.Tensor, ...]:
+    lift = torch.nn.functional.pad(torch.eye(rows.shape[1], dtype=rows.dtype), (vectors.shape[1], 0))
+    found = curvature.sketch(curvature.gram(rows, vectors), values, lift.expand(len(rows), -1, -1), decay)
+    assert found is not None
+    return found[0] @ torch.cat([vectors, rows], 1), *found[1:]
+
+
 def test_sketch_is_the_top_of_the_dense_matrix_and_accounts_for_the_rest() -> None:
     torch.manual_seed(0)
     rows = torch.randn(2, 3, 9, dtype=torch.float64)
-    vectors, values = torch.zeros(2, 9, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
-    vectors, values, lost = curvature.sketch(vectors, values, rows, 0.5)  # type: ignore[misc]
-    assert (values[:, 3] == 0).all() and (vectors[..., 3] == 0).all()
-    torch.testing.assert_close((vectors * values[:, None]) @ vectors.mT, rows.mT @ rows)
+    vectors, values = torch.zeros(2, 4, 9, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
+    vectors, values, lost = sketch(vectors, values, rows, 0.5)
+    assert (values[:, 3] == 0).all() and (vectors[:, 3] == 0).all()
+    torch.testing.assert_close((vectors.mT * values[:, None]) @ vectors, rows.mT @ rows)
     more = torch.randn(2, 3, 9, dtype=torch.float64)
     dense = 0.5 * rows.mT @ rows + more.mT @ more
-    _, values, lost = curvature.sketch(vectors, values, more, 0.5)  # type: ignore[misc]
+    vectors, values, lost = sketch(vectors, values, more, 0.5)
     torch.testing.assert_close(values, torch.linalg.eigvalsh(dense).flip(-1)[:, :4])
+    torch.testing.assert_close(vectors @ dense @ vectors.mT, values.diag_embed())
     torch.testing.assert_close(values.sum(-1) + lost, dense.diagonal(dim1=1, dim2=2).sum(-1))
 
 

@@ -231,6 +231,49 @@ def test_turns_are_even_on_a_large_model() -> None:
     assert max(abs(entries - total / 10) for entries in refreshed) <= 16 * 11008
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the latter natively where there are kernels
+def test_cautious_steps_leave_out_what_the_gradient_disagrees_with(dtype: torch.dtype) -> None:
+    """(U16)."""
+    moved: list[torch.Tensor] = []
+    shares: list[float] = []
+    for cautious in (True, False):
+        (param,) = fresh((4, 30), dtype=dtype)
+        optimizer = SCAO([param], lr=0.1, weight_decay=0.0, cautious=cautious, **QUICK)
+        for step in range(9):
+            param.grad = torch.randn(4, 30, generator=torch.Generator().manual_seed(step), dtype=torch.float32).to(
+                dtype
+            )
+            if step == 8 and cautious:
+                shares.append(float(optimizer.state[param]["agreement"]))
+            before = param.detach().clone()
+            optimizer.step()
+        assert param.grad is not None
+        moved.append(before - param.detach())
+        shares.append(float(optimizer.state[param]["agreement"]))
+    agrees = moved[1] * param.grad > 0
+    assert 0.2 < agrees.double().mean() < 1
+    torch.testing.assert_close(moved[0], moved[1] * agrees / max(shares[0], 0.5), rtol=1e-4, atol=1e-7)
+    assert shares[1] == pytest.approx(agrees.double().mean().item(), abs=0.02) and shares[2] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_gradient_of_zeros_does_not_blow_up_the_next_cautious_step(dtype: torch.dtype) -> None:
+    (param,) = fresh((4, 30), dtype=dtype)
+    optimizer = SCAO([param], lr=0.1, weight_decay=0.0, **QUICK)
+    steps(optimizer, 8)
+    held = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert torch.equal(param, held) and optimizer.state[param]["agreement"] == 0
+    steps(optimizer, 1, first=8)
+    assert 0.01 < (param.detach() - held).abs().max() < 1
+
+
+def test_the_published_rule_is_not_cautious() -> None:
+    with pytest.raises(ValueError, match="cautious=True"):
+        SCAO(fresh((4, 9)), rule="published", cautious=True)
+
+
 def test_tensor_lr_closure_and_scheduler_act_as_in_torch() -> None:
     plain, tensor = fresh((4, 9)), fresh((4, 9))
     lr = torch.tensor(0.1)
@@ -366,19 +409,30 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {
     "__init__": {"optimizer", "trainer", "ops"},
     "__main__": {"tools"},
-    "buckets": set(),
+    "buckets": {"experts"},
     "curvature": set(),
-    "optimizer": {"options", "state", "report", "buckets", "rules", "update", "ops"},
+    "distributed": {"distributed", "buckets", "integrity", "rules", "state"},
+    "experts": set(),
+    "integrity": set(),
+    "moe": {"moe", "experts"},
+    "ops": {"curvature", "update", "quantization"},
+    "optimizer": {
+        *("buckets", "distributed", "experts", "integrity", "options", "ops"),
+        *("report", "rules", "state", "storage", "update"),
+    },
     "options": set(),
     "quantization": set(),
     "reference": set(),
     "report": {"buckets", "rules", "state", "update"},
     "rules": {"rules", "curvature", "update", "quantization", "ops"},
-    "state": {"options", "buckets", "rules", "ops"},
-    "tools": {"tools", "optimizer", "options", "ops", "reference", "rules", "update", "report", "state", "__init__"},
-    "trainer": {"optimizer", "options", "update"},
+    "state": {"experts", "options", "buckets", "rules", "ops", "storage"},
+    "storage": {"buckets", "quantization", "rules"},
+    "tools": {
+        *("tools", "optimizer", "options", "ops", "reference", "rules", "update", "report", "state"),
+        *("trainer", "__init__"),
+    },
+    "trainer": {"distributed", "experts", "optimizer", "options", "report", "update"},
     "update": set(),
-    "ops": {"curvature", "update", "quantization"},
 }
 
 

@@ -76,6 +76,8 @@ def test_published_defaults_are_the_published_table() -> None:
         "tau": None,
         "max_precond_dim": 4096,
         "use_int8_ema": False,
+        "cautious": False,
+        "moment_dtype": "float32",
         "on_nonfinite": None,
     }
 
@@ -100,6 +102,7 @@ def test_every_option_of_the_table_is_an_argument_and_the_reverse() -> None:
         "betas",
         "eps",
         "weight_decay",
+        "experts",
     }
     assert arguments == set(options.OPTIONS)
     for rule in options.RULES:

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from axolotl_plugin.rules import check_run
 from axolotl_plugin.values import Findings
 from scao_hf import SCAO, SCAOCallback
+from scao_hf.tools.matrices import place, read_matrices
 from scao_hf.trainer import unwrap
 
 STEPS = 12
@@ -146,6 +147,9 @@ def test_sft(full_run: tuple[PreTrainedModel, Trainer, Path]) -> None:
     # Every factor has moved, B away from its zeros.
     assert all(float(value.abs().max()) > 0 for value in weights(model).values())
     assert (checkpoint.parent / "adapter_model.safetensors").is_file()
+    found = read_matrices(checkpoint)
+    assert found is not None and found.steps == list(range(1, STEPS + 1)) and len(found.names) == 28
+    assert all(place(name)[0] in ("A", "B") and place(name)[1] in (0, 1) for name in found.names)
 
 
 def test_resume_gives_the_same_weights(

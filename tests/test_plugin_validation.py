@@ -22,6 +22,7 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_plugin import SCAOPlugin
 from axolotl_plugin.args import SCAOArgs
+from axolotl_plugin.values import SWITCHES
 from scao_hf import SCAO
 from scao_hf.options import OPTIONS, Option
 
@@ -98,7 +99,7 @@ def test_base_config_is_accepted_silently(caplog: pytest.LogCaptureFixture) -> N
 
 def test_every_option_is_a_field_with_its_description() -> None:
     fields = SCAOArgs.model_fields
-    assert set(fields) == {f"scao_{name}" for name in OPTIONS}
+    assert set(fields) == {f"scao_{name}" for name in (*OPTIONS, *SWITCHES)}
     for name, option in OPTIONS.items():
         assert option.doc in str(fields[f"scao_{name}"].description)
         assert option.valid in str(fields[f"scao_{name}"].description)
@@ -160,8 +161,10 @@ ERRORS = {
     "epsilon": ({"adam_epsilon": 0.0}, "adam_epsilon: 0.0 must be a number in (0, inf)"),
     "DeepSpeed": ({"deepspeed": "x.json"}, "deepspeed: x.json: ZeRO flattens the matrices"),
     "FSDP1": ({"fsdp_config": {"offload_params": False}, "fsdp_version": 1}, "FSDP1 flattens the matrices"),
-    "FSDP2": ({"fsdp_config": {"offload_params": False}, "fsdp_version": 2}, "fsdp_version: 2: not proved"),
-    "DDP": ({"ddp": True}, "more than one process (DDP): not proved"),
+    "FSDP2 in host memory": (
+        {"fsdp_config": {"offload_params": True}, "fsdp_version": 2},
+        "offload_params: true keeps",
+    ),
     "tensor parallel": ({"tensor_parallel_size": 2}, "tensor_parallel_size: 2 splits"),
     "context parallel": ({"context_parallel_size": 2}, "context_parallel_size: 2 splits"),
     "sequence parallel": ({"sequence_parallel_degree": 2}, "sequence_parallel_degree: 2 splits"),
@@ -235,6 +238,12 @@ ALLOWED = {
     "LoRA+": {"loraplus_lr_ratio": 16},
     "preference tuning": {"rl": "dpo"},
     "save_only_model without resume": {"save_only_model": True},
+    "DDP": {"ddp": True, "n_gpu": 2},
+    "FSDP2": {
+        "fsdp_config": {"offload_params": False, "state_dict_type": "SHARDED_STATE_DICT"},
+        "fsdp_version": 2,
+        "n_gpu": 2,
+    },
     "long enough": {"max_steps": 21},
 }
 
@@ -244,13 +253,14 @@ def test_allowed(caplog: pytest.LogCaptureFixture, row: str) -> None:
     assert warnings_of(caplog, **ALLOWED[row]) == ""
 
 
+def test_a_full_state_dict_under_fsdp_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warned = warnings_of(caplog, fsdp_config={"state_dict_type": "FULL_STATE_DICT"}, fsdp_version=2, n_gpu=2)
+    assert "SHARDED_STATE_DICT alone" in warned
+
+
 def test_expert_parallelism_is_refused() -> None:
     plugins = [PLUGIN, "axolotl.integrations.expert_parallel.ExpertParallelPlugin"]
     assert "expert_parallel_size: 2 splits" in errors_of(plugins=plugins, expert_parallel_size=2)
-
-
-def test_several_processes_are_refused() -> None:
-    assert "more than one process (DDP)" in errors_of(n_gpu=2)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ OPTIONS = {"warmup_steps": 4, "blend_steps": 5, "precond_freq": 3, "min_precond_
     ("shape", "extra"),
     [
         ((5, 12), {}),
+        ((5, 12), {"cautious": False}),
         ((12, 5), {}),
         ((6, 6), {"tau": 0.3}),
         ((3, 40), {"epsilon_sparse": 0.4, "rho": 0.8}),

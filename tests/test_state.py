@@ -68,8 +68,8 @@ def test_dtypes_survive_and_nothing_is_aliased(rule: str) -> None:
     seen = set()
     for index, param in enumerate(other_params):
         for name, value in saved["state"][index].items():
-            loaded = other.state[param][name]
             if isinstance(value, torch.Tensor):
+                loaded = other.state[param][name]
                 assert loaded.dtype == value.dtype and torch.equal(loaded, value)
                 assert loaded.data_ptr() != value.data_ptr()
                 seen.add(value.dtype)

@@ -225,19 +225,19 @@ def test_a_second_optimizer_is_refused(tiny_llama: Path, tmp_path: Path) -> None
         SCAOTrainer(model=model, args=args, optimizers=(optimizer, None))
 
 
-@pytest.mark.parametrize(
-    ("deepspeed", "fsdp", "world", "kind"),
-    [(True, False, 2, "DeepSpeed"), (False, True, 2, "FSDP"), (False, False, 2, r"DDP \(2 processes\)")],
-)
-def test_unproved_parallelism_is_refused(deepspeed: bool, fsdp: bool, world: int, kind: str) -> None:
-    trainer = SimpleNamespace(
-        is_deepspeed_enabled=deepspeed, is_fsdp_enabled=fsdp, args=SimpleNamespace(world_size=world)
-    )
-    with pytest.raises(ValueError, match=f"SCAO does not run under {kind}.*use adamw_torch"):
-        refuse_parallelism(trainer)
-    refuse_parallelism(
-        SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=False, args=SimpleNamespace(world_size=1))
-    )
+@pytest.mark.parametrize(("deepspeed", "version", "kind"), [(True, None, "DeepSpeed: ZeRO"), (False, 1, "FSDP1: it")])
+def test_parallelism_that_flattens_matrices_is_refused(deepspeed: bool, version: int | None, kind: str) -> None:
+    def trainer(deepspeed: bool, version: int | None) -> SimpleNamespace:
+        plugin = None if version is None else SimpleNamespace(fsdp_version=version)
+        accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+        return SimpleNamespace(
+            is_deepspeed_enabled=deepspeed, is_fsdp_enabled=version is not None, accelerator=accelerator
+        )
+
+    with pytest.raises(ValueError, match=f"SCAO does not run under {kind} flattens .* Train with DDP, or with FSDP2"):
+        refuse_parallelism(trainer(deepspeed, version))
+    refuse_parallelism(trainer(False, 2))
+    refuse_parallelism(trainer(False, None))
 
 
 def test_unwrap() -> None:

@@ -17,6 +17,7 @@ class AdamW:
     """torch.optim.AdamW's step."""
 
     split_long_side = False
+    takes_turns = False
 
     def create(
         self,
@@ -45,9 +46,10 @@ class AdamW:
         due: slice,
     ) -> bool:
         """Where there is a kernel."""
-        if not ops.has("adamw_step_", state["exp_avg"].device):
+        if not ops.has("adamw_step_", state["exp_avg"]):
             return False
-        ops.adamw_step_(params, grads, state["exp_avg"], state["exp_avg_sq"], None, state["taken"], *ops.numbers(group))
+        moments, counters = (state["exp_avg"], state["exp_avg_sq"]), (state["taken"], state["level"])
+        ops.adamw_step_(params, grads, *moments, None, *counters, *ops.numbers(group))
         return True
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ class Published:
     """State: ``exp_avg``, ``exp_avg_sq``; per side the factor (dense, or int8 codes and scales) and its truncated basis."""
 
     split_long_side = True
+    takes_turns = False
 
     def create(
         self,

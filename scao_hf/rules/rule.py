@@ -64,6 +64,8 @@ class Rule(Protocol):
 
     #: Whether the rule keeps a dense factor of the long side too, so that both sides are cut to max_precond_dim.
     split_long_side: bool
+    #: Whether matrices are refreshed in the steps in which they are due (S1), each on its own.
+    takes_turns: bool
 
     def create(
         self,
@@ -78,7 +80,7 @@ class Rule(Protocol):
         ...
 
     def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
-        """Update ``state`` by one gradient ``[N, r, l]`` (scratch) and return the direction, fresh memory, to be subtracted."""
+        """Update ``state`` by one gradient ``[N, r, l]`` and return the step to be subtracted, in its memory or fresh one."""
         ...
 
     def fused(

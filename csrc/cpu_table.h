@@ -1,0 +1,21 @@
+// The kernels of one instruction set; each is described in cpu_kernels.h.
+#pragma once
+
+#include "cpu_kernels.h"
+
+namespace scao {
+namespace SCAO_ISA {
+
+unsigned long adamw_scratch(long r, long l);
+void adamw(const AdamwTask&, const Numbers&, void* scratch);
+unsigned long eigenbasis_scratch(long r, long l, long k);
+void eigenbasis(const EigenbasisTask&, const Numbers&, void* scratch);
+unsigned long gram_scratch(long r, long l, long k);
+void gram_of(const GramTask&, void* scratch);
+unsigned long turn_scratch(long r, long l, long k);
+void turn(const TurnTask&, void* scratch);
+void int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,
+              long blocks_per_matrix, unsigned seed_key, long first, long last);
+
+}  // namespace SCAO_ISA
+}  // namespace scao

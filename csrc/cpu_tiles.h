@@ -1,0 +1,176 @@
+// Tiles: [rows][T] floats of a matrix stored in any layout and dtype; columns beyond the matrix are zero.
+#pragma once
+
+#include "cpu_kernels.h"
+#include "cpu_vector.h"
+
+namespace scao {
+namespace SCAO_ISA {
+namespace {
+
+// Columns [0, width) of a matrix with `rows` rows into the tile; the columns up to a multiple of COLS become zero.
+template <Dtype D>
+inline void load_tile_as(const void* data, long row_stride, long col_stride, long rows, long width, float* tile, long T) {
+  const long whole = width / VL * VL, padded = round_up(width, COLS);
+  if (col_stride == 1) {
+    for (long i = 0; i < rows; i++) {
+      const long at = i * row_stride;
+      float* out = tile + i * T;
+      for (long c = 0; c < whole; c += VL) store(out + c, get_vector<D>(data, at + c));
+      for (long c = whole; c < width; c++) out[c] = get<D>(data, at + c);
+    }
+  } else {
+    const long row_whole = row_stride == 1 ? rows / VL * VL : 0;
+    for (long c = 0; c < whole && row_whole; c += VL) {
+      for (long i = 0; i < row_whole; i += VL) {
+        vf x[VL];
+        UNROLL
+        for (int j = 0; j < VL; j++) x[j] = get_vector<D>(data, (c + j) * col_stride + i);
+        transpose(x);
+        UNROLL
+        for (int j = 0; j < VL; j++) store(tile + (i + j) * T + c, x[j]);
+      }
+    }
+    for (long c = 0; c < width; c++) {
+      for (long i = c < whole ? row_whole : 0; i < rows; i++) {
+        tile[i * T + c] = get<D>(data, i * row_stride + c * col_stride);
+      }
+    }
+  }
+  if (width < padded) {
+    for (long i = 0; i < rows; i++) {
+      for (long c = width; c < padded; c++) tile[i * T + c] = 0;
+    }
+  }
+}
+
+INLINE const void* offset(const void* data, Dtype dtype, long elements) {
+  return static_cast<const char*>(data) + elements * (dtype == F32 ? 4 : 2);
+}
+
+inline void load_tile(const View& view, long first, long rows, long width, float* tile, long T) {
+  const void* data = offset(view.data, view.dtype, first * view.col_stride);
+  switch (view.dtype) {
+    case F32: return load_tile_as<F32>(data, view.row_stride, view.col_stride, rows, width, tile, T);
+    case BF16: return load_tile_as<BF16>(data, view.row_stride, view.col_stride, rows, width, tile, T);
+    case F16: return load_tile_as<F16>(data, view.row_stride, view.col_stride, rows, width, tile, T);
+  }
+}
+
+// w <- keep w - delta, delta a tile; keep = 1 - lr * weight_decay.
+template <Dtype D>
+inline void apply_tile_as(void* data, long row_stride, long col_stride, long rows, long width, const float* tile, long T,
+                   float keep) {
+  const long whole = width / VL * VL;
+  const vf kept = splat(keep);
+  if (col_stride == 1) {
+    for (long i = 0; i < rows; i++) {
+      const long at = i * row_stride;
+      const float* delta = tile + i * T;
+      for (long c = 0; c < whole; c += VL) {
+        put_vector<D>(data, at + c, get_vector<D>(data, at + c) * kept - load(delta + c));
+      }
+      for (long c = whole; c < width; c++) put<D>(data, at + c, get<D>(data, at + c) * keep - delta[c]);
+    }
+    return;
+  }
+  const long row_whole = row_stride == 1 ? rows / VL * VL : 0;
+  for (long c = 0; c < whole && row_whole; c += VL) {
+    for (long i = 0; i < row_whole; i += VL) {
+      vf x[VL];
+      UNROLL
+      for (int j = 0; j < VL; j++) x[j] = load(tile + (i + j) * T + c);
+      transpose(x);
+      UNROLL
+      for (int j = 0; j < VL; j++) {
+        const long at = (c + j) * col_stride + i;
+        put_vector<D>(data, at, get_vector<D>(data, at) * kept - x[j]);
+      }
+    }
+  }
+  for (long c = 0; c < width; c++) {
+    for (long i = c < whole ? row_whole : 0; i < rows; i++) {
+      const long at = i * row_stride + c * col_stride;
+      put<D>(data, at, get<D>(data, at) * keep - tile[i * T + c]);
+    }
+  }
+}
+
+inline void apply_tile(const View& view, long first, long rows, long width, const float* tile, long T, float keep) {
+  void* data = const_cast<void*>(offset(view.data, view.dtype, first * view.col_stride));
+  switch (view.dtype) {
+    case F32: return apply_tile_as<F32>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep);
+    case BF16: return apply_tile_as<BF16>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep);
+    case F16: return apply_tile_as<F16>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep);
+  }
+}
+
+// Store a tile in a matrix of rows.
+template <Dtype D>
+inline void put_tile_as(void* data, long row_stride, long rows, long width, const float* tile, long T) {
+  const long whole = width / VL * VL;
+  for (long i = 0; i < rows; i++) {
+    for (long c = 0; c < whole; c += VL) put_vector<D>(data, i * row_stride + c, load(tile + i * T + c));
+    for (long c = whole; c < width; c++) put<D>(data, i * row_stride + c, tile[i * T + c]);
+  }
+}
+
+inline void put_tile(const View& view, long first, long rows, long width, const float* tile, long T) {
+  void* data = const_cast<void*>(offset(view.data, view.dtype, first));
+  if (view.dtype == F32) return put_tile_as<F32>(data, view.row_stride, rows, width, tile, T);
+  put_tile_as<BF16>(data, view.row_stride, rows, width, tile, T);
+}
+
+// Largest magnitude as bits, lane by lane: as integers a NaN is above Inf and Inf above every number.
+INLINE vi largest_bits(const float* tile, long T, long rows, long width, vi largest) {
+  vi other = largest;
+  for (long i = 0; i < rows; i++) {
+    for (long c = 0; c < width; c += 2 * VL) {
+      largest = larger(largest, bits(load(tile + i * T + c)) & 0x7fffffff);
+      if (c + VL < width) other = larger(other, bits(load(tile + i * T + c + VL)) & 0x7fffffff);
+    }
+  }
+  return larger(largest, other);
+}
+
+inline void scale_tile(float* tile, long T, long rows, long width, float scale) {
+  for (long i = 0; i < rows; i++) {
+    for (long c = 0; c < width; c += VL) store(tile + i * T + c, load(tile + i * T + c) * scale);
+  }
+}
+
+// (U3): whether the matrix is finite, and by how much to scale it; keeps the level.
+INLINE bool sanitize(vi largest, float* level, float* scale) {
+  unsigned most = 0;
+  for (int i = 0; i < VL; i++) most = static_cast<unsigned>(largest[i]) > most ? static_cast<unsigned>(largest[i]) : most;
+  float magnitude;
+  __builtin_memcpy(&magnitude, &most, 4);
+  if (most >= NOT_FINITE) return false;
+  const float limit = *level > 0 && *level * LARGEST_JUMP < LARGEST_GRADIENT ? *level * LARGEST_JUMP : LARGEST_GRADIENT;
+  *scale = magnitude > limit ? limit / magnitude : 1.0f;
+  const float bounded = magnitude > limit ? limit : magnitude, faded = *level * LEVEL_DECAY;
+  if (magnitude > 0) *level = bounded > faded ? bounded : faded;
+  return true;
+}
+
+// How far ahead of the computation memory is fetched, in columns.
+constexpr long AHEAD = 256;
+
+// Ask for columns [first, first + width) of a matrix that is stored along one of its sides.
+INLINE void prefetch(const View& view, long first, long rows, long width) {
+  const long size = view.dtype == F32 ? 4 : 2;
+  const bool across = view.col_stride == 1;
+  if (!across && view.row_stride != 1) return;
+  const char* data = static_cast<const char*>(view.data) + first * view.col_stride * size;
+  const bool dense = !across && view.col_stride == rows;
+  const long outer = across ? rows : dense ? 1 : width, inner = (across ? width : dense ? width * rows : rows) * size;
+  const long step = (across ? view.row_stride : view.col_stride) * size;
+  for (long i = 0; i < outer; i++) {
+    const char* line = data + i * step;
+    for (long j = 0; j < inner; j += 64) __builtin_prefetch(line + j, 0, 2);
+  }
+}
+
+}  // namespace
+}  // namespace SCAO_ISA
+}  // namespace scao

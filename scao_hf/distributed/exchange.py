@@ -1,0 +1,117 @@
+"""How tensors that are cut over processes come together: where the cuts are, and one exchange for many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scao_hf.buckets import is_matrix
+
+WAYS_OUT = "Train with DDP, or with FSDP2 (fully_shard; fsdp_version: 2), which keeps the shapes"
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether ``param`` is a DTensor, which FSDP2 makes of parameters."""
+    return type(param).__name__ == "DTensor"  # without an import that most users do not need
+
+
+def check_placement(param: Tensor) -> None:
+    """Raise ``ValueError`` for a parameter of which no process could step a whole matrix.
+
+    DeepSpeed's ZeRO-3 and FSDP1 leave flattened parts. A DTensor must be cut along its first dimension over one
+    dimension of the mesh, as ``fully_shard`` does, and be the same along the others (HSDP).
+    """
+    kind = None
+    if hasattr(param, "ds_id"):
+        kind = "DeepSpeed ZeRO-3"
+    elif getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
+        kind = "FSDP1"
+    if kind is not None:
+        raise ValueError(f"{kind} flattens matrices into parts, and SCAO steps whole matrices. {WAYS_OUT}")
+    if is_sharded(param):
+        shard_dim(param)
+        if not param.to_local().is_contiguous():  # type: ignore[attr-defined]
+            raise ValueError(
+                f"the local part of a parameter of shape {tuple(param.shape)} is not contiguous: make it so"
+            )
+
+
+def check_flattened(params: Sequence[Tensor], had_matrices: bool) -> None:
+    """Raise ``ValueError`` where something has put flat vectors in the place of a group's matrices, as ZeRO-1 and 2 do.
+
+    Stepped as vectors they would get AdamW's steps, without a word.
+    """
+    if had_matrices and params and not any(is_matrix(param) for param in params):
+        raise ValueError(
+            "the matrices of a parameter group were replaced by flat vectors, as DeepSpeed ZeRO does, and SCAO steps whole "
+            f"matrices. {WAYS_OUT}"
+        )
+
+
+def shard_dim(param: Any) -> int:
+    """The dimension of the mesh over which a DTensor's first dimension is cut.
+
+    Raises:
+        ValueError: it is cut otherwise.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+
+    cut = [dim for dim, placement in enumerate(param.placements) if type(placement) is not Replicate]
+    if len(cut) != 1 or type(param.placements[cut[0]]) is not Shard or param.placements[cut[0]].dim != 0:
+        raise ValueError(
+            f"a parameter of shape {tuple(param.shape)} has the placements {tuple(param.placements)}: SCAO steps parameters "
+            "that are cut along their first dimension over one dimension of the mesh, as fully_shard does. Leave out "
+            "tensor parallelism and shard_placement_fn"
+        )
+    return cut[0]
+
+
+def chunks(length: int, world: int) -> list[tuple[int, int]]:
+    """First and last index (exclusive) of each process's part of ``length``, as ``torch.chunk`` and FSDP2 cut it."""
+    size = -(-length // world)
+    return [(min(rank * size, length), min((rank + 1) * size, length)) for rank in range(world)]
+
+
+class Exchange:
+    """Vectors of bytes, each cut over all processes and owned by one: collects them with the owners and returns them.
+
+    Args:
+        owners: for each vector, the process that owns it.
+        sizes: for each vector, how many bytes of it each process has.
+        group: the processes.
+    """
+
+    def __init__(self, owners: Sequence[int], sizes: Sequence[Sequence[int]], group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        rank, ranks = dist.get_rank(group), range(dist.get_world_size(group))
+        # On the side of the parts: owner by owner. On the owners' side: process by process.
+        self.order = sorted(range(len(owners)), key=lambda index: owners[index])
+        mine = [index for index, owner in enumerate(owners) if owner == rank]
+        self.parts = [sizes[index][rank] for index in self.order]
+        self.part_totals = [
+            sum(sizes[index][rank] for index, owner in enumerate(owners) if owner == target) for target in ranks
+        ]
+        self.owned = [sizes[index][source] for source in ranks for index in mine]
+        self.owned_totals = [sum(sizes[index][source] for index in mine) for source in ranks]
+
+    def to_owners(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """This process's part of every vector, in order -> each process's parts of the owned ones, process by process."""
+        send = torch.cat([parts[index] for index in self.order])
+        received = send.new_empty(sum(self.owned_totals))
+        dist.all_to_all_single(received, send, self.owned_totals, self.part_totals, group=self.group)
+        return list(received.split(self.owned))
+
+    def to_parts(self, owned: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+        """The inverse of ``to_owners``; ``device`` is where the exchange takes place."""
+        send = torch.cat(list(owned)) if owned else torch.empty(0, dtype=torch.uint8, device=device)
+        received = send.new_empty(sum(self.part_totals))
+        dist.all_to_all_single(received, send, self.part_totals, self.owned_totals, group=self.group)
+        pieces = received.split(self.parts)
+        result: list[Tensor] = [received] * len(pieces)
+        for index, piece in zip(self.order, pieces, strict=True):
+            result[index] = piece
+        return result

@@ -1,0 +1,100 @@
+"""The state of one parameter as one vector of bytes, whose length is the same in both phases.
+
+A checkpoint that is read by other numbers of processes needs tensors whose shapes are known before it is read. The
+fields of SCAO's state differ between the phases; the vector is as long as the larger of the two.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scao_hf.integrity import checksum
+from scao_hf.state import expected
+
+#: The key under which a parameter's state holds its vector.
+BYTES = "bytes"
+#: Bytes of the checksum; every field begins at a multiple of as many, so that it can be read in its own dtype.
+ALIGNMENT = 8
+
+
+def _places(fields: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, slice]]:
+    """Name, field and place in the vector, in alphabetical order of the names; the checksum comes before the first."""
+    end = ALIGNMENT
+    for name in sorted(fields):
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + fields[name].numel() * fields[name].element_size()
+        yield name, fields[name], slice(start, end)
+
+
+def size_of(param: Tensor, group: dict[str, Any]) -> int:
+    """Bytes of the vector for ``param``: what the larger of the two phases needs."""
+    ends = (place.stop for step in (0, sys.maxsize) for *_, place in _places(expected(param, group, step)))
+    return max(ends, default=0)
+
+
+def to_bytes(fields: Mapping[str, Tensor], step: int, size: int) -> Tensor:
+    """A checksum and the fields after ``step`` steps as ``uint8[size]`` on their device; what they leave free is zero."""
+    device = next(iter(fields.values())).device
+    vector = torch.zeros(size, dtype=torch.uint8, device=device)
+    for _, field, place in _places(fields):
+        vector[place] = as_bytes(field)
+    vector[:ALIGNMENT] = as_bytes(torch.tensor(checksum({"step": step, **fields})))
+    return vector
+
+
+def from_bytes(vector: Tensor, param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
+    """Copies of the fields of ``param``'s state after ``step`` steps, from the ``uint8`` vector.
+
+    Raises:
+        ValueError: they do not fit their checksum.
+    """
+    fields = {
+        name: vector[place].clone().view(field.dtype).view(field.shape)
+        for name, field, place in _places(expected(param, group, step))
+    }
+    if int(vector[:ALIGNMENT].clone().view(torch.int64)) != checksum({"step": step, **fields}):
+        raise ValueError(
+            f"the saved state of a parameter of shape {tuple(param.shape)} does not fit its checksum: the file is damaged or "
+            "was edited; take an earlier checkpoint"
+        )
+    return fields
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's numbers as ``uint8[n]``, row by row; a view where its memory allows it."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def named(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state with its fields by name, whether they were saved by name or as bytes.
+
+    Raises:
+        ValueError: bytes of another number, beside anything but the step, or that do not fit their checksum.
+    """
+    if BYTES not in entry:
+        return entry
+    check_bytes(entry, param, size_of(param, group))
+    vector = entry[BYTES]
+    if hasattr(vector, "full_tensor"):
+        vector = vector.full_tensor()
+    return {"step": entry["step"], **from_bytes(vector, param, group, entry["step"])}
+
+
+def check_bytes(entry: dict[str, Any], param: Tensor, size: int) -> None:
+    """Raise ``ValueError`` where a saved entry mixes forms, or its bytes are of another number than ``size``."""
+    vector, step = entry[BYTES], entry.get("step")
+    where = f"the saved state of a parameter of shape {tuple(param.shape)}"
+    if entry.keys() != {"step", BYTES} or not isinstance(step, int) or step < 0:
+        raise ValueError(
+            f"{where} has {sorted(map(str, entry))} with step={step!r}: beside its bytes there must be the step alone, an "
+            "integer of at least 0. A state dict of one process goes to optimizer.load_state_dict in every process, not "
+            "through set_optimizer_state_dict"
+        )
+    if not isinstance(vector, Tensor) or vector.dtype != torch.uint8 or tuple(vector.shape) != (size,):
+        found = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+        raise ValueError(f"{where} is {found}, expected {size} bytes: it belongs to another shape or to other options")

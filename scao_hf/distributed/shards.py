@@ -1,0 +1,287 @@
+"""Matrices that are sharded over processes (FSDP2): every one is stepped whole, by the one process that owns it.
+
+Each step sends the shards of a parameter and of its gradient to its owner and the new shards back: two exchanges,
+whatever the number of parameters. The state of a parameter lives with its owner alone. A state dict holds it as bytes
+in a DTensor that is cut like the parameter, so that checkpoints can be read by any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scao_hf import integrity
+from scao_hf.distributed import serial
+from scao_hf.distributed.exchange import Exchange, chunks, is_sharded, shard_dim
+from scao_hf.distributed.serial import BYTES, as_bytes
+from scao_hf.state import Groups, State, Wholes, check_groups, check_state, exact_state, pairs
+
+
+def balance(costs: Sequence[int], loads: list[int]) -> list[int]:
+    """For each cost the process that takes it: the largest first, each to the process that has least so far.
+
+    Args:
+        costs: one per parameter.
+        loads: what each process has already; added to in place.
+    """
+    owners = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += costs[index]
+    return owners
+
+
+def owners_of(groups: Groups, world: int) -> dict[Tensor, int]:
+    """Which process owns which sharded parameter, by the bytes of its state (``balance``).
+
+    A group that is added later changes nothing for the groups before it.
+    """
+    loads = [0] * world
+    owners: dict[Tensor, int] = {}
+    for group in groups:
+        sharded = [param for param in group["params"] if is_sharded(param)]
+        ranks = balance([serial.size_of(param, group) for param in sharded], loads)
+        owners |= dict(zip(sharded, ranks, strict=True))
+    return owners
+
+
+class Shards:
+    """The sharded parameters of an optimizer, in one order in all processes.
+
+    Attributes:
+        wholes: for each of them the whole parameter where this process owns it, None where another one does.
+        elsewhere: those that other processes own.
+
+    Raises:
+        ValueError: parameters on different meshes, or sharded otherwise than on their first dimension.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self.params: list[Any] = [param for group in groups for param in group["params"] if is_sharded(param)]
+        meshes = {param.device_mesh for param in self.params}
+        if len(meshes) > 1:
+            raise ValueError(
+                f"the parameters are sharded over {len(meshes)} device meshes: SCAO steps those of one; build one SCAO for each"
+            )
+        self.group = self.params[0].device_mesh.get_group(shard_dim(self.params[0]))
+        self.device = self.params[0].to_local().device
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.owners = owners_of(groups, self.world)
+        self.wholes: Wholes = {}
+        for param in self.params:
+            mine = self.owners[param] == self.rank
+            self.wholes[param] = torch.empty(param.shape, dtype=param.dtype, device=self.device) if mine else None
+        self.elsewhere = {param for param, whole in self.wholes.items() if whole is None}
+        self._release()
+
+    @classmethod
+    def of(cls, groups: Groups) -> Shards | None:
+        """The sharded parameters among ``groups``, or None where there are none."""
+        return cls(groups) if any(is_sharded(param) for group in groups for param in group["params"]) else None
+
+    def _exchange(self, params: Sequence[Any], widths: Sequence[int]) -> Exchange:
+        """An exchange of one vector of bytes per parameter, ``widths`` bytes for each index of its first dimension."""
+        sizes = [
+            [width * (last - first) for first, last in chunks(param.shape[0], self.world)]
+            for param, width in zip(params, widths, strict=True)
+        ]
+        return Exchange([self.owners[param] for param in params], sizes, self.group)
+
+    def _bytes(self, params: Sequence[Any], sizes: Sequence[int]) -> Exchange:
+        """An exchange of one vector of ``sizes`` bytes per parameter."""
+        cuts = [[last - first for first, last in chunks(size, self.world)] for size in sizes]
+        return Exchange([self.owners[param] for param in params], cuts, self.group)
+
+    def gather(self) -> None:
+        """Fill the whole parameters and gradients that this process owns from the shards of all."""
+        active = [param for param in self.params if param.grad is not None]
+        if not active:
+            return
+        exchange = self._exchange(active * 2, [_row_bytes(param) for param in active * 2])
+        pieces = [as_bytes(param.to_local()) for param in active]
+        pieces += [as_bytes(_like(param.grad, param).to_local()) for param in active]
+        received = exchange.to_owners(pieces)
+        wholes = [whole for param in active if (whole := self.wholes[param]) is not None]
+        targets = []
+        for whole in wholes:
+            whole.untyped_storage().resize_(whole.numel() * whole.element_size())
+            whole.grad = torch.empty_like(whole)
+        for source in range(self.world):
+            for tensors in (wholes, [cast(Tensor, whole.grad) for whole in wholes]):
+                for tensor in tensors:
+                    first, last = chunks(tensor.shape[0], self.world)[source]
+                    targets.append(as_bytes(tensor[first:last]))
+        if targets:
+            torch._foreach_copy_(targets, received)
+
+    def scatter(self, state: State) -> None:
+        """Return the stepped parameters to their shards, count the step, and let go of the wholes."""
+        active = [param for param in self.params if param.grad is not None]
+        if not active:
+            return
+        exchange = self._exchange(active, [_row_bytes(param) for param in active])
+        wholes = [whole for param in active if (whole := self.wholes[param]) is not None]
+        pieces = [
+            as_bytes(whole[slice(*chunks(whole.shape[0], self.world)[target])])
+            for target in range(self.world)
+            for whole in wholes
+        ]
+        received = exchange.to_parts(pieces, self.device)
+        torch._foreach_copy_([as_bytes(param.to_local()) for param in active], received)
+        for param in active:
+            state[param]["step"] += 1
+        self._release()
+
+    def _release(self) -> None:
+        """Free the memory of the wholes; they keep their shapes."""
+        for whole in self.wholes.values():
+            if whole is not None:
+                whole.grad = None
+                whole.untyped_storage().resize_(0)
+
+    def agree(self, problem: ValueError | RuntimeError | None) -> None:
+        """Raise in all processes where one has a ``problem``: its own there, an error that points to it elsewhere."""
+        flag = torch.tensor([int(problem is not None)], device=self.device)
+        dist.all_reduce(flag, group=self.group)
+        if problem is not None:
+            raise problem
+        if int(flag):
+            raise RuntimeError("another process has raised an error in this step; nothing was changed")
+
+    def to_bytes(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
+        """``state_dict`` with each sharded parameter's state as one DTensor of bytes under ``"bytes"``. Collective."""
+        from torch.distributed.tensor import DTensor
+
+        entries = dict(state_dict["state"])
+        found: list[tuple[Any, Any, int]] = [
+            (key, param, serial.size_of(param, group))
+            for key, param, group in pairs(state_dict, groups)
+            if key in entries and param in self.wholes
+        ]
+        if not found:
+            return state_dict
+        exchange = self._bytes([param for _, param, _ in found], [size for *_, size in found])
+        pieces: list[list[Tensor]] = []
+        for key, param, size in found:
+            if param not in self.elsewhere:
+                fields = {name: value for name, value in entries[key][BYTES].items() if name != "step"}
+                pieces.append(_cut(serial.to_bytes(fields, entries[key]["step"], size), self.world))
+        received = exchange.to_parts([piece[target] for target in range(self.world) for piece in pieces], self.device)
+        for (key, param, size), local in zip(found, received, strict=True):
+            vector = DTensor.from_local(
+                local.clone(),
+                param.device_mesh,
+                param.placements,
+                run_check=False,
+                shape=torch.Size([size]),
+                stride=(1,),
+            )
+            entries[key] = {"step": entries[key]["step"], BYTES: vector}
+        return {**state_dict, "state": entries}
+
+    def from_bytes(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
+        """The inverse of ``to_bytes``: fields by name with the owner, the step alone elsewhere. Collective.
+
+        Raises:
+            ValueError: an entry that is neither SCAO's bytes nor a whole one, in all processes.
+        """
+        from torch.distributed.tensor import DTensor
+
+        problem: ValueError | None = None
+        found: list[tuple[Any, Any, dict[str, Any], int]] = []
+        try:
+            check_groups(state_dict, groups)
+            found = [
+                (key, param, group, serial.size_of(param, group))
+                for key, param, group in pairs(state_dict, groups)
+                if key in state_dict["state"] and param in self.wholes
+            ]
+            for key, param, _, size in found:
+                if BYTES in (entry := state_dict["state"][key]):
+                    serial.check_bytes(entry, param, size)
+                    _check_cut(entry[BYTES], param)
+        except ValueError as error:
+            problem = error
+        self.agree(problem)
+        entries = dict(state_dict["state"])
+        cut = [item for item in found if isinstance(entries[item[0]].get(BYTES), DTensor)]
+        exchange = self._bytes([param for _, param, *_ in cut], [size for *_, size in cut])
+        received = exchange.to_owners([entries[key][BYTES].to_local().contiguous() for key, *_ in cut]) if cut else []
+        mine = [key for key, param, *_ in cut if param not in self.elsewhere]
+        vectors = {key: torch.cat(received[index :: len(mine)]) for index, key in enumerate(mine)}
+        for key, param, group, _ in found:
+            entry = entries[key]
+            if param in self.elsewhere:
+                entries[key] = {"step": entry["step"]}
+            elif BYTES in entry:
+                vector = vectors.get(key, entry[BYTES])
+                entries[key] = {"step": entry["step"], **serial.from_bytes(vector, param, group, entry["step"])}
+        return {**state_dict, "state": entries}
+
+    def adopt(self, fresh: State) -> State:
+        """Named entries as the optimizer keeps them: a sharded parameter's fields under ``"bytes"``, with the owner."""
+        return {
+            param: {"step": entry["step"], BYTES: {} if param in self.elsewhere else entry}
+            if param in self.wholes
+            else entry
+            for param, entry in fresh.items()
+        }
+
+
+def _row_bytes(param: Tensor) -> int:
+    """Bytes for each index of the first dimension."""
+    return 0 if param.numel() == 0 else param.numel() // param.shape[0] * param.element_size()
+
+
+def _like(grad: Any, param: Any) -> Any:
+    """The gradient, cut as its parameter is."""
+    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
+
+
+def _cut(vector: Tensor, world: int) -> list[Tensor]:
+    return [vector[first:last] for first, last in chunks(vector.numel(), world)]
+
+
+def _check_cut(vector: Any, param: Any) -> None:
+    if is_sharded(vector) and (vector.device_mesh, vector.placements) != (param.device_mesh, param.placements):
+        raise ValueError(
+            f"the saved state of a parameter of shape {tuple(param.shape)} is cut otherwise than the parameter: load it "
+            "through torch.distributed.checkpoint, which cuts it anew"
+        )
+
+
+def restored(state_dict: dict[str, Any], groups: Groups, shards: Shards | None) -> State:
+    """The state that a state dict brings, checked, by parameter, as the optimizer keeps it. Nothing is changed.
+
+    Raises:
+        ValueError: it does not fit; with sharded parameters in all processes (collective).
+    """
+    if shards is None:
+        return _restored(state_dict, groups, ())
+    fresh: State = {}
+    problem = None
+    try:
+        fresh = _restored(shards.from_bytes(state_dict, groups), groups, shards.elsewhere)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: another process has refused
+        problem = error
+    shards.agree(problem)
+    return shards.adopt(fresh)
+
+
+def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor]) -> State:
+    check_groups(state_dict, groups)
+    saved = state_dict["state"]
+    entries = {
+        key: serial.named(integrity.opened(saved[key]), param, group)
+        for key, param, group in pairs(state_dict, groups)
+        if key in saved
+    }
+    state_dict = {**state_dict, "state": entries}
+    check_state(state_dict, groups, elsewhere)
+    # Last, as the others say better what is wrong.
+    integrity.check(saved)
+    return exact_state(state_dict, groups, elsewhere)

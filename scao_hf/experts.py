@@ -1,0 +1,120 @@
+"""LoRA on stacked experts: where a model keeps it, and what its packed factors are as stacks of matrices.
+
+PEFT adapts a 3-D expert weight with two factors that look like ordinary 2-D LoRA: A, ``[E r, in]``, expert by expert,
+and B, ``[out, E r]``, rank by rank. Each expert's own factor is a matrix of its own, with a curvature of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+Side = Literal["A", "B"]
+
+
+class Packing(NamedTuple):
+    """How a parameter holds the factors of so many experts: expert by expert ("A") or rank by rank ("B")."""
+
+    side: Side
+    experts: int
+
+
+def unpack(tensor: Tensor, packing: Packing) -> Tensor:
+    """(X1) A packed factor as a stack of the experts' own, a view of the same memory.
+
+    Args:
+        tensor: A, ``[E r, in]``, or B, ``[out, E r]``, or anything of the same shape, such as its gradient.
+        packing: which of the two, and E.
+
+    Returns:
+        ``[E, r, in]`` for A, whose row ``e r + i`` is row i of expert e; ``[E, out, r]`` for B, whose column
+        ``i E + e`` is column i of expert e.
+
+    Raises:
+        ValueError: the packed side is no multiple of E.
+    """
+    side, count = packing
+    packed = tensor.shape[0 if side == "A" else 1]
+    if packed % count:
+        raise ValueError(
+            f"a {side} of shape {tuple(tensor.shape)} cannot hold {count} experts: {packed} % {count} != 0"
+        )
+    by_expert: Tensor = tensor.unflatten(0, (count, -1)) if side == "A" else tensor.unflatten(1, (-1, count))
+    return by_expert if side == "A" else by_expert.permute(2, 0, 1)
+
+
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module that adapts an expert stack as PEFT's ``ParamWrapper`` does, with its name.
+
+    Known by what it has (``parameter_name``, ``num_experts``, ``lora_A``, ``lora_B``), not by its class or its place:
+    the wrappers of one module nest in any order.
+    """
+    for name, module in model.named_modules():
+        if not all(hasattr(module, field) for field in ("parameter_name", "num_experts", "lora_A", "lora_B")):
+            continue
+        if int(module.num_experts) > 1:
+            yield name, module
+
+
+def find_experts(model: nn.Module) -> dict[Tensor, Packing]:
+    """The trainable packed LoRA factors of a model, all adapters included; empty for a model without them."""
+    found: dict[Tensor, Packing] = {}
+    for _, wrapper in wrappers(model):
+        sides: tuple[tuple[Side, Any], ...] = (("A", wrapper.lora_A), ("B", wrapper.lora_B))
+        for side, factors in sides:
+            for factor in factors.values():
+                if factor.weight.requires_grad:
+                    found[factor.weight] = Packing(side, int(wrapper.num_experts))
+    return found
+
+
+def packing_of(group: Mapping[str, Any]) -> Packing | None:
+    """How the parameters of a group are packed; None for ordinary ones."""
+    count = group.get("expert_count")
+    return None if count is None else Packing(group["expert_side"], count)
+
+
+def split_group(group: dict[str, Any], experts: Mapping[Tensor, Packing]) -> list[dict[str, Any]]:
+    """A parameter group as groups of one kind of packing each, the ordinary parameters first.
+
+    The packing is kept in the group, as numbers and strings: attributes of tensors are lost when these are sharded or
+    copied, and groups are what a checkpoint keeps.
+
+    Args:
+        group: as for ``torch.optim.Optimizer.add_param_group``, with parameters or ``(name, parameter)`` pairs.
+        experts: what ``find_experts`` returns.
+
+    Raises:
+        ValueError: a parameter cannot hold so many experts.
+    """
+    params = group["params"]
+    if not experts or isinstance(params, set):
+        return [group]  # torch has its own words for a set
+    params = [params] if isinstance(params, Tensor) else list(params)
+    parts: dict[Packing | None, list[Any]] = {None: []}
+    for entry in params:
+        param = entry[1] if isinstance(entry, tuple) else entry
+        packing = experts.get(param)
+        if packing:
+            unpack(param, packing)
+        parts.setdefault(packing, []).append(entry)
+    if len(parts) == 1:
+        return [{**group, "params": params}]
+    split = [{**group, "params": parts[None]}] if parts[None] else []
+    for packing, members in parts.items():
+        if packing is not None:
+            split.append({**group, "params": members, "expert_side": packing.side, "expert_count": packing.experts})
+    return split
+
+
+def without_gradient(names: Iterable[tuple[str, Tensor]], groups: Iterable[Mapping[str, Any]], state: Any) -> list[str]:
+    """The packed factors that no gradient has reached yet, by name.
+
+    Args:
+        names: the model's named parameters.
+        groups, state: an optimizer's, after at least one step.
+    """
+    packed = {param for group in groups if packing_of(group) is not None for param in group["params"]}
+    return [name for name, param in names if param in packed and param not in state]

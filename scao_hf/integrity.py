@@ -1,0 +1,71 @@
+"""A checksum for each parameter's saved state: ``torch.load`` reads a file with flipped bits without a word."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: The key in a saved entry; the live state has none.
+CHECKSUM = "checksum"
+#: Words that are summed at a time, so that little memory is needed.
+PORTION = 2**20
+
+
+def checksum(entry: dict[str, Any]) -> int:
+    """A 64-bit checksum of a parameter's state: every field's name, dtype, shape and bytes, and the step.
+
+    The words of a field are summed with odd weights modulo 2^64, on the field's device: a single flipped bit changes the
+    sum by an odd multiple of a power of two, which is never zero (tests/test_security.py).
+    """
+    total = 0
+    for name in sorted(entry):
+        value = entry[name]
+        if name == CHECKSUM:
+            continue
+        if isinstance(value, Tensor):
+            label = f"{name} {value.dtype} {tuple(value.shape)}"
+            content = _sum(value.detach().contiguous().view(-1).view(torch.uint8))
+        else:
+            label, content = f"{name} {value!r}", 0
+        total = (total * 0x100000001B3 + zlib.crc32(label.encode()) + content) % 2**64
+    return total - 2**63  # as an integer of 64 bits with a sign, which every format can hold
+
+
+def _sum(data: Tensor) -> int:
+    """``sum_i (2 i + 1) word_i`` modulo 2^64 over the 64-bit words of ``data``, uint8, the last one filled up."""
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for first in range(0, data.numel(), 8 * PORTION):
+        part = data[first : first + 8 * PORTION]
+        words = torch.zeros(-(-part.numel() // 8), dtype=torch.int64, device=data.device)
+        words.view(torch.uint8)[: part.numel()] = part
+        start = first // 8
+        weights = torch.arange(2 * start + 1, 2 * (start + words.numel()), 2, device=data.device)
+        total += (words * weights).sum()
+    return int(total)
+
+
+def sealed(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The entries of a state dict with their checksums; those whose state is sharded are left as they are."""
+    return {
+        key: entry if any(isinstance(value, dict) for value in entry.values()) else {**entry, CHECKSUM: checksum(entry)}
+        for key, entry in state.items()
+    }
+
+
+def opened(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry without its checksum."""
+    return {name: value for name, value in entry.items() if name != CHECKSUM}
+
+
+def check(state: dict[Any, dict[str, Any]]) -> None:
+    """Raise ``ValueError`` unless every entry that has a checksum fits it."""
+    for key, entry in state.items():
+        saved = entry.get(CHECKSUM)
+        if CHECKSUM in entry and (not isinstance(saved, int) or saved != checksum(entry)):
+            raise ValueError(
+                f"parameter {key}: the saved state does not fit its checksum, so the file is damaged or was edited: take "
+                f"an earlier checkpoint (after an edit of your own, delete {CHECKSUM!r} from the entry)"
+            )

@@ -1,0 +1,109 @@
+"""Moments in fewer bits: encoded between two steps, decoded for the step. The rules know nothing of it.
+
+``moment_dtype`` says how. A bucket whose moments are encoded is small (``CHUNK``), so that little is decoded at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scao_hf import quantization
+from scao_hf.buckets import Bucket
+from scao_hf.rules import rule_of
+
+#: The fields that are encoded and the power of their levels (Q1): 2 for means of gradients, 4 for means of squares.
+POWERS = {"exp_avg": 2, "exp_avg_sq": 4, "inside_avg": 2, "inside_sq": 4, "col": 4}
+#: Entries of a bucket with encoded moments, give or take a matrix.
+CHUNK = 2**20
+
+
+def is_encoded(name: str, like: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a field is kept encoded; int8 only where it takes fewer bytes, as its blocks are padded.
+
+    Args:
+        name: the field.
+        like: the field as the rule has it, ``[N, ...]``, any device.
+        group: the parameter group.
+    """
+    kind = group["moment_dtype"]
+    if kind == "float32" or name not in POWERS:
+        return False
+    if kind == "bfloat16":
+        return True
+    (_, codes), (_, scales) = quantization.encoded_shapes(1, like[0].numel())
+    return codes + 4 * scales < like[0].numel() * like.element_size()
+
+
+def zeros(fields: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+    """The fields of a new state, all zero in those that are kept encoded, as they are kept."""
+    kept: dict[str, Tensor] = {}
+    for name, field in fields.items():
+        if not is_encoded(name, field, group):
+            kept[name] = field
+        elif group["moment_dtype"] == "bfloat16":
+            kept[name] = torch.zeros_like(field, dtype=torch.bfloat16)
+        else:
+            codes, scales = quantization.encoded_shapes(len(field), field[0].numel())
+            kept[f"{name}_codes"] = torch.zeros(codes, dtype=torch.int8, device=field.device)
+            kept[f"{name}_scales"] = torch.zeros(scales, dtype=torch.float32, device=field.device)
+    return kept
+
+
+@contextmanager
+def opened(bucket: Bucket) -> Iterator[dict[str, Tensor]]:
+    """A bucket's state as its rule knows it, for one step; what the step leaves behind is kept encoded again.
+
+    A matrix that the step has skipped keeps its codes to the bit.
+    """
+    if bucket.group["moment_dtype"] == "float32":
+        yield bucket.state
+        return
+    before = bucket.state["taken"].clone()
+    state = _decoded(bucket)
+    yield state
+    _encode(bucket, state, bucket.state["taken"] != before)
+
+
+def _decoded(bucket: Bucket) -> dict[str, Tensor]:
+    """The whole state in the rule's dtypes; what is not encoded is the bucket's own tensor."""
+    rule = rule_of(bucket.group, bucket.matrix)
+    likes = rule.create(1, bucket.shape, bucket.dtype, torch.device("meta"), bucket.group, bucket.step)
+    state = {name: bucket.state[name] for name in ("taken", "level")}
+    for name, like in likes.items():
+        if not is_encoded(name, like, bucket.group):
+            state[name] = bucket.state[name]
+        elif name in bucket.state:
+            state[name] = bucket.state[name].to(like.dtype)
+        else:
+            codes, scales = (bucket.state[f"{name}_{part}"] for part in ("codes", "scales"))
+            decoded = quantization.decode(codes, scales, tuple(like.shape[1:]), like.dtype, POWERS[name])
+            state[name] = decoded.contiguous()  # without the padding of the last block
+    return state
+
+
+def _encode(bucket: Bucket, state: dict[str, Tensor], changed: Tensor) -> None:
+    """Put the fields of ``state`` into the bucket, in place where they were there before."""
+    kept: dict[str, Tensor] = {}
+    for name, field in state.items():
+        if not is_encoded(name, field, bucket.group):
+            kept[name] = field
+            continue
+        # Every field of every step has noise of its own.
+        seed = bucket.step * len(POWERS) + list(POWERS).index(name)
+        if bucket.group["moment_dtype"] == "bfloat16":
+            fresh = {name: quantization.to_bfloat16(field, seed)}
+        else:
+            codes, scales = quantization.encode(field, seed, POWERS[name])
+            fresh = {f"{name}_codes": codes, f"{name}_scales": scales}
+        for key, value in fresh.items():
+            old = bucket.state.get(key)
+            if old is None:
+                kept[key] = value
+            else:
+                kept[key] = old.copy_(torch.where(changed.view(-1, *[1] * (old.ndim - 1)), value, old))
+    bucket.state = kept

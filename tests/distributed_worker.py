@@ -1,0 +1,426 @@
+"""What the processes of the distributed tests do: small training runs over gloo on the CPU, and how they are started."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from scao_hf import SCAO, create_scao_optimizer
+
+#: Curvature from step 3 on, a refresh of every matrix within 2 steps.
+QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
+STEPS = 12
+#: What says which model it is.
+MODEL: dict[str, Any] = {"lora": False, "dtype": torch.float64, "deep": 0}
+BATCH = 8
+CPU = torch.device("cpu")
+SCENARIOS: dict[str, Callable[..., Any]] = {}
+
+
+def scenario(function: Callable[..., Any]) -> Callable[..., Any]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+class Lora(nn.Module):
+    """A frozen linear layer with a trainable pair of rank 3."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inside, outside).requires_grad_(False)
+        self.lora_A = nn.Linear(inside, 3, bias=False)
+        self.lora_B = nn.Linear(3, outside, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x) + self.lora_B(self.lora_A(x))
+        return result
+
+
+def build(lora: bool = False, dtype: torch.dtype = torch.float64, deep: int = 0) -> nn.Module:
+    """Sides that no number of processes divides, biases, and a first dimension that is smaller than four."""
+    torch.manual_seed(0)
+    if deep:
+        layers = [Lora(10, 13), *(Lora(13, 13) for _ in range(deep)), Lora(13, 2)]
+    elif lora:
+        layers = [Lora(10, 13), nn.Tanh(), Lora(13, 10), nn.Tanh(), Lora(10, 2)]
+    else:
+        layers = [nn.Linear(10, 13), nn.Tanh(), nn.Linear(13, 7), nn.Tanh(), nn.Linear(7, 2)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def shard(model: nn.Module, mesh: Any = None) -> nn.Module:
+    for layer in model:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def batch(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+    """This process's part of a step's batch."""
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(BATCH, 10, generator=generator), torch.randn(BATCH, 2, generator=generator)
+    part = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    return x[part], y[part]
+
+
+def backward(model: nn.Module, step: int, rank: int, world: int, poisoned: int) -> None:
+    """One process's part of a step; at the step ``poisoned`` the last one's loss is not a number."""
+    dtype = next(model.parameters()).dtype
+    x, y = (part.to(dtype) for part in batch(step, rank, world))
+    loss = (model(x) - y).square().mean()
+    if step == poisoned and rank == world - 1:
+        loss = loss * float("nan")
+    loss.backward()
+
+
+def train(model: nn.Module, optimizer: SCAO, steps: range, rank: int = 0, world: int = 1, poisoned: int = -1) -> None:
+    for step in steps:
+        backward(model, step, rank, world, poisoned)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, whole."""
+    whole = {}
+    for name, param in model.named_parameters():
+        value = param.detach()
+        whole[name.removeprefix("module.")] = (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+    return whole
+
+
+def train_parts(model: nn.Module, optimizer: SCAO, steps: range, world: int, poisoned: int = -1) -> None:
+    """What ``train`` does in ``world`` processes, in one, whose gradient is the mean over the same parts of each batch."""
+    for step in steps:
+        for rank in range(world):
+            backward(model, step, rank, world, poisoned)
+        for param in model.parameters():
+            if param.grad is not None:
+                param.grad /= world
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def alone(
+    world: int,
+    lora: bool = False,
+    dtype: torch.dtype = torch.float64,
+    deep: int = 0,
+    poisoned: int = -1,
+    steps: int = STEPS,
+    **options: Any,
+) -> tuple[dict[str, Tensor], SCAO]:
+    """The same run in one process."""
+    model = build(lora, dtype, deep)
+    optimizer = create_scao_optimizer(model, lr=0.02, **{**QUICK, **options})
+    train_parts(model, optimizer, range(steps), world, poisoned)
+    return weights(model), optimizer
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Counts, for this process, the bytes that SCAO's collectives send to others, and the decomposed matrices."""
+    counts = {"sent": 0, "received": 0, "decomposed": 0}
+    exchange, broadcast, eigh = dist.all_to_all_single, dist.broadcast, torch.linalg.eigh
+
+    def all_to_all(output: Tensor, input: Tensor, out: list[int], sent: list[int], group: Any = None) -> Any:
+        rank = dist.get_rank(group)
+        counts["sent"] += (sum(sent) - sent[rank]) * input.element_size()
+        counts["received"] += (sum(out) - out[rank]) * input.element_size()
+        return exchange(output, input, out, sent, group=group)
+
+    def broadcast_counted(tensor: Tensor, source: int, **kwargs: Any) -> Any:
+        if source != dist.get_rank():
+            counts["received"] += tensor.numel() * tensor.element_size()
+        return broadcast(tensor, source, **kwargs)
+
+    def decompose(matrices: Tensor, *args: Any, **kwargs: Any) -> Any:
+        counts["decomposed"] += matrices.numel() // matrices.shape[-1] ** 2
+        return eigh(matrices, *args, **kwargs)
+
+    dist.all_to_all_single, dist.broadcast, torch.linalg.eigh = all_to_all, broadcast_counted, decompose
+    try:
+        yield counts
+    finally:
+        dist.all_to_all_single, dist.broadcast, torch.linalg.eigh = exchange, broadcast, eigh
+
+
+def held(optimizer: SCAO) -> int:
+    """Bytes of state in this process."""
+
+    def size(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(map(size, value.values()))
+        return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+    return sum(size(entry) for entry in optimizer.state.values())
+
+
+def sharded(
+    lora: bool = False,
+    dtype: torch.dtype = torch.float64,
+    deep: int = 0,
+    late: bool = False,
+    mesh: tuple[int, ...] = (),
+    **options: Any,
+) -> tuple[nn.Module, SCAO]:
+    """A model under FSDP2 and its optimizer.
+
+    ``late``: the optimizer is built before the model is sharded, and its parameters are swapped, as Accelerate does.
+    """
+    model = build(lora, dtype, deep)
+    grid = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")) if mesh else None
+    if not late:
+        return shard(model, grid), create_scao_optimizer(model, lr=0.02, **{**QUICK, **options})
+    optimizer = create_scao_optimizer(model, lr=0.02, **{**QUICK, **options})
+    names = {param: name for name, param in model.named_parameters()}
+    fresh = dict(shard(model, grid).named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [fresh[names[param]] for param in group["params"]]
+    return model, optimizer
+
+
+@scenario
+def trajectories(rank: int, world: int, runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The end of several runs by name: weights, and what they took."""
+    results = {}
+    for name, run in runs.items():
+        settings = dict(run)
+        kind, poisoned, share = settings.pop("kind"), settings.pop("poisoned", -1), settings.pop("share", False)
+        if kind == "ddp":
+            model = build(*(settings.pop(key, usual) for key, usual in MODEL.items()))
+            optimizer = create_scao_optimizer(model, lr=0.02, **{**QUICK, **settings})
+            model = nn.parallel.DistributedDataParallel(model)
+            if share:
+                optimizer.share_refresh()
+        else:
+            model, optimizer = sharded(**settings)
+        with counted() as counts:
+            train(model, optimizer, range(STEPS), rank, world, poisoned)
+        report = {"held": held(optimizer), "metrics": optimizer.metrics(), "rows": optimizer.statistics()}
+        results[name] = weights(model), {**counts, **report}
+    return results
+
+
+def saved(model: nn.Module, optimizer: SCAO, flat: bool) -> dict[str, Any]:
+    """What torch.distributed.checkpoint saves of a run."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+@scenario
+def checkpoint(
+    rank: int,
+    world: int,
+    steps: range,
+    source: Path | None = None,
+    target: Path | None = None,
+    flat: tuple[bool, bool] = (False, False),
+    after: int = 0,
+) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Load where there is a ``source``, train, save where there is a ``target``, train on for ``after`` steps.
+
+    Returns weights and state, whole, before and after the last part. ``flat`` is for the source and for the target.
+    """
+    model, optimizer = sharded(lora=True, dtype=torch.float32)
+    if source is not None:
+        state = saved(model, optimizer, flat[0])
+        dcp.load(state, checkpoint_id=source)
+        options = StateDictOptions(flatten_optimizer_state_dict=flat[0])
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    train(model, optimizer, steps, rank, world)
+    if target is not None:
+        dcp.save(saved(model, optimizer, flat[1]), checkpoint_id=target)
+    results = []
+    for more in (0, after):
+        train(model, optimizer, range(steps.stop, steps.stop + more), rank, world)
+        state = get_optimizer_state_dict(model, optimizer)["state"]
+        results.append((weights(model), {name: entry["bytes"].full_tensor() for name, entry in state.items()}))
+    return results
+
+
+@scenario
+def refusals(rank: int, world: int) -> dict[str, str]:
+    """What is refused, and how."""
+    mesh = init_device_mesh("cpu", (world,))
+    weight = torch.ones(4, 6)
+
+    def shared(model: nn.Module) -> None:
+        SCAO(model.parameters()).share_refresh()
+
+    def stepped(**options: Any) -> None:
+        model, optimizer = sharded(**options)
+        before = weights(model)
+        backward(model, 0, rank, world, poisoned=0)
+        try:
+            optimizer.step()
+        finally:
+            assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+    def flattened() -> None:
+        param = nn.Parameter(weight.clone())
+        optimizer = SCAO([param])
+        flat = nn.Parameter(param.detach().flatten()[:12])
+        flat.grad = torch.ones(12)
+        optimizer.param_groups[0]["params"] = [flat]
+        optimizer.step()
+
+    zero3 = nn.Parameter(torch.ones(0))
+    zero3.ds_id = 0
+    attempts: dict[str, Callable[[], Any]] = {
+        "columns": lambda: SCAO([distribute_tensor(weight, mesh, [Shard(1)])]),
+        "fsdp1": lambda: SCAO(FullyShardedDataParallel(build(), use_orig_params=True, device_id=CPU).parameters()),
+        "fsdp1 flat": lambda: SCAO(FullyShardedDataParallel(build(), device_id=CPU).parameters()),
+        "zero-3": lambda: SCAO([zero3]),
+        "zero-1": flattened,
+        "share sharded": lambda: shared(shard(build())),
+        "share different": lambda: shared(nn.Linear(3 + rank, 2)),
+        "nan": lambda: stepped(on_nonfinite="raise"),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+@scenario
+def seconds(rank: int, world: int) -> dict[str, float]:
+    """Processor seconds of the optimizer in this process, refreshes replicated and shared, where refreshes are the work."""
+    results = {}
+    for share in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.zeros(192, 256)) for _ in range(12)]
+        optimizer = SCAO(params, warmup_steps=1, min_precond_updates=1, precond_freq=2, blend_steps=0)
+        if share:
+            optimizer.share_refresh()
+        total = 0.0
+        for step in range(16):
+            for param in params:
+                param.grad = torch.randn(192, 256, generator=generator)
+            before = time.process_time()
+            optimizer.step()
+            total += (time.process_time() - before) * (step >= 4)
+        results["shared" if share else "replicated"] = total
+    return results
+
+
+@scenario
+def forms(rank: int, world: int, single: dict[str, Any]) -> dict[str, Any]:
+    """State dicts of one process and of several in both directions; ``single`` has one process's weights and state."""
+    results: dict[str, Any] = {}
+    model, optimizer = sharded()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(distribute_tensor(single["weights"][name], param.device_mesh, param.placements))
+    optimizer.load_state_dict(single["state"])
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    results["full"] = get_optimizer_state_dict(model, optimizer, options=options)
+    train(model, optimizer, range(7, STEPS), rank, world)
+    results["from one"] = weights(model)
+
+    model, optimizer = sharded()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(distribute_tensor(single["weights"][name], param.device_mesh, param.placements))
+    everything = results["full"] if rank == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_optimizer_state_dict(model, optimizer, copy.deepcopy(everything), options=options)
+    train(model, optimizer, range(7, STEPS), rank, world)
+    results["from full"] = weights(model)
+
+    before = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    results["refused"] = []
+    for spoil in SPOILS:
+        state = optimizer.state_dict()
+        if rank == world - 1:
+            spoil(state)
+        try:
+            optimizer.load_state_dict(state)
+        except (ValueError, RuntimeError) as error:
+            results["refused"].append(str(error))
+    after = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    results["unchanged"] = all(
+        torch.equal(after["state"][name]["bytes"], entry["bytes"]) for name, entry in before["state"].items()
+    )
+    train(model, optimizer, range(STEPS, STEPS + 1), rank, world)
+    return results
+
+
+#: What is done to one process's part of a state dict before it is loaded.
+SPOILS: list[Callable[[dict[str, Any]], Any]] = [
+    lambda state: state["state"][0]["bytes"].to_local().fill_(255),  # no finite numbers
+    lambda state: state["state"][0].update(bytes=torch.zeros(3, dtype=torch.uint8)),
+    lambda state: state["state"][0].update(exp_avg=torch.zeros(3)),
+    lambda state: state["param_groups"][0].update(rule="published"),
+]
+
+
+def main(name: str, rank: int, world: int, folder: Path, arguments: dict[str, Any]) -> None:
+    """One process: joins the others, runs the scenario, leaves its result or its error in ``folder``."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    try:
+        result = SCENARIOS[name](rank, world, **arguments)
+    except Exception:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+        sys.stderr.flush()
+        os._exit(1)
+    torch.save(result, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def launch(name: str, world: int, folder: Path, seconds: float = 300, **arguments: Any) -> list[Any]:
+    """Each process's result of a scenario.
+
+    Raises:
+        AssertionError: a process has failed, with its traceback, or not ended in time.
+    """
+    folder = folder / f"{name}-{world}-{len(list(folder.iterdir()))}"
+    folder.mkdir()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distributed_worker"])
+    processes = [context.Process(target=main, args=(name, rank, world, folder, arguments)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+    errors = "\n".join(file.read_text() for file in sorted(folder.glob("*.error")))
+    assert not errors and not late, f"processes {late} had not ended after {seconds} s\n{errors}"
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

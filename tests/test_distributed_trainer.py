@@ -1,0 +1,161 @@
+"""Trainer and Axolotl runs on two gloo processes against one: DDP and FSDP2 as their own settings start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers", reason="needs transformers")
+pytest.importorskip("peft", reason="needs peft")
+
+import torch
+import yaml
+
+pytestmark = pytest.mark.long
+
+WORKER = Path(__file__).with_name("distributed_trainer_worker.py")
+#: In float32; the order in which parts of a batch are summed up differs.
+CLOSE = 1e-4
+BASE = {"max_steps": 8, "seed": 3, "save_strategy": "no", "max_grad_norm": 1.0}
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(WORKER.parent.parent), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def launched(world: int, *command: str, cwd: Path, seconds: float = 300) -> str:
+    """What a command prints, in one process or in several under torchrun.
+
+    Raises:
+        AssertionError: it failed, with the end of what it printed.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
+    done = subprocess.run(
+        [sys.executable, *launcher, *command],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+def run(model: Path, folder: Path, kind: str, world: int, **settings: Any) -> list[dict[str, Any]]:
+    folder.mkdir(exist_ok=True)
+    launched(world, str(WORKER), str(model), str(folder), kind, json.dumps({**BASE, **settings}), cwd=folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def distance(first: dict[str, Any], second: dict[str, Any]) -> float:
+    assert first["weights"].keys() == second["weights"].keys()
+    return max(float((value - second["weights"][name]).abs().max()) for name, value in first["weights"].items())
+
+
+@pytest.fixture(scope="module")
+def single(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("single")
+    return run(tiny_llama, folder, "one", 1, per_device_train_batch_size=4)[0]
+
+
+def test_ddp(tiny_llama: Path, tmp_path: Path, single: dict[str, Any]) -> None:
+    first, second = run(tiny_llama, tmp_path, "ddp", 2, per_device_train_batch_size=2)
+    assert first["sharing"] and not single["sharing"]
+    assert distance(first, second) == 0
+    print(f"DDP through the Trainer: {distance(first, single):.1e} from one process")
+    assert distance(first, single) <= CLOSE
+    assert first["phases"] == [1.0] * 3 + [2.0] * 5
+
+
+def test_fsdp2_and_its_resume(tiny_llama: Path, tmp_path: Path, single: dict[str, Any]) -> None:
+    """A sharded checkpoint of Accelerate's, taken in phase 2: the resumed run goes on in phase 2 and ends in the same place."""
+    settings = {"per_device_train_batch_size": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+    first, second = run(tiny_llama, tmp_path, "fsdp", 2, save_strategy="steps", save_steps=4, **settings)
+    assert first["sharded"] == ["DTensor"] and not first["sharing"]
+    assert distance(first, second) == 0
+    print(f"FSDP2 through Accelerate: {distance(first, single):.1e} from one process")
+    assert distance(first, single) <= CLOSE
+    checkpoint = str(tmp_path / "out" / "checkpoint-4")
+    again, _ = run(tiny_llama, tmp_path / "again", "fsdp", 2, resume=checkpoint, **settings)
+    assert again["phases"][-4:] == [2.0] * 4
+    print(f"resumed: {distance(again, first):.1e} from the uninterrupted run")
+    assert distance(again, first) <= CLOSE
+
+
+def axolotl(model: Path, folder: Path, world: int, **changes: Any) -> list[dict[str, Any]]:
+    folder.mkdir()
+    (folder / "config.yml").write_text(
+        yaml.safe_dump(
+            {
+                "base_model": str(model),
+                "plugins": ["axolotl_plugin.SCAOPlugin"],
+                "optimizer": "scao",
+                "scao_warmup_steps": 3,
+                "scao_precond_freq": 2,
+                "scao_blend_steps": 2,
+                "datasets": [{"path": str(folder / "data.jsonl"), "ds_type": "json", "type": "alpaca"}],
+                "dataset_prepared_path": str(folder / "prepared"),
+                "output_dir": str(folder / "out"),
+                "adapter": "lora",
+                "lora_r": 3,
+                "lora_alpha": 6,
+                "lora_target_linear": True,
+                "lora_qkv_kernel": False,
+                "lora_o_kernel": False,
+                "lora_mlp_kernel": False,
+                "lora_embedding_kernel": False,
+                "learning_rate": 0.01,
+                "lr_scheduler": "constant",
+                "max_steps": 8,
+                "num_epochs": 1,
+                "micro_batch_size": 4 // world,
+                "sequence_len": 64,
+                "val_set_size": 0,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "bf16": False,
+                "fp16": False,
+                "tf32": False,
+                "seed": 7,
+                **changes,
+            }
+        )
+    )
+    worker = WORKER.with_name("distributed_axolotl_worker.py")
+    launched(world, str(worker), str(folder / "config.yml"), str(folder), cwd=folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def test_axolotl(tiny_llama: Path, tmp_path: Path) -> None:
+    """DDP and FSDP2 as Axolotl's own keys ask for them."""
+    pytest.importorskip("axolotl", reason="needs axolotl")
+    (single,) = axolotl(tiny_llama, tmp_path / "one", 1)
+    sharded = {
+        "fsdp_version": 2,
+        "fsdp_config": {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
+            "state_dict_type": "SHARDED_STATE_DICT",
+            "reshard_after_forward": True,
+            "offload_params": False,
+        },
+    }
+    for name, changes in {"ddp": {}, "fsdp": sharded}.items():
+        first, second = axolotl(tiny_llama, tmp_path / name, 2, **changes)
+        assert first["optimizer"] == "SCAO"
+        assert first["sharing"] == (name == "ddp")
+        assert ("DTensor" in first["sharded"]) == (name == "fsdp")
+        assert first["phases"] == [1.0] * 3 + [2.0] * 5
+        assert distance(first, second) == 0
+        print(f"Axolotl, {name}: {distance(first, single):.1e} from one process")
+        assert distance(first, single) <= CLOSE
