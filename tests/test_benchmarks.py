@@ -356,7 +356,7 @@ def test_an_optimizer_that_cannot_run_is_reported_once(
     assert sweep.main(arguments) == sweep.main(arguments) == 0
     assert "unavailable: polora: PoLoRA is defined for LoRA factors only" in capsys.readouterr().out
     assert [run.get("optimizer", "ran") for run in records(out)] == ["ran", "ran", "polora"]
-    text = tables.tables(tables.settings([out]))["gpt-cosine-4"]
+    text = tables.tables(tables.settings([out]))["gpt-b2-cosine-4"]
     assert "Not run: `polora`: PoLoRA is defined for LoRA factors only." in text
 
 
@@ -498,7 +498,7 @@ def test_plots_are_drawn(results: Path, tmp_path: Path) -> None:
 
 
 def test_the_readmes_hold_what_the_result_files_give() -> None:
-    made = tables.tables(tables.settings(sorted((ROOT / "examples" / "benchmarks" / "results").glob("*.jsonl"))))
+    made = tables.everything(sorted((ROOT / "examples" / "benchmarks" / "results").glob("*.jsonl")))
     filled = 0
     for path in tables.READMES:
         text = path.read_text(encoding="utf-8")

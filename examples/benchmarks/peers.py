@@ -225,7 +225,7 @@ def behaviour(rule: str, options: tuple[tuple[str, Any], ...]) -> str:
         for param, target, scale in zip(params, targets, scales, strict=True):
             param.grad = (param.detach() - target + 0.3 * draw(*param.shape)) * scale
         optimizer.step()
-        digest.update(" ".join(f"{float(param.norm()):.6e}" for param in params).encode())
+        digest.update(" ".join(f"{float(param.detach().norm()):.6e}" for param in params).encode())
     return digest.hexdigest()[:12]
 
 

@@ -17,11 +17,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import costs
+import moe_tables
+import survival_tables
+
 from runs import Record, Setting, best_lr, crossing, loss_of, means, reversed_pairs, seconds, settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-READMES = (ROOT / "README.md", HERE / "README.md")
+PAGES = ("benchmarks", "moe", "survival")
+READMES = (ROOT / "README.md", HERE / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
 REFERENCE = "adamw"
 MARKER = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
@@ -189,6 +194,23 @@ def tables(found: Iterable[Setting]) -> dict[str, str]:
     return result
 
 
+def read(paths: Iterable[Path]) -> tuple[list[Setting], list[costs.Record]]:
+    """The settings of the sweeps and the measurements of speed and memory in result files."""
+    sweeps, measured = [], []
+    for path in paths:
+        if path.name not in (moe_tables.FILE, survival_tables.FILE):
+            (measured if path.name in costs.FILES else sweeps).append(path)
+    return settings(sweeps), costs.records(measured)
+
+
+def everything(paths: Sequence[Path]) -> dict[str, str]:
+    """The tables of all result files, whatever was measured."""
+    found, cost = read(paths)
+    mixtures = moe_tables.tables(path for path in paths if path.name == moe_tables.FILE)
+    survived = survival_tables.tables(path for path in paths if path.name == survival_tables.FILE)
+    return {**tables(found), **costs.tables(cost), **mixtures, **survived}
+
+
 def fill(text: str, made: dict[str, str]) -> str:
     """Put the tables between their markers.
 
@@ -250,14 +272,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compare", action="store_true", help="with the order of the committed tables")
     arguments = parser.parse_args(argv)
     committed = sorted((HERE / "results").glob("*.jsonl"))
-    found = settings(arguments.results or committed)
-    made = tables(found)
+    found, cost = read(arguments.results or committed)
+    made = everything(arguments.results or committed)
     for name, text in made.items():
         print(f"## {name}\n\n{text}")
     if arguments.plots:
         for setting in found:
             print(f"plot: {plot(setting, arguments.plots)}")
-    if arguments.compare and compare(found, settings(committed)):
+        if growth := costs.plot(cost, arguments.plots):
+            print(f"plot: {growth}")
+    if arguments.compare and compare(found, read(committed)[0]):
         return 1
     for path in READMES if arguments.write else ():
         try:

@@ -1,0 +1,341 @@
+"""Tables and a plot of what speed.py, memory.py and gpu.py have measured; tables.py puts them where a README asks for them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import sweep
+
+#: The result files that this module reads; all others are sweeps.
+FILES = ("speed.jsonl", "memory.jsonl", "gpu.jsonl")
+#: Bytes per parameter that any optimizer with one float32 momentum reads and writes: gradient, parameter, momentum.
+LEAST_BYTES = 4 + 8 + 8
+MIB = 2**20
+
+Record = dict[str, Any]
+
+
+def records(paths: Iterable[Path], reduced: bool = False) -> list[Record]:
+    """The measurements of result files, of two of the same thing the later one."""
+    found: list[Record] = []
+    for path in paths:
+        found += sweep.read(path)[0].values()
+    return [record for record in found if record["cell"]["reduced"] == reduced]
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def clock(record: Record) -> str:
+    """Processor time of one thread, which other processes do not lengthen; wall time of several."""
+    return "cpu" if record["cell"].get("threads") == 1 else "wall"
+
+
+def origin(found: Sequence[Record]) -> str:
+    """Machine and versions, in words."""
+    cpus = sorted({record["machine"]["gpu"] or record["machine"]["cpu"] for record in found})
+    torches = sorted({record["versions"]["torch"] for record in found})
+    codes = {record["versions"]["code"] for record in found}
+    mixed = " Measurements of several versions of the code: repeat them with --redo-stale." if len(codes) > 1 else ""
+    return f"{'; '.join(cpus)}; torch {', '.join(torches)}.{mixed}"
+
+
+def part(found: Sequence[Record], name: str) -> dict[str, Record]:
+    """The measurements of a part, by what it ran on: the number of threads, or the GPU."""
+    result = {}
+    for record in found:
+        if record["cell"]["part"] == name:
+            threads = record["cell"].get("threads")
+            words = f"{threads} thread{'s' if threads != 1 else ''}"
+            result[record["cell"].get("device", words)] = record
+    return result
+
+
+def step_table(by_place: dict[str, Record], what: str) -> str:
+    """Step times of one set of parameters, one row per optimizer, one thread beside several."""
+    first = next(iter(by_place.values()))
+    head = ["optimizer", "dispatched operations, least"]
+    for words in by_place:
+        head += [f"{words}: ms/step", "/ AdamW fused", "dearest / usual step"]
+    rows = []
+    for name, figures in sorted(first["figures"].items(), key=lambda item: item[1][f"{clock(first)}_ms_amortised"]):
+        row = [f"`{name}`", str(figures.get("operations", ""))]
+        for record in by_place.values():
+            unit, own, adamw = clock(record), record["figures"][name], record["figures"]["adamw"]
+            mean = own[f"{unit}_ms_amortised"]
+            row += [
+                f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}",
+                f"{mean / adamw[f'{unit}_ms_amortised']:.2f}",
+                f"{own[f'{unit}_ms_worst'] / own[f'{unit}_ms']:.2f}",
+            ]
+        rows.append(row)
+    notes = [f"Not run: `{name}`: {reason}." for name, reason in first["unavailable"].items()]
+    caption = (
+        f"{what}: {first['matrices']} matrices, {first['parameters']:,} parameters. All take turns in one process; ms/step "
+        "is the mean over a period of refreshes, of medians; processor time on one thread, wall time on several. "
+        f"{origin(list(by_place.values()))}"
+    )
+    return "\n".join([markdown(head, rows), "", caption, *notes]) + "\n"
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Exponent p of the power law y ~ x^p that fits best."""
+    xs, ys = ([math.log(value) for value in values] for values in zip(*points, strict=True))
+    return statistics.linear_regression(xs, ys).slope
+
+
+def growth_cells(found: Sequence[Record], varied: str) -> list[Record]:
+    """The measurements in which one of rank, side and layers was varied, in rising order."""
+    chosen = [record for record in found if record["cell"].get("varied") == varied]
+    return sorted(chosen, key=lambda record: record["cell"][varied])
+
+
+def growth_table(found: Sequence[Record]) -> str:
+    """Nanoseconds per parameter against rank, side and number of layers, and the exponents of the growth."""
+    rows, exponents = [], []
+    for varied in ("rank", "side", "layers"):
+        chosen = growth_cells(found, varied)
+        for record in chosen:
+            cell, count, unit = record["cell"], record["parameters"], clock(record)
+            times = {name: figures[f"{unit}_ms_amortised"] for name, figures in record["figures"].items()}
+            rows.append(
+                [
+                    varied,
+                    str(cell["rank"]),
+                    f"{cell['side']:,}",
+                    str(cell["layers"]),
+                    f"{count:,}",
+                    *(f"{times[name] * 1e6 / count:.2f}" for name in ("scao", "adamw")),
+                    f"{times['scao'] / times['adamw']:.2f}",
+                ]
+            )
+        if len(chosen) > 1:
+            points = [(r["parameters"], r["figures"]["scao"][f"{clock(r)}_ms_amortised"]) for r in chosen]
+            exponents.append(f"{slope(points):.2f} over {varied}")
+    head = ["varied", "r", "l", "layers", "parameters", "SCAO ns/parameter", "AdamW ns/parameter", "ratio"]
+    caption = (
+        f"Pairs of LoRA factors r x l, refreshes included. SCAO's step time grows with the number of parameters to the power "
+        f"{', '.join(exponents)} (1 is linear). {origin(found)}"
+    )
+    return f"{markdown(head, rows)}\n\n{caption}\n"
+
+
+def roofline_table(found: Sequence[Record]) -> str:
+    """How far the steps are from the time that their memory traffic needs at the speed of a copy."""
+    rows = []
+    copies, loads = part(found, "copy"), part(found, "load")
+    for place in (place for place in copies if place in loads):
+        record, rate = loads[place], copies[place]["bytes_per_second"]
+        unit = clock(record)
+        least = 1e3 * record["parameters"] * LEAST_BYTES / rate
+        times = {name: record["figures"][name][f"{unit}_ms_amortised"] for name in ("adamw", "scao")}
+        usual = record["figures"]["scao"][f"{unit}_ms"]
+        rows.append(
+            [
+                place,
+                f"{rate / 1e9:.1f}",
+                f"{least:.1f}",
+                f"{times['adamw']:.1f} ({times['adamw'] / least:.1f}x)",
+                f"{usual:.1f} ({usual / least:.1f}x)",
+                f"{times['scao']:.1f} ({times['scao'] / least:.1f}x)",
+            ]
+        )
+    head = [
+        "threads",
+        "copy, GB/s",
+        f"{LEAST_BYTES} B/parameter, ms",
+        "AdamW fused, ms",
+        "SCAO, usual step, ms",
+        "SCAO, mean, ms",
+    ]
+    caption = (
+        f"The reference load. Any optimizer with one float32 momentum moves {LEAST_BYTES} bytes per parameter: it reads "
+        "gradient, parameter and momentum and writes the last two. What SCAO's kernels move and compute is counted in "
+        f"[csrc](../../csrc/README.md). {origin([*copies.values(), *loads.values()])}"
+    )
+    return f"{markdown(head, rows)}\n\n{caption}\n"
+
+
+def training_table(by_place: dict[str, Record]) -> str:
+    """A whole training step with each optimizer."""
+    rows = []
+    for place, record in by_place.items():
+        unit = clock(record)
+        rest = record["rest"][f"{unit}_ms"]
+        times = {name: figures[f"{unit}_ms_amortised"] for name, figures in record["figures"].items()}
+        whole = {name: rest + time for name, time in times.items()}
+        row = [place, f"{rest:,.0f}", f"{times['adamw']:.1f}", f"{times['scao']:.1f}"]
+        rows.append([*row, f"{whole['scao'] / whole['adamw']:.4f}"])
+    head = ["on", "forward and backward, ms", "AdamW, ms", "SCAO, ms", "whole step, SCAO / AdamW"]
+    first = next(iter(by_place.values()))
+    where = origin(list(by_place.values()))
+    caption = f"{first['model']}; {first['parameters']:,} trained parameters, batches of 4 rows. {where}"
+    return f"{markdown(head, rows)}\n\n{caption}\n"
+
+
+def state_table(found: Sequence[Record]) -> str:
+    """Bytes of state on the load."""
+    rows = []
+    for record in found:
+        name = f"`{record['cell']['optimizers'][0]}`"
+        if "unavailable_here" in record:
+            rows.append([name, "", "", "", record["unavailable_here"]])
+            continue
+        count = record["parameters"]
+        report = record.get("report", {})
+        after = f"{report['peak'] / count:.2f}" if report else ""
+        rows.append([name, f"{record['bytes'] / count:.2f}", f"{record['bytes'] / MIB:,.0f}", after, ""])
+    head = ["optimizer", "bytes/parameter", "MiB", "largest at any time, bytes/parameter", ""]
+    first = found[0]
+    caption = (
+        f"LoRA r = {first['cell']['rank']} of Qwen2.5-3B on seven linear maps, {first['parameters']:,} parameters. Measured on "
+        f"one matrix of each shape and summed. {origin(found)}"
+    )
+    return f"{markdown(head, rows)}\n\n{caption}\n"
+
+
+def scratch_table(found: Sequence[Record]) -> str:
+    """Peak of what steps allocate."""
+    rows = []
+    for record in found:
+        count, group = record["parameters"], record["largest_group"]
+        for kind, figures in record["steps"].items():
+            rows.append(
+                [
+                    f"`{record['cell']['optimizers'][0]}`",
+                    kind,
+                    f"{figures['peak'] / MIB:,.1f}",
+                    f"{figures['peak'] / count:.2f}",
+                    f"{figures['peak'] / group:.2f}",
+                    f"{figures['largest_allocation'] / MIB:,.1f}",
+                ]
+            )
+    head = [
+        "optimizer",
+        "step",
+        "peak MiB",
+        "bytes/parameter",
+        "bytes/parameter of the largest shape",
+        "largest allocation, MiB",
+    ]
+    caption = (
+        "The same load; above what was held before the step, through torch's allocator. The native kernels use one matrix' "
+        f"worth of memory per thread on top. {origin(found)}"
+    )
+    return f"{markdown(head, rows)}\n\n{caption}\n"
+
+
+def kernel_table(found: Sequence[Record]) -> str:
+    """The native CUDA kernels against their PyTorch twins."""
+    rows = []
+    for record in found:
+        for name, value in record["differences"].items():
+            verdict = "yes" if value <= record["tolerance"] else "NO"
+            rows.append([record["cell"]["device"], f"`{name}`", str(record["calls"][name]), f"{value:.1e}", verdict])
+        rows += [[record["cell"]["device"], f"`{name}`", "0", "", "NO"] for name in record["never_called"]]
+    head = ["GPU", "kernel", "calls", "largest difference / largest entry", "within tolerance"]
+    return f"{markdown(head, rows)}\n\n{origin(found)}\n"
+
+
+def qlora_table(found: Sequence[Record]) -> str:
+    """The 4-bit runs on a GPU."""
+    rows = []
+    for record in found:
+        adamw = record["runs"]["adamw"]["seconds_per_step"]
+        for name, run in record["runs"].items():
+            last = run["loss"][-max(1, len(run["loss"]) // 3) :]
+            allocated = f"{run['peak_allocated'] / 2**30:.2f}" if run["peak_allocated"] else ""
+            rows.append(
+                [
+                    record["cell"]["device"],
+                    record["loaded"],
+                    f"`{name}`",
+                    f"{statistics.mean(last):.4f}",
+                    f"{run['seconds_per_step']:.3f}",
+                    f"{run['seconds_per_step'] / adamw:.3f}",
+                    f"{1e3 * run['optimizer_seconds_per_step']:.2f}",
+                    allocated,
+                ]
+            )
+    head = [
+        "GPU",
+        "model",
+        "optimizer",
+        "training loss, last third",
+        "s/step",
+        "/ AdamW",
+        "optimizer, ms/step",
+        "peak GiB",
+    ]
+    cell = found[0]["cell"]
+    notes = [f"{record['replaced']}." for record in found if record["replaced"]]
+    caption = (
+        f"NF4 with double quantisation, LoRA r = {cell['rank']}, {cell['steps']} steps of {cell['batch']} rows of at most "
+        f"{cell['max_tokens']} tokens, gradient checkpointing, lr {cell['lr']:g}. {origin(found)}"
+    )
+    return "\n".join([markdown(head, rows), "", caption, *notes]) + "\n"
+
+
+def tables(found: Sequence[Record]) -> dict[str, str]:
+    """Every table by the name that a README asks for."""
+    made: dict[str, str] = {}
+    speed = [record for record in found if record["cell"]["benchmark"] == "speed"]
+    texts = {
+        "load": "LoRA r = 16 of Qwen2.5-3B on all seven linear maps",
+        "pair": "The LoRA r = 16 factors of one query and one value map of the same model, the part that the slowest can hold",
+        "gpt2": "One block of GPT-2 small, both sides of each matrix large",
+    }
+    gpu = [record for record in found if record["cell"]["benchmark"] == "gpu"]
+    for name, text in texts.items():
+        for kind, chosen in (("speed", speed), ("gpu", gpu)):
+            if part(chosen, name):
+                made[f"{kind}-{name}"] = step_table(part(chosen, name), text)
+    for name, table in (("kernels", kernel_table), ("qlora", qlora_table)):
+        if part(gpu, name):
+            made[f"gpu-{name}"] = table(list(part(gpu, name).values()))
+    growth = [record for record in speed if record["cell"]["part"] == "growth"]
+    if growth:
+        made["speed-growth"] = growth_table(growth)
+    if part(speed, "copy").keys() & part(speed, "load").keys():
+        made["speed-roofline"] = roofline_table(speed)
+    if part(speed, "training"):
+        made["speed-training"] = training_table(part(speed, "training"))
+    memory = [record for record in found if record["cell"]["benchmark"] == "memory"]
+    for name, make in (("state", state_table), ("scratch", scratch_table)):
+        chosen = [record for record in memory if record["cell"]["part"] == name]
+        if chosen:
+            made[f"memory-{name}"] = make(chosen)
+    return made
+
+
+def plot(found: Sequence[Record], folder: Path) -> Path | None:
+    """Step time against rank, side and layers, as one PNG; None where nothing was measured."""
+    growth = [record for record in found if record["cell"]["part"] == "growth"]
+    if not growth:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    for axis, varied in zip(axes, ("rank", "side", "layers"), strict=True):
+        chosen = growth_cells(growth, varied)
+        for name in ("scao", "adamw"):
+            points = [(r["cell"][varied], r["figures"][name][f"{clock(r)}_ms_amortised"]) for r in chosen]
+            axis.loglog(*zip(*points, strict=True), marker=".", label=name)
+        axis.set(xlabel={"rank": "r", "side": "l", "layers": "layers"}[varied], ylabel="ms per step")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "speed-growth.png"
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,330 @@
+"""Everything about SCAO that only a GPU can tell, in one command: `make gpu`, on a T4, an H100 or anything between.
+
+    python examples/benchmarks/gpu.py                              # minutes; results/gpu.jsonl
+    python examples/benchmarks/gpu.py --model Qwen/Qwen2.5-3B --steps 60 --lr 2e-4
+
+``kernels``: each native CUDA kernel, in the calls that the optimizer makes of it, against its PyTorch twin.
+``load``, ``gpt2``: step times beside fused AdamW and others, as in speed.py. ``copy``: the memory's speed.
+``qlora``: 4-bit LoRA r = 16 of Qwen2.5-3B with AdamW and with SCAO at one learning rate: loss, seconds, peak memory. Where
+the model cannot be had, SmolLM2-135M takes its place, and the record says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import data
+import loads
+import models
+import peers
+import speed
+import torch
+from torch import Tensor, nn
+
+from scao_hf import SCAO, ops
+
+RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
+PARTS = ("kernels", "copy", "load", "gpt2", "qlora")
+MODEL = "Qwen/Qwen2.5-3B"
+OPTIMIZERS = {
+    "load": ("adamw", "adamw-foreach", "scao", "scao-pytorch", "muon", "polora", "adamw8bit"),
+    "gpt2": ("adamw", "scao", "muon", "soap"),
+}
+
+#: What the kernels are checked on: shapes with both orientations, ragged ends, small and large r; options of SCAO.
+SHAPES = ((16, 2048), (2048, 16), (16, 257), (4, 100), (64, 520), (37, 16), (8, 8), (300,))
+SCENARIOS: tuple[dict[str, Any], ...] = ({}, {"use_int8_ema": True}, {"rule": "published", "use_int8_ema": True})
+QUICK = {"warmup_steps": 4, "blend_steps": 2, "precond_freq": 5, "min_precond_updates": 1, "max_precond_dim": 128}
+#: Largest difference of a kernel from its twin, relative to the largest entry of a tensor.
+TOLERANCE = 2e-5
+
+
+class NoGpu(Exception):
+    """Nothing here can be measured on this machine; the message says why and what to do."""
+
+
+def require_gpu(native: bool) -> None:
+    """Raise ``NoGpu`` unless torch sees a GPU and, if ``native``, the CUDA kernels are loaded."""
+    if not torch.cuda.is_available():
+        built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
+        raise NoGpu(
+            f"no GPU: torch {torch.__version__} {built} and sees no CUDA device. Run this on a machine with an NVIDIA GPU of "
+            "compute capability 7.5 or later (T4, A10, L4, A100, H100), its driver, and a torch that is built for CUDA"
+        )
+    if native and "cuda" not in ops.NATIVE:
+        raise NoGpu(
+            f"the native CUDA kernels are not in use ({ops.backend()['cuda']}): build them with "
+            "`SCAO_BUILD_EXT=cuda python setup.py build_ext --inplace` (nvcc 12.8 or later), or pass --without-native"
+        )
+
+
+def copies(value: Any) -> Any:
+    """A deep copy of an operation's argument."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [entry.clone() for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest entry, beyond one rounding; of int8 codes, codes beyond one."""
+    if not found.is_floating_point():
+        return max(0.0, float((found.double() - expected.double()).abs().max()) - 1)
+    finite = torch.isfinite(expected)
+    if not torch.equal(finite, torch.isfinite(found)):
+        return math.inf
+    one, other = (torch.where(finite, tensor.double(), 0.0) for tensor in (found, expected))
+    scale = max(float(other.abs().max()), 1e-30)
+    return max(0.0, float((one - other).abs().max()) - torch.finfo(found.dtype).eps * scale) / scale
+
+
+class Watch:
+    """Runs each operation beside its PyTorch twin on a copy of its arguments and keeps the largest difference."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.differences: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def on(self, device: str) -> Iterator[None]:
+        """Watch all operations that have a native kernel on ``device``."""
+        with contextlib.ExitStack() as stack:
+            for name in ops.KERNELS[device]:
+                stack.enter_context(mock.patch.object(ops, name, self._twin(name, getattr(ops, name))))
+            yield
+
+    def _twin(self, name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def both(*arguments: Any) -> Any:
+            others = [copies(value) for value in arguments]
+            result = kernel(*arguments)
+            twin = ops.DEFAULTS[name][0](*others)
+            self.calls[name] = self.calls.get(name, 0) + 1
+            for found, expected in zip((*arguments, result), (*others, twin), strict=True):
+                pairs = [(found, expected)] if isinstance(found, Tensor) else []
+                if isinstance(found, (list, tuple)):
+                    pairs = list(zip(found, expected, strict=True))
+                for one, other in pairs:
+                    worst = max(self.differences.get(name, 0.0), difference(one, other))
+                    self.differences[name] = worst
+            return result
+
+        return both
+
+
+def kernels(device: str) -> dict[str, Any]:
+    """Let SCAO step matrices of many shapes and dtypes in every phase, with a non-finite gradient among them."""
+    watch = Watch()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for options in SCENARIOS:
+            generator = torch.Generator().manual_seed(0)
+            params = [torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES]
+            params = [nn.Parameter(param) for param in params]
+            optimizer = SCAO(params, lr=1e-2, **{**QUICK, **options})
+            with watch.on(device):
+                for step in range(16):
+                    for param in params:
+                        param.grad = torch.randn(param.shape, generator=generator).to(device, dtype)
+                    if step in (2, 10):
+                        assert params[2].grad is not None
+                        params[2].grad[3, 5] = math.nan
+                    optimizer.step()
+    missed = sorted(set(ops.KERNELS[device]) - set(watch.calls))
+    wrong = sorted(name for name, value in watch.differences.items() if not value <= TOLERANCE)
+    return {
+        "calls": watch.calls,
+        "differences": watch.differences,
+        "tolerance": TOLERANCE,
+        "never_called": missed,
+        "passed": not missed and not wrong,
+    }
+
+
+def load_4bit(name: str, rank: int, device: str) -> Any:
+    """The model in NF4 with double quantisation and LoRA on all seven linear maps, with gradient checkpointing."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = compute_dtype(device)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        name, quantization_config=quantization, dtype=dtype, device_map={"": 0 if device == "cuda" else device}
+    )
+    model.config.use_cache = False
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(models.TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the GPU computes in it, float16 on older ones."""
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        return torch.float16
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def available(name: str) -> tuple[str, str]:
+    """A model that can be had, and why it is not the one that was asked for (empty where it is)."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)
+        return name, ""
+    except (OSError, ValueError) as error:
+        demo = data.demo_script("prepare_model")
+        folder = data.CACHE / "smollm2-135m"
+        if not folder.is_dir():
+            model, tokenizer = demo.load_gguf(demo.packaged_gguf())
+            model.to(torch.bfloat16).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return str(folder), f"{name} could not be loaded ({str(error).splitlines()[0]})"
+
+
+def qlora(cell: speed.Cell, progress: Callable[[str], None], device: str = "cuda") -> dict[str, Any]:
+    """Train with each optimizer from the same initial factors on the same rows; the first two steps are not timed."""
+    from transformers import AutoTokenizer
+
+    name, replaced = available(cell["model"])
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    end = tokenizer.eos_token_id
+    source = data.load(cell["data"])
+    rows = data.encode(source.rows, lambda text: tokenizer.encode(text, add_special_tokens=False), end)
+    rows = [row for row in rows if sum(map(len, row)) <= cell["max_tokens"]]
+    order = data.batch_order(rows, cell["batch"], 0)
+    if len(order) < cell["steps"]:
+        raise ValueError(f"--steps {cell['steps']} is more than the {len(order)} batches of the data")
+    runs = {}
+    for spec in cell["optimizers"]:
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        torch.manual_seed(0)
+        model = load_4bit(name, cell["rank"], device)
+        optimizer = peers.create(spec, model, cell["lr"])
+        losses, times, own = [], [], []
+        scaler = torch.amp.GradScaler(device, enabled=compute_dtype(device) == torch.float16)
+        for step in range(cell["steps"]):
+            progress(f"{spec}: step {step + 1} of {cell['steps']}")
+            loads.synchronize()
+            started = time.perf_counter()
+            with torch.autocast(device, compute_dtype(device), enabled=compute_dtype(device) != torch.float32):
+                loss = model(**batch_of([rows[row] for row in order[step]], device)).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(peers.parameters(model), 1.0)
+            loads.synchronize()
+            before = time.perf_counter()
+            scaler.step(optimizer)
+            scaler.update()
+            loads.synchronize()
+            own.append(time.perf_counter() - before)
+            optimizer.zero_grad()
+            times.append(time.perf_counter() - started)
+            losses.append(round(loss.item(), 5))
+        runs[spec] = {
+            "loss": losses,
+            "seconds_per_step": round(statistics.median(times[2:]), 5),
+            "seconds_total": round(sum(times), 3),
+            "optimizer_seconds_per_step": round(statistics.mean(own[2:]), 6),
+            "optimizer_seconds_worst": round(max(own[2:]), 6),
+            "state_bytes": peers.state_bytes(optimizer, model),
+            "peak_allocated": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+            "peak_reserved": torch.cuda.max_memory_reserved() if device == "cuda" else None,
+        }
+        trained = sum(param.numel() for param in peers.parameters(model))
+        del model, optimizer
+    return {"loaded": Path(name).name, "replaced": replaced, "trained": trained, "runs": runs, "data": source.name}
+
+
+def batch_of(rows: list[data.Tokens], device: str) -> dict[str, Tensor]:
+    """Padded tokens; the labels cover the answers."""
+    width = max(sum(map(len, row)) for row in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    labels, mask = torch.full_like(tokens, -100), torch.zeros_like(tokens)
+    for at, (prompt, answer) in enumerate(rows):
+        whole = torch.tensor(prompt + answer)
+        tokens[at, : len(whole)], mask[at, : len(whole)] = whole, 1
+        labels[at, len(prompt) : len(whole)] = whole[len(prompt) :]
+    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[speed.Cell]:
+    """Every measurement that the command line asks for; the device is part of what defines it."""
+    base = {"benchmark": "gpu", "reduced": False, "device": torch.cuda.get_device_name()}
+    for part in arguments.parts:
+        cell = {**base, "part": part}
+        if part == "qlora":
+            cell |= {"model": arguments.model, "steps": arguments.steps, "lr": arguments.lr, "data": arguments.data}
+            cell |= {"batch": arguments.batch, "max_tokens": arguments.max_tokens, "rank": 16}
+            cell |= {"optimizers": ["adamw", "scao", "scao:moment_dtype='int8':use_int8_ema=True"]}
+        elif part in OPTIMIZERS:
+            cell |= {"optimizers": list(OPTIMIZERS[part]), "periods": 5}
+        yield cell
+
+
+def measure(cell: speed.Cell, progress: Callable[[str], None]) -> dict[str, Any]:
+    """One measurement."""
+    if cell["part"] == "kernels":
+        return kernels("cuda")
+    if cell["part"] == "copy":
+        return {"bytes_per_second": round(loads.copy_bandwidth(1024))}
+    return qlora(cell, progress) if cell["part"] == "qlora" else speed.step_times(cell, progress, "cuda")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what is missing; 1 where there is no GPU or a kernel is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=speed.words(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--model", default=MODEL, help="of the qlora run (default: %(default)s)")
+    parser.add_argument("--data", help="as for sweep.py (default: the demo's docstrings)")
+    parser.add_argument("--steps", type=int, default=60, help="of the qlora run (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-4, help="of the qlora run (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=4, help="rows per step (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="longest row (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="result file, added to (default: results/gpu.jsonl)")
+    parser.add_argument("--redo-stale", action="store_true", help="measure again what other code has measured")
+    parser.add_argument("--without-native", action="store_true", help="go on where the CUDA kernels were not built")
+    parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
+    arguments = parser.parse_args(argv)
+    try:
+        require_gpu(native=not arguments.check and not arguments.without_native)
+    except NoGpu as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.check:
+        print(torch.cuda.get_device_name())
+        return 0
+    if arguments.without_native:
+        arguments.parts = [part for part in arguments.parts if part != "kernels"]
+    command = shlex.join(["python", "examples/benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)])
+    verdicts: list[dict[str, Any]] = []
+
+    def measured(cell: speed.Cell, progress: Callable[[str], None]) -> dict[str, Any]:
+        result = measure(cell, progress)
+        if cell["part"] == "kernels":
+            verdicts.append(result)
+        return result
+
+    speed.run(list(cells(arguments)), measured, arguments.out, arguments.redo_stale, command)
+    for verdict in verdicts:
+        for name, value in verdict["differences"].items():
+            print(f"{name}: {verdict['calls'][name]} calls, largest difference {value:.2g} of the largest entry")
+        for name in verdict["never_called"]:
+            print(f"{name}: never called")
+    return 0 if all(verdict["passed"] for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Wheel and source distribution, built and installed outside the checkout: complete, working, native where asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("setuptools", minversion="77")
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (
+    "scao_hf", "axolotl_plugin", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in",
+)  # fmt: skip
+COMPILER = os.environ.get("CXX", "g++")
+
+STEPS = """
+import pathlib, sys
+import torch
+import scao_hf
+from scao_hf import SCAO
+
+assert pathlib.Path(scao_hf.__file__).is_relative_to(sys.prefix), scao_hf.__file__
+torch.manual_seed(0)
+a, b = torch.nn.Parameter(torch.randn(4, 40)), torch.nn.Parameter(torch.zeros(30, 4))
+inputs, target = torch.randn(40, 64), torch.randn(30, 64)
+optimizer = SCAO([a, b], lr=0.05, warmup_steps=5, precond_freq=5)
+losses = []
+for _ in range(30):
+    optimizer.zero_grad()
+    loss = (b @ (a @ inputs) - target).square().mean()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < 0.95 * losses[0], losses
+assert optimizer.metrics()["scao/phase"] == 2
+print(scao_hf.backend()["cpu"])
+"""
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command without this process's settings for SCAO."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SCAO_") and k not in ("PYTHONPATH", "CXX")}
+    words = [str(part) for part in command]
+    return subprocess.run(words, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True)
+
+
+def wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel from a folder or a source distribution, with the setuptools and torch of this environment."""
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel")
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", out)
+    return run(*pip, *options, source, cwd=out.parent, **environment)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a checkout holds, without what was built in it."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(
+                ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+            )
+        else:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution."""
+    out = tmp_path_factory.mktemp("sdist")
+    build = f"import setuptools.build_meta as backend; backend.build_sdist({str(out)!r})"
+    done = run(sys.executable, "-c", build, cwd=sources)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(out.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def plain_wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that `pip install .` makes."""
+    out = tmp_path_factory.mktemp("plain") / "wheels"
+    done = wheel(sources, out)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return next(out.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def native_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel with CPU kernels, made of the source distribution."""
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"there is no C++ compiler {COMPILER!r} on this machine")
+    out = tmp_path_factory.mktemp("native") / "wheels"
+    # What is tested is whether the wheel is complete, not how fast it is: -O1 takes less than half the time to compile.
+    quick = out.parent / "compiler"
+    quick.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O1\n')
+    quick.chmod(0o755)
+    done = wheel(sdist, out, SCAO_BUILD_EXT="cpu", CXX=str(quick))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return next(out.glob("*.whl"))
+
+
+def installed(built: Path, folder: Path) -> Path:
+    """The interpreter of a new environment that holds the wheel and, of the rest, what this environment has."""
+    made = run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    python = folder / "env" / "bin" / "python"
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
+    done = run(*pip, "install", "--no-deps", "--no-index", built, cwd=folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Only now: pip must not find the checkout's own installation. A path in a .pth file does not make other .pth files run.
+    packages = next((folder / "env" / "lib").glob("python*/site-packages"))
+    (packages / "torch_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+@pytest.fixture(scope="module")
+def plain(plain_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(plain_wheel, tmp_path_factory.mktemp("plain-env"))
+
+
+@pytest.fixture(scope="module")
+def native(native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(native_wheel, tmp_path_factory.mktemp("native-env"))
+
+
+def modules(root: Path) -> set[str]:
+    """Every Python file of the two packages."""
+    found = (path for name in ("scao_hf", "axolotl_plugin") for path in (root / name).rglob("*.py"))
+    return {str(path.relative_to(root)) for path in found}
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(plain_wheel: Path) -> None:
+    names = set(zipfile.ZipFile(plain_wheel).namelist())
+    assert plain_wheel.name.endswith("-py3-none-any.whl")
+    assert {name for name in names if name.endswith(".py")} == modules(ROOT)
+    assert {"scao_hf/py.typed", "axolotl_plugin/py.typed"} <= names
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"scao_hf", "axolotl_plugin"}
+    metadata = zipfile.ZipFile(plain_wheel).read(next(name for name in names if name.endswith("/METADATA"))).decode()
+    assert "License-Expression: Apache-2.0" in metadata and "Requires-Dist: torch>=2.6" in metadata
+
+
+def test_the_source_distribution_holds_the_kernels(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    native = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert modules(ROOT) | native | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
+
+
+def test_the_plain_wheel_steps_outside_the_checkout(plain: Path, tmp_path: Path) -> None:
+    done = run(plain, "-I", "-c", STEPS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "pytorch: not built (SCAO_BUILD_EXT=cpu when installing builds it)\n"
+
+
+def test_the_plain_wheel_brings_its_command(plain: Path, tmp_path: Path) -> None:
+    done = run(plain.parent / "scao-hf", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "plan" in done.stdout, done.stderr[-2000:]
+
+
+def test_required_kernels_that_are_absent_are_an_error(plain: Path, tmp_path: Path) -> None:
+    done = run(plain, "-I", "-c", "import scao_hf", cwd=tmp_path, SCAO_REQUIRE_EXT="cpu")
+    assert done.returncode != 0
+    assert "ImportError: SCAO_REQUIRE_EXT=cpu: no native cpu kernels: not built (SCAO_BUILD_EXT=cpu when" in done.stderr
+
+
+def test_the_native_wheel_steps_natively(native: Path, native_wheel: Path, tmp_path: Path) -> None:
+    assert "scao_hf/_C_cpu.so" in zipfile.ZipFile(native_wheel).namelist()
+    assert not native_wheel.name.endswith("-any.whl")
+    done = run(native, "-I", "-c", STEPS, cwd=tmp_path, SCAO_REQUIRE_EXT="cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("native (")
+
+
+def test_native_kernels_can_be_switched_off(native: Path, tmp_path: Path) -> None:
+    done = run(native, "-I", "-c", STEPS, cwd=tmp_path, SCAO_DISABLE_EXT="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "pytorch: SCAO_DISABLE_EXT is set\n"
+
+
+def test_a_wheel_that_cannot_have_its_kernels_is_not_built(sources: Path, tmp_path: Path) -> None:
+    done = wheel(sources, tmp_path / "wheels", SCAO_BUILD_EXT="cpu", CXX="no-such-compiler")
+    assert done.returncode != 0 and not list(tmp_path.rglob("*.whl"))
+    expected = "SCAO_BUILD_EXT=cpu: building scao_hf._C_cpu failed: no C++ compiler: 'no-such-compiler' is not on PATH"
+    assert expected in done.stdout + done.stderr
