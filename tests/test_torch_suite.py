@@ -1,0 +1,528 @@
+"""PyTorch's contract for optimizers, over its own OptimizerInfo: the bodies are ours, the inputs come from the info.
+
+``test/test_optim.py`` of PyTorch is not in its wheel. What does not apply to SCAO is listed with the reason, and printed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+pytest.importorskip("expecttest", reason="torch's OptimizerInfo needs expecttest (pip install expecttest)")
+
+from torch.testing._internal.common_optimizers import (
+    ErrorOptimizerInput,
+    OptimizerErrorEnum,
+    OptimizerInfo,
+    OptimizerInput,
+    get_error_inputs_for_all_optims,
+)
+
+from scao_hf import SCAO, options
+
+EARLY: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 3, "min_precond_updates": 1}
+
+#: What PyTorch's suite asks of optimizers that have these, and SCAO has not.
+INAPPLICABLE = {
+    "foreach and fused implementations against the loop (11 bodies)": "SCAO has one implementation and no such arguments",
+    "differentiable steps": "SCAO has no differentiable argument",
+    "capturable steps, CUDA graphs and state on CUDA (8 bodies)": "SCAO has no capturable argument; CUDA only",
+    "maximize": "SCAO has no maximize argument: negate the loss",
+    "amsgrad and other flags of one algorithm": "flags of other algorithms",
+    "sparse gradients": "refused with an error (test_errors)",
+    "several devices in one optimizer": "needs two devices",
+    "loading states of before step was a tensor": "SCAO's step has been an integer from the first version on",
+}
+
+
+def inputs(device: Any = "cpu", dtype: Any = None) -> list[OptimizerInput]:
+    """Every rule and kind of state, with the general options that torch tries."""
+    given: list[tuple[str, dict[str, Any]]] = [
+        ("default", {}),
+        ("early curvature", dict(EARLY)),
+        ("learning rate", {"lr": 1e-2, **EARLY}),
+        ("tensor learning rate", {"lr": torch.tensor(1e-2), **EARLY}),
+        ("weight decay", {"weight_decay": 0.1, **EARLY}),
+        ("no weight decay", {"weight_decay": 0.0, **EARLY}),
+        ("betas", {"betas": (0.8, 0.95), **EARLY}),
+        ("published", {"rule": "published", **EARLY}),
+        ("int8 curvature", {"use_int8_ema": True, **EARLY}),
+        ("bounded natural gradient", {"tau": 1.0, **EARLY}),
+    ]
+    if "moment_dtype" in options.OPTIONS:
+        given += [(f"{kind} moments", {"moment_dtype": kind, **EARLY}) for kind in ("bfloat16", "int8")]
+    return [OptimizerInput(params=None, kwargs=kwargs, desc=words) for words, kwargs in given]
+
+
+def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
+    """Torch's own for all optimizers, and SCAO's options."""
+    found = []
+    for given in get_error_inputs_for_all_optims(torch.device(device), dtype):
+        if "Tensor lr must be 1-element" in given.error_regex:
+            given.error_regex = "lr is a tensor of 2 elements"
+        found.append(given)
+    for kwargs, words in (
+        ({"lr": -1e-2}, "lr=-0.01"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"betas": (1.0, 0.9)}, r"betas\[0\]=1.0"),
+        ({"eps": -1e-8}, "eps=-1e-08"),
+        ({"weight_decay": -1}, "weight_decay=-1"),
+        ({"rule": "adam"}, "rule='adam'"),
+        ({"precond_freq": 0}, "precond_freq=0"),
+    ):
+        given = OptimizerInput(params=None, kwargs=kwargs, desc=words)
+        found.append(ErrorOptimizerInput(given, error_type=ValueError, error_regex=words))
+    sparse = Parameter(torch.ones(3, 2))
+    sparse.grad = torch.sparse_coo_tensor([[1]], [[1.0, 1.0]], (3, 2))
+    given = OptimizerInput(params=[sparse], kwargs={}, desc="sparse gradient")
+    found.append(
+        ErrorOptimizerInput(
+            given, error_on=OptimizerErrorEnum.STEP_ERROR, error_type=RuntimeError, error_regex="sparse gradients"
+        )
+    )
+    return found
+
+
+INFO = OptimizerInfo(
+    SCAO,
+    optim_inputs_func=inputs,
+    optim_error_inputs_func=error_inputs,
+    scheduler_inputs=(
+        [lambda opt: StepLR(opt, gamma=0.99, step_size=10)],
+        [lambda opt: ReduceLROnPlateau(opt)],
+        [lambda opt: LinearLR(opt, start_factor=0.4, total_iters=4)],
+        [lambda opt: StepLR(opt, gamma=0.99, step_size=10), lambda opt: ExponentialLR(opt, gamma=0.999)],
+        [lambda opt: ConstantLR(opt, factor=0.4, total_iters=4), lambda opt: ReduceLROnPlateau(opt)],
+    ),
+    supported_impls=(),
+    not_og_supported_flags=(),
+)
+INPUTS = INFO.optim_inputs_func("cpu")
+EVERY = pytest.mark.parametrize("given", INPUTS, ids=lambda given: given.desc.replace(" ", "-"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+def build(params: Any, given: OptimizerInput, **changes: Any) -> SCAO:
+    return INFO.optim_cls(params, **{**copy.deepcopy(given.kwargs), **changes})
+
+
+def linear(contiguous: bool = True, dtype: torch.dtype = torch.float32) -> tuple[list[Parameter], Callable[[], Tensor]]:
+    """A weight and a bias that should map an input to zero, and the loss with gradients."""
+    if contiguous:
+        weight, bias = torch.randn(10, 5, dtype=dtype), torch.randn(10, dtype=dtype)
+    else:
+        weight, bias = torch.randn(10, 5, 2, dtype=dtype)[..., 0], torch.randn(10, 2, dtype=dtype)[..., 0]
+    params, point = [Parameter(weight), Parameter(bias)], torch.randn(5, dtype=dtype)
+
+    def loss() -> Tensor:
+        for param in params:
+            param.grad = None
+        value = (params[0].mv(point) + params[1]).square().sum()
+        value.backward()
+        return value
+
+    return params, loss
+
+
+def values(params: list[Parameter]) -> list[Tensor]:
+    """Copies with the same strides."""
+    return [torch.empty_strided(param.size(), param.stride()).copy_(param.detach()) for param in params]
+
+
+def equal(first: list[Any], second: list[Any]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_does_not_apply() -> None:
+    print()
+    for body, reason in INAPPLICABLE.items():
+        print(f"inapplicable: {body}: {reason}")
+    bodies = [name for name, value in globals().items() if name.startswith("test_") and inspect.isfunction(value)]
+    print(f"{len(bodies) - 1} bodies, {len(INPUTS)} configurations, {len(INAPPLICABLE)} groups that do not apply")
+    arguments = inspect.signature(SCAO.__init__).parameters
+    # An argument that SCAO gains makes its bodies apply.
+    assert not {"foreach", "fused", "differentiable", "capturable", "maximize", "amsgrad"} & set(arguments)
+
+
+def test_infos_name_no_global_flags() -> None:
+    for given in INPUTS:
+        assert not {"foreach", "fused", "differentiable"} & set(given.kwargs)
+
+
+@pytest.mark.parametrize("index", range(len(error_inputs("cpu", torch.float32))))
+def test_errors(index: int) -> None:
+    wrong = INFO.optim_error_inputs_func("cpu", torch.float32)[index]
+    params, kwargs = wrong.optimizer_error_input.params, wrong.optimizer_error_input.kwargs
+    if params is None:
+        params = [Parameter(torch.randn(2, 3))]
+    if wrong.error_type is UserWarning:
+        with pytest.warns(UserWarning, match=wrong.error_regex):
+            INFO.optim_cls(params, **kwargs)
+    elif wrong.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR:
+        with pytest.raises(wrong.error_type, match=wrong.error_regex):
+            INFO.optim_cls(params, **kwargs)
+    else:
+        optimizer = INFO.optim_cls(params, **kwargs)
+        with pytest.raises(wrong.error_type, match=wrong.error_regex):
+            optimizer.step()
+
+
+@EVERY
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_it_goes_in_the_right_direction(given: OptimizerInput, contiguous: bool) -> None:
+    params, loss = linear(contiguous)
+    optimizer = build(params, given)
+    start = loss().item()
+    for _ in range(30):
+        optimizer.step(loss)
+    assert loss().item() < start
+
+
+@EVERY
+@pytest.mark.parametrize("schedulers", range(len(INFO.scheduler_inputs)))
+def test_it_goes_in_the_right_direction_with_schedulers(given: OptimizerInput, schedulers: int) -> None:
+    params, loss = linear()
+    optimizer = build(params, given)
+    chain = [make(optimizer) for make in INFO.scheduler_inputs[schedulers]]
+    start = loss().item()
+    for _ in range(30):
+        value = optimizer.step(loss)
+        for scheduler in chain:
+            scheduler.step(value) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
+    assert loss().item() < start
+
+
+@pytest.mark.parametrize("schedulers", range(len(INFO.scheduler_inputs)))
+def test_groups_with_a_scheduler(schedulers: int) -> None:
+    params, loss = linear()
+    optimizer = SCAO([{"params": [params[0]]}, {"params": [params[1]], "lr": 0.01}], lr=1e-3, **EARLY)
+    chain = [make(optimizer) for make in INFO.scheduler_inputs[schedulers]]
+    start = loss().item()
+    for _ in range(30):
+        value = optimizer.step(loss)
+        for scheduler in chain:
+            scheduler.step(value) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
+    assert loss().item() < start
+
+
+@EVERY
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_tensor_learning_rate_is_a_number(given: OptimizerInput, shape: tuple[int, ...]) -> None:
+    params, loss = linear()
+    twins = [Parameter(value) for value in values(params)]
+    plain = build(params, given, lr=1e-2)
+    tensor = build(twins, given, lr=torch.full(shape, 1e-2))
+    for _ in range(5):
+        loss()
+        for param, twin in zip(params, twins, strict=True):
+            twin.grad = None if param.grad is None else param.grad.clone()
+        plain.step()
+        tensor.step()
+        for param, twin in zip(params, twins, strict=True):
+            torch.testing.assert_close(param, twin, rtol=1e-4, atol=1e-4)
+
+
+@EVERY
+def test_complex_numbers_are_pairs_of_real_ones(given: OptimizerInput) -> None:
+    number = Parameter(torch.randn(6, 4, dtype=torch.complex64))
+    pair = Parameter(torch.view_as_real(number).detach().clone())
+    first, second = build([number], given), build([pair], given)
+    for _ in range(8):
+        number.grad = torch.randn_like(number)
+        pair.grad = torch.view_as_real(number.grad).clone()
+        first.step()
+        second.step()
+        torch.testing.assert_close(torch.view_as_real(number), pair)
+
+
+@EVERY
+def test_without_gradients_a_step_does_nothing(given: OptimizerInput) -> None:
+    params, _ = linear()
+    before = values(params)
+    optimizer = build(params, given)
+    optimizer.step()
+    assert equal(params, before) and not optimizer.state
+
+
+@EVERY
+def test_gradients_of_zero_leave_the_decay_alone(given: OptimizerInput) -> None:
+    params, _ = linear()
+    before = values(params)
+    optimizer = build(params, given)
+    group = optimizer.param_groups[0]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    for param, old in zip(params, before, strict=True):
+        torch.testing.assert_close(param.detach(), old * (1 - float(group["lr"]) * group["weight_decay"]))
+
+
+@EVERY
+def test_it_can_be_printed(given: OptimizerInput) -> None:
+    text = repr(build(linear()[0], given))
+    assert text.startswith("SCAO (") and "precond_freq" in text and repr(build(linear()[0], given)) == text
+
+
+def trained(given: OptimizerInput, steps: int, contiguous: bool = True) -> tuple[list[Parameter], SCAO, Any]:
+    params, loss = linear(contiguous)
+    optimizer = build(params, given)
+    for _ in range(steps):
+        optimizer.step(loss)
+    return params, optimizer, loss
+
+
+def same_state(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor):
+        return torch.equal(first, second) and first.dtype == second.dtype
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_state(first[key], second[key]) for key in first)
+    return bool(first == second)
+
+
+def follow(params: list[Parameter], optimizer: Optimizer, twins: list[Parameter], other: Optimizer, loss: Any) -> None:
+    """Both take five steps with the same gradients and end at the same weights, to the bit."""
+    for _ in range(5):
+        loss()
+        for param, twin in zip(params, twins, strict=True):
+            twin.grad = None if param.grad is None else param.grad.clone()
+        optimizer.step()
+        other.step()
+        assert equal(params, twins)
+
+
+@EVERY
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_state_dicts_are_deterministic(given: OptimizerInput, contiguous: bool) -> None:
+    params, optimizer, loss = trained(given, 8, contiguous)
+    twins = [Parameter(value) for value in values(params)]
+    other = build(twins, given)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    follow(params, optimizer, twins, other, loss)
+    assert same_state(optimizer.state_dict(), other.state_dict())
+    assert saved["param_groups"] == other.state_dict()["param_groups"]
+    # The same parameters twice have the same numbers.
+    other.param_groups.extend(other.param_groups)
+    assert optimizer.state_dict()["param_groups"][-1] == other.state_dict()["param_groups"][-1]
+
+
+@EVERY
+def test_older_state_dicts_without_newer_options_load(given: OptimizerInput) -> None:
+    _, optimizer, loss = trained(given, 8)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        for name in ("tau", "on_nonfinite"):
+            del group[name]
+    optimizer.load_state_dict(saved)
+    optimizer.step(loss)
+
+
+@EVERY
+@pytest.mark.parametrize("named", [(True, False), (False, True), (True, True)])
+def test_states_load_between_named_and_unnamed_parameters(given: OptimizerInput, named: tuple[bool, bool]) -> None:
+    def params_of(weights: list[Parameter], with_names: bool) -> Any:
+        return list(zip(("weight", "bias"), weights, strict=True)) if with_names else weights
+
+    params, loss = linear()
+    optimizer = build(params_of(params, named[0]), given)
+    for _ in range(8):
+        optimizer.step(loss)
+    twins = [Parameter(value) for value in values(params)]
+    other = build(params_of(twins, named[1]), given)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    follow(params, optimizer, twins, other, loss)
+    # Once there are names, in the live groups or in the loaded ones, a saved state has them.
+    assert not named[0] or other.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
+
+
+@EVERY
+def test_saved_and_loaded_with_weights_only(given: OptimizerInput, tmp_path: Any) -> None:
+    params, optimizer, loss = trained(given, 8)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    twins = [Parameter(value) for value in values(params)]
+    other = build(twins, given)
+    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    follow(params, optimizer, twins, other, loss)
+
+
+@EVERY
+def test_states_move_to_another_dtype_and_stay_exact(given: OptimizerInput) -> None:
+    params, optimizer, _ = trained(given, 8)
+    halves = [Parameter(value.bfloat16()) for value in values(params)]
+    other = build(halves, given)
+    other.load_state_dict(optimizer.state_dict())
+    for param, half in zip(params, halves, strict=True):
+        for name, value in optimizer.state[param].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[half][name])), name
+    for half in halves:
+        half.grad = torch.ones_like(half)
+    other.step()
+
+
+@EVERY
+def test_groups_have_weight_decay_and_learning_rate_of_their_own(given: OptimizerInput) -> None:
+    weight, bias = Parameter(torch.ones(4, 6)), Parameter(torch.ones(4))
+    kwargs = {name: value for name, value in given.kwargs.items() if name not in ("lr", "weight_decay")}
+    optimizer = SCAO(
+        [{"params": [weight], "weight_decay": 0.5, "lr": 0.1}, {"params": [bias], "lr": 0.0}], lr=1e-3, **kwargs
+    )
+    weight.grad, bias.grad = torch.zeros(4, 6), torch.ones(4)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((4, 6), 0.95))
+    assert torch.equal(bias, torch.ones(4))
+
+
+@EVERY
+def test_a_deep_copy_has_every_public_attribute(given: OptimizerInput) -> None:
+    _, optimizer, _ = trained(given, 8)
+    public = {name for name in vars(optimizer) if not name.startswith("_")}
+    assert public == {name for name in vars(copy.deepcopy(optimizer)) if not name.startswith("_")}
+
+
+@EVERY
+def test_an_optimizer_without_steps_has_no_state(given: OptimizerInput) -> None:
+    optimizer = build(linear()[0], given)
+    assert not optimizer.state_dict()["state"] and len(optimizer.state_dict()["param_groups"]) == 1
+    _, optimizer, _ = trained(given, 1)
+    assert all(entry for entry in optimizer.state.values()) and len(optimizer.state) == 2
+
+
+def test_step_hooks_run_and_can_change_arguments() -> None:
+    params, loss = linear()
+    optimizer = SCAO(params)
+    seen: list[str] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append("before")),
+        optimizer.register_step_post_hook(lambda *_: seen.append("after")),
+        register_optimizer_step_pre_hook(lambda *_: seen.append("all before")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("all after")),
+    ]
+    optimizer.step(loss)
+    assert sorted(seen) == ["after", "all after", "all before", "before"]
+    assert seen.index("before") < seen.index("after")
+    for handle in handles:
+        handle.remove()
+    optimizer.step(loss)
+    assert len(seen) == 4
+    optimizer.register_step_pre_hook(lambda _, args, kwargs: ((optimizer, loss), {}))
+    before = values(params)
+    assert optimizer.step() is not None and not equal(params, before)
+
+
+def test_state_dict_hooks_run_and_can_change_the_dict() -> None:
+    params, loss = linear()
+    optimizer = SCAO(params, lr=0.1, **EARLY)
+    optimizer.step(loss)
+    seen: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda *_: seen.append("save"))
+    handle = optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
+    first = optimizer.register_state_dict_post_hook(lambda _, state: seen.append("first"), prepend=True)
+    assert optimizer.state_dict()["note"] == 1 and seen == ["save", "first"]
+    handle.remove()
+    first.remove()
+    saved = copy.deepcopy(optimizer.state_dict())
+
+    def raise_lr(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "lr": 0.5} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(raise_lr)
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    optimizer.load_state_dict(saved)
+    assert seen[-1] == "loaded" and optimizer.param_groups[0]["lr"] == 0.5 and saved["param_groups"][0]["lr"] == 0.1
+
+
+@EVERY
+def test_the_default_dtype_changes_nothing(given: OptimizerInput) -> None:
+    params, _, _ = trained(given, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            start, loss = linear(dtype=torch.float32)
+            optimizer = build(start, given)
+            for _ in range(8):
+                optimizer.step(loss)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert equal(params, start)
+
+
+@EVERY
+def test_parameters_of_several_dtypes(given: OptimizerInput) -> None:
+    params = [
+        Parameter(torch.ones(4, 6, dtype=dtype))
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    ]
+    optimizer = build(params, given, lr=0.1, weight_decay=0.0)
+    for _ in range(5):
+        grad = torch.randn(4, 6)
+        for param in params:
+            param.grad = grad.to(param.dtype)
+        optimizer.step()
+    for param in params:
+        torch.testing.assert_close(param.detach().double(), params[0].detach(), rtol=0, atol=0.1)
+
+
+@EVERY
+def test_a_model_with_buffers_and_a_frozen_layer_trains(given: OptimizerInput) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    model[0].weight.requires_grad_(False)
+    kept = model[0].weight.detach().clone()
+    optimizer = build(model.parameters(), given, lr=1e-2)
+    points, targets = torch.randn(32, 6), torch.randn(32, 2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (model(points) - targets).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and torch.equal(model[0].weight, kept)
+
+
+@EVERY
+def test_zero_grad_clears_by_none_or_by_zeros(given: OptimizerInput) -> None:
+    params, loss = linear()
+    optimizer = build(params, given)
+    loss()
+    optimizer.zero_grad(set_to_none=False)
+    assert all(param.grad is not None and not param.grad.any() for param in params)
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in params)
+
+
+def rosenbrock(point: Tensor) -> Tensor:
+    return (1 - point[0]) ** 2 + 100 * (point[1] - point[0] ** 2) ** 2
+
+
+@EVERY
+def test_rosenbrock_falls(given: OptimizerInput) -> None:
+    point = Parameter(torch.tensor([1.5, 1.5]))
+    optimizer = build([point], given, lr=1e-2, weight_decay=0.0)
+    start = rosenbrock(point.detach()).item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        rosenbrock(point).backward()
+        optimizer.step()
+    assert rosenbrock(point.detach()).item() < 0.01 * start
