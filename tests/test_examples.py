@@ -287,19 +287,26 @@ def test_train_qlora_says_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 1 and "make demo-inputs" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_compare_runs_the_demo_yaml_with_both_optimizers_and_asks_the_result(
-    chat_model: Path, harvested: Path, tmp_path: Path
-) -> None:
+def test_demo_yaml_is_compared_and_its_adapter_answers(chat_model: Path, harvested: Path, tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
+    pytest.importorskip("typer")
     shutil.copytree(harvested / ".cache", tmp_path / ".cache")
-    yaml = ROOT / "examples/axolotl/smollm2-135m-qlora-cpu.yml"
-    short = (f"--base-model={chat_model}", "--max-steps=24", "--save-steps=24", "--micro-batch-size=1")
-    done = run("demo/compare.py", yaml, *short, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    table = re.findall(r"^\| (\w+) \| ([\d.e-]+) \| 24 \|(?: [\d.]+ \|){4}$", done.stdout, re.MULTILINE)
-    assert [name for name, _ in table] == ["adamw_torch", "scao"]
-    assert table[0][1] == table[1][1]
-    asked = run("demo/ask.py", "What?", "--adapter", "runs/compare/scao", "--tokens", "4", cwd=tmp_path)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n\t", "")
+    held_out = re.search(r"^DEMO_HELD_OUT := (.*)$", makefile, re.MULTILINE)
+    assert held_out is not None
+    changes = [f"base_model={chat_model}", "micro_batch_size=1", held_out[1]]
+    command = [sys.executable, "-m", "scao_hf", "compare", str(ROOT / "examples/axolotl/smollm2-135m-qlora-cpu.yml")]
+    command += ["--steps", "24", "--out", "compared", *(part for change in changes for part in ("--set", change))]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "held-out loss" in done.stdout and "All runs have read the same batches" in done.stdout
+    arms = {run["optimizer"]: run for run in json.loads((tmp_path / "compared/comparison.json").read_text())}
+    assert set(arms) == {"adamw_torch", "scao"} and all(len(run["losses"]) == 24 for run in arms.values())
+    assert arms["adamw_torch"]["losses"][:2] == pytest.approx(arms["scao"]["losses"][:2])
+    adapter = next((tmp_path / "compared").glob("scao-*")) / "run"
+    asked = run("demo/ask.py", "What?", "--adapter", adapter, "--tokens", "4", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr[-2000:]
     assert "## with the adapter" in asked.stdout and "## without it" in asked.stdout
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import os
 import subprocess
 import sys
 import xml.dom.minidom
@@ -23,7 +25,8 @@ transformers = pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 from scao_hf import SCAO, options, reference
-from scao_hf.tools import ToolError, doctor, run_report, settings, simulate
+from scao_hf.report import STATISTICS_NAME, StatisticsFile
+from scao_hf.tools import ToolError, doctor, matrices, run_log, run_report, settings, simulate
 from scao_hf.tools import plan as planning
 from scao_hf.tools.cli import app
 from scao_hf.tools.shapes import SHAPES, builtin
@@ -368,6 +371,103 @@ def run_folder(folder: Path, rows: list[dict[str, float]], max_steps: int = 0, c
     return folder
 
 
+NAMES = [f"model.layers.{layer}.mlp.up_proj.lora_{side}.weight" for layer in range(4) for side in "AB"]
+
+
+def matrix_records(folder: Path, steps: int, start: int = 0, every: int = 2, jump: int = -1) -> Path:
+    """scao_statistics.jsonl as the callback writes it, each layer with a rank of its own."""
+    chosen = {**options.resolve("eigenbasis", {}), "precond_freq": 5, "warmup_steps": 10, "k_max": 9}
+    file = StatisticsFile(folder / STATISTICS_NAME, every * StatisticsFile.RECORDS)
+    for step in range(start + every, steps + 1, every):
+        assert file.due(step) and (step == start + every or not file.due(step - 1))
+        rows = [
+            {
+                "name": name,
+                "rank": (step > 10) * (3 + index // 2 + 3 * (index % 2)),
+                "captured_mass": 0.9 * (step > 10),
+                "curvature_norm": (1000.0 if step == jump and index == 5 else 1.0) * (1 + index),
+                "skipped": 4 * (index == 3),
+            }
+            for index, name in enumerate(NAMES)
+        ]
+        file.append(start, step, chosen, rows, [1.0, 2.0 + step / 100], write=True)
+    return folder
+
+
+def test_report_draws_matrices_by_layer_and_side(tmp_path: Path) -> None:
+    folder = matrix_records(run_folder(tmp_path, history(60)), 60)
+    report = run_report.write_report(folder)
+    page = report.html.read_text(encoding="utf-8")
+    assert page.count("<svg ") == 10 and page.count("LoRA A") == 3 and page.count("data:image/png;base64") >= 6
+    said = " ".join(report.findings)
+    assert "Each of the 8 matrices refreshes its basis every 5 steps, in turns" in said
+    assert "phase 2 begins after step 10" in said
+    assert "took 1.51 ms (median); the slowest was step 60 with 2.6 ms" in said
+
+
+def test_heat_maps_have_a_row_for_each_layer_and_a_panel_for_each_side(tmp_path: Path) -> None:
+    found = matrices.read_matrices(matrix_records(tmp_path, 20))
+    assert found is not None and found.steps == list(range(2, 21, 2))
+    grid = matrices.grid(found, "rank")
+    assert list(grid) == ["A", "B"] and grid["A"][0] == ["0", "1", "2", "3"]
+    assert [row[-1] for row in grid["A"][1]] == [3, 4, 5, 6] and [row[-1] for row in grid["B"][1]] == [6, 7, 8, 9]
+    assert grid["A"][1][0][:5] == [0] * 5
+    assert matrices.place("h.3.attn.weight") == ("", 3) and matrices.place("lm_head.weight") == ("", None)
+    assert matrices.place("model.layers.11.q.lora_B.default.weight") == ("B", 11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"k_max": 3}, "8 of 8 matrices use all 3 directions that k_max allows and hold less than the 95%"),
+        ({"rule": "published"}, "refreshes its basis every 5 steps, all at once"),
+    ],
+)
+def test_report_judges_matrices(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    found = matrices.read_matrices(matrix_records(tmp_path, 60))
+    assert found is not None
+    assert words not in " ".join(matrices.findings(found, False))
+    found.options |= changes
+    assert words in " ".join(matrices.findings(found, False))
+
+
+def test_report_names_the_matrices_that_stand_out(tmp_path: Path) -> None:
+    found = matrices.read_matrices(matrix_records(tmp_path, 60, jump=40))
+    assert found is not None
+    said = " ".join(matrices.findings(found, True))
+    assert f"{NAMES[5]} has seen its curvature jump 1000-fold" in said
+    assert f"{NAMES[3]} was left as it was for 4 steps" in said
+    assert "left as it was" not in " ".join(matrices.findings(found, False))
+
+
+def test_records_of_a_resumed_run_follow_on_and_a_new_run_begins_anew(tmp_path: Path) -> None:
+    matrix_records(tmp_path, 20)
+    matrix_records(tmp_path, 30, start=10)
+    found = matrices.read_matrices(tmp_path / "checkpoint-30")
+    assert found is not None and found.steps == list(range(2, 31, 2)) and len(found.milliseconds) == 30
+    with (tmp_path / STATISTICS_NAME).open("a") as file:
+        file.write('{"step": 32, "ra')  # the run was killed here
+    again = matrices.read_matrices(tmp_path)
+    assert again is not None and again.steps == found.steps
+    matrix_records(tmp_path, 8)
+    anew = matrices.read_matrices(tmp_path)
+    assert anew is not None and anew.steps == [2, 4, 6, 8]
+    with (tmp_path / STATISTICS_NAME).open("a") as file:
+        file.write("{}\n")
+    run_folder(tmp_path, history(30))
+    assert "is damaged: delete it" in mistake("report", tmp_path)
+
+
+def test_peaks_of_the_gradient_norm_are_named(tmp_path: Path) -> None:
+    rows = history(30)
+    rows[19]["grad_norm"] = 11.0
+    said = run_report.findings(run_report.read_run(run_folder(tmp_path, rows)))
+    assert any("over 10 times its median at step 20:" in sentence for sentence in said)
+    assert not any(
+        "10 times its median" in s for s in run_report.findings(run_report.read_run(run_folder(tmp_path, history(30))))
+    )
+
+
 def test_report_of_a_whole_run(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "my <run>", history(20), checkpoint="checkpoint-9")
     run_folder(folder, history(60), checkpoint="checkpoint-60")
@@ -391,7 +491,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
 
 def test_bands_follow_the_phases(tmp_path: Path) -> None:
     bands = run_report.read_run(run_folder(tmp_path, history(60))).bands()
-    assert bands == [(0, 10, run_report.FIRST), (10, 20, run_report.RAMP), (20, 60, run_report.SECOND)]
+    assert bands == [(0, 10, run_log.FIRST), (10, 20, run_log.RAMP), (20, 60, run_log.SECOND)]
 
 
 @pytest.mark.parametrize(
@@ -441,7 +541,13 @@ def test_report_of_a_real_trainer(tmp_path: Path) -> None:
     chosen = {"warmup_steps": 2, "precond_freq": 2, "blend_steps": 2}
     SCAOTrainer(model=model, args=arguments, train_dataset=rows, scao_kwargs=chosen).train()
     report = run_report.write_report(tmp_path)
-    assert any("first logged at step 3 and is in full effect from step 5" in sentence for sentence in report.findings)
+    said = " ".join(report.findings)
+    assert "first logged at step 3 and is in full effect from step 5" in said
+    assert "Each of the 9 matrices refreshes its basis every 2 steps" in said
+    found = matrices.read_matrices(tmp_path)
+    assert found is not None and found.steps == list(range(1, 9)) and len(found.milliseconds) == 8
+    assert all(rank > 0 for rank in found.figures["rank"][-1]) and not any(found.figures["rank"][0])
+    assert report.html.read_text(encoding="utf-8").count("<svg ") == 10
 
 
 # --- doctor
@@ -483,12 +589,46 @@ def test_doctor_says_why_the_plugin_does_not_load(monkeypatch: Any) -> None:
 # --- the command line as a whole
 
 
-def test_axolotl_serves_the_commands() -> None:
+def test_axolotl_serves_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Axolotl's own command line, with the entry point as pyproject.toml declares it."""
+    pytest.importorskip("axolotl")
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 to read pyproject.toml")
+    from axolotl.cli import plugins
+    from axolotl.cli.main import cli
+    from click.testing import CliRunner as ClickRunner
+
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    entries = [
+        importlib.metadata.EntryPoint(name, value, plugins.ENTRY_POINT_GROUP)
+        for name, value in declared["entry-points"][plugins.ENTRY_POINT_GROUP].items()
+    ]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries if group == plugins.ENTRY_POINT_GROUP else [])
+    monkeypatch.setattr(cli, "_plugin_commands", None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    listed = ClickRunner().invoke(cli, ["--help"])
+    assert listed.exit_code == 0 and "scao " in listed.output, listed.output
+    helped = ClickRunner().invoke(cli, ["scao", "--help"])
+    assert all(word in helped.output for word in ("plan", "compare", "report", "doctor")), helped.output
+    done = ClickRunner().invoke(cli, ["scao", "report", str(run_folder(tmp_path, history(60)))])
+    assert done.exit_code == 0 and "The training loss fell" in done.output, done.output
+    wrong = ClickRunner().invoke(cli, ["scao", "report", str(tmp_path / "nowhere")])
+    assert wrong.exit_code == 2 and "does not exist: pass the output_dir" in wrong.output + wrong.stderr
+
+
+def test_the_entry_points_lead_to_the_commands() -> None:
     click = pytest.importorskip("click")
+    from scao_hf.tools import main
     from scao_hf.tools.cli import command
 
+    assert callable(main)
     assert isinstance(command, click.Command)
-    assert {"plan", "report", "doctor"} <= set(command.commands)  # type: ignore[attr-defined]
+    assert {"plan", "compare", "report", "doctor"} <= set(command.commands)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("name", "card"), [("llama-3.1-8b-qlora-24gb.yml", 24), ("mistral-7b-qlora.yml", 16)])
+def test_example_fits_the_card_that_it_names(name: str, card: int) -> None:
+    plan = planning.make_plan(settings.from_yaml(ROOT / "examples" / "axolotl" / name))
+    assert plan.free(card) > plan.margin and not plan.notes
 
 
 def test_tool_errors_are_value_errors() -> None:

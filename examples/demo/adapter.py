@@ -1,4 +1,4 @@
-"""Load a trained adapter on its 4-bit base model, and measure its loss on chats that it was not trained on."""
+"""Load a trained adapter on its 4-bit base model."""
 
 from __future__ import annotations
 
@@ -37,34 +37,3 @@ def load(adapter: Path) -> tuple[Any, Any]:
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32, quantization_config=quantization)
     return model, AutoTokenizer.from_pretrained(adapter)
-
-
-def held_out_loss(adapter: Path, data: Path) -> float:
-    """Mean loss per token of the answers in a file of chats.
-
-    Args:
-        adapter: the folder that the training wrote.
-        data: JSON lines with ``messages``, the last one being the answer.
-
-    Raises:
-        FileNotFoundError: the adapter, its base model or the data is missing.
-    """
-    chats = [json.loads(line)["messages"] for line in data.read_text(encoding="utf-8").splitlines()]
-    model, tokenizer = load(adapter)
-    import torch
-
-    # In eval mode bitsandbytes would switch to a bfloat16 kernel on some CPUs; the demo has no dropout to switch off.
-    model.train()
-    total, count = 0.0, 0
-    for chat in chats:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        asked = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        labels = ids.clone()
-        labels[:, :asked] = -100
-        with torch.no_grad():
-            loss = model(input_ids=ids, labels=labels).loss.item()
-        total += loss * (ids.shape[1] - asked)
-        count += ids.shape[1] - asked
-    return total / count

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from scao_hf.tools import ToolError
@@ -156,6 +157,73 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
         "[dim]Exact: to the byte, before the allocator's rounding. Estimate: from a training step on the meta device, "
         f"within {STATED_ERROR:.0%} of the peak; {_mib(OVERHEAD)} MiB for CUDA are an assumption.[/]"
     )
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="An Axolotl YAML, or a script that trains with a transformers Trainer.")
+    ],
+    arguments: Annotated[list[str] | None, typer.Argument(help="After --: arguments of the script.")] = None,
+    steps: Annotated[int, typer.Option(help="Length of each run.")] = 100,
+    lr: Annotated[
+        str,
+        typer.Option(help="config: the configuration's own for both; auto: each optimizer's best; or a number."),
+    ] = "config",
+    against: Annotated[
+        str | None, typer.Option(help="The other optimizer; adamw_torch, or the YAML's own, if not given.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE: a key of the YAML set otherwise; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/compare"),
+) -> None:
+    """Is it better for my run? The same data in the same order with AdamW and with SCAO; a table and a plot.
+
+    Repeat the command to go on where it was stopped: finished runs are kept, the others continue from their checkpoints.
+    """
+    console = Console(highlight=False)
+    with _mistakes_in_one_line():
+        from scao_hf.tools import arms, comparison
+
+        job = arms.Job(config, steps, out, tuple(arguments or ()), arms.parse_changes(changes or []))
+        rate = comparison.parse_rate(lr)
+        optimizers = (against or arms.baseline_of(job), "scao")
+        if optimizers[0] == "scao":
+            raise ToolError(
+                "--against scao would compare SCAO with itself: name another optimizer, for example adamw_torch"
+            )
+        with _progress(console) as bars:
+
+            def watch(arm: arms.Arm) -> Callable[[int], None]:
+                text = f"{arm.optimizer}, learning rate {arm.rate.text}"
+                task = bars.add_task(text, total=steps)
+                return lambda done: bars.update(task, completed=done)
+
+            try:
+                sides = comparison.compare(job, optimizers, rate, watch)
+            except KeyboardInterrupt:
+                bars.stop()
+                print(f"scao-hf: interrupted; the same command goes on from what is in {out}", file=sys.stderr)
+                raise typer.Exit(130) from None
+    table = Table()
+    table.add_column("")
+    for side in sides:
+        table.add_column(side.optimizer, justify="right")
+    for name, values in comparison.summary(sides):
+        table.add_row(name, *values)
+    if table.row_count:
+        console.print(table)
+    for sentence in comparison.verdict(sides):
+        print(sentence)
+    for path in comparison.write(sides, out):
+        print(path)
+    raise typer.Exit(1 if any(side.failure for side in sides) else 0)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
 
 
 @app.command()

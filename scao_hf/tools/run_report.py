@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +11,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from scao_hf.tools import ToolError
+from scao_hf.tools import ToolError, matrices
+from scao_hf.tools.run_log import FIRST, RAMP, SECOND, Run, findings, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 HTML_NAME, PNG_NAME = "scao-report.html", "scao-report.png"
 
 #: Colours of the pictures; in the page each becomes a CSS variable, so that it can be light or dark.
-INK, LINE, FIRST, RAMP, SECOND, GRID = "#101418", "#1f5fbf", "#e8eaee", "#f6e3c0", "#d3ebd9", "#c9ced6"
+INK, LINE, GRID = "#101418", "#1f5fbf", "#c9ced6"
 _VARIABLES = {INK: "ink", LINE: "line", FIRST: "first", RAMP: "ramp", SECOND: "second", GRID: "grid"}
 
 
@@ -40,6 +41,9 @@ PANELS = (
     Panel(
         "grad_norm", "Gradient norm", "How strongly the data pull at the weights. Lone peaks: unusual batches.", True
     ),
+    Panel(
+        "optimizer_ms", "Optimizer time", "Milliseconds that each step of the optimizer took, refreshes included.", True
+    ),
     Panel("scao/rank", "Rank", "How many directions of the curvature are in use, on average. 0 until phase 2."),
     Panel(
         "scao/captured_mass", "Captured mass", "The share of the curvature that those directions hold. 1 is all of it."
@@ -58,138 +62,6 @@ class Report:
     html: Path
     png: Path
     findings: list[str]
-
-
-@dataclass(frozen=True)
-class Run:
-    """The log of a run: numbers by key, each with its steps, and what the state file says about the whole."""
-
-    name: str
-    series: dict[str, tuple[list[int], list[float]]]
-    steps: int
-    max_steps: int
-
-    def bands(self) -> list[tuple[float, float, str]]:
-        """(first step, last step, colour) of phase 1, of the ramp and of phase 2, in the order in which they came."""
-        steps, phases = self.series.get("scao/phase", ([], []))
-        blends = dict(zip(*self.series.get("scao/blend", ([], [])), strict=True))
-        found: list[tuple[float, float, str]] = []
-        begin: float = 0
-        for step, phase in zip(steps, phases, strict=True):
-            colour = FIRST if phase < 2 else RAMP if blends.get(step, 1.0) < 1 else SECOND
-            if found and found[-1][2] == colour:
-                found[-1] = (found[-1][0], step, colour)
-            else:
-                found.append((begin, step, colour))
-            begin = step
-        return found
-
-
-def find_state(run_dir: Path) -> Path:
-    """The trainer_state.json of a run: its own, or that of its latest checkpoint.
-
-    Raises:
-        ToolError: there is no such folder, it is empty, or nothing in it was written by a Trainer.
-    """
-    if not run_dir.exists():
-        raise ToolError(f"{run_dir} does not exist: pass the output_dir of a run")
-    if run_dir.is_file():
-        raise ToolError(f"{run_dir} is a file: pass the folder that it lies in")
-    own = run_dir / "trainer_state.json"
-    saved = [path for path in run_dir.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
-    if saved and not own.exists():
-        return max(saved, key=lambda path: int(path.parent.name[11:]))
-    if own.exists():
-        return own
-    if not any(run_dir.iterdir()):
-        raise ToolError(f"{run_dir} is empty: the run has saved nothing yet, or this is not its output_dir")
-    raise ToolError(
-        f"{run_dir} has no trainer_state.json, nor has any checkpoint-* in it: pass the output_dir of a Trainer "
-        "or Axolotl run that has saved a checkpoint (save_strategy), or call trainer.save_state() at its end"
-    )
-
-
-def read_run(run_dir: Path) -> Run:
-    """The log of the run in that folder.
-
-    Raises:
-        ToolError: there is none, it cannot be read, or it holds no training loss.
-    """
-    path = find_state(run_dir)
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        history = [row for row in state["log_history"] if isinstance(row, dict) and "step" in row]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ToolError(f"{path} is damaged or no Trainer's: take that of an earlier checkpoint") from error
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for row in history:
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(value))
-    if "loss" not in series:
-        raise ToolError(f"{path} holds no training loss: the run ended before its first log (logging_steps)")
-    name = run_dir.resolve().name
-    return Run(name, series, int(state.get("global_step") or series["loss"][0][-1]), int(state.get("max_steps") or 0))
-
-
-def findings(run: Run) -> list[str]:
-    """What happened, in plain sentences."""
-    steps, losses = run.series["loss"]
-    finite = [value for value in losses if math.isfinite(value)]
-    said = []
-    if finite:
-        tenth = max(1, len(finite) // 10)
-        first, last = fmean(finite[:tenth]), fmean(finite[-tenth:])
-        verb = "fell" if last < first else "did not fall: it went"
-        said.append(
-            f"The training loss {verb} from {first:.4g} to {last:.4g} in {run.steps} steps (first and last tenth)."
-        )
-    if len(finite) < len(losses):
-        bad = next(step for step, value in zip(steps, losses, strict=True) if not math.isfinite(value))
-        said.append(f"The loss was NaN or infinite at step {bad}: lower the learning rate, or look at the data there.")
-    if run.max_steps > run.steps:
-        said.append(f"The log ends at step {run.steps} of {run.max_steps}: the run is not over, or was stopped.")
-    if "scao/phase" not in run.series:
-        said.append(
-            "The log has no scao/ figures: the run used another optimizer, or SCAOCallback was not attached "
-            "(SCAOTrainer and the Axolotl plugin attach it)."
-        )
-        return said
-    said += _phase_findings(run)
-    skipped = max(run.series.get("scao/skipped", ([], [0.0]))[1])
-    if skipped:
-        said.append(
-            f"{skipped:.0f} times a matrix was left as it was for a step, because its gradient held NaN or Inf. In "
-            "float16 a few at the start are usual (loss scaling); many mean a learning rate that is too high."
-        )
-    else:
-        said.append("No step was skipped: every gradient was finite.")
-    return said
-
-
-def _phase_findings(run: Run) -> list[str]:
-    steps, phases = run.series["scao/phase"]
-    second = next((step for step, phase in zip(steps, phases, strict=True) if phase >= 2), None)
-    if second is None:
-        return [
-            f"Phase 2 was never reached in {run.steps} steps: every step was a plain AdamW step. Train longer, or "
-            "lower scao_warmup_steps, scao_min_precond_updates or scao_precond_freq."
-        ]
-    blend_steps, blends = run.series.get("scao/blend", ([], []))
-    full = next((step for step, blend in zip(blend_steps, blends, strict=True) if blend >= 1), None)
-    said = f"Phase 2, with curvature, is first logged at step {second}"
-    said += (
-        f" and is in full effect from step {full}."
-        if full is not None
-        else "; the run ended on the ramp to its full effect."
-    )
-    rank, mass = (run.series.get(key, ([], [0.0]))[1][-1] for key in ("scao/rank", "scao/captured_mass"))
-    return [
-        said,
-        f"At the end {rank:.3g} directions were in use on average, holding {mass:.0%} of the measured curvature.",
-    ]
 
 
 def smooth(values: list[float], width: int) -> list[float]:
@@ -225,7 +97,7 @@ def _draw(axes: Axes, run: Run, panel: Panel) -> None:
         spine.set_color(INK)
 
 
-def _svg(run: Run, panel: Panel) -> str:
+def _svg(panel: Panel | matrices.Map, draw: Callable[[Figure], object]) -> str:
     """An inline picture whose colours and font the page decides."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -233,9 +105,9 @@ def _svg(run: Run, panel: Panel) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key, "font.family": "sans-serif"}):
         figure = Figure(figsize=(4.8, 2.5), layout="constrained")
         figure.patch.set_alpha(0)
-        _draw(figure.add_subplot(), run, panel)
+        draw(figure)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     for colour, name in _VARIABLES.items():
@@ -243,16 +115,31 @@ def _svg(run: Run, panel: Panel) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(panel.title)} over steps" ', 1)
 
 
+def _pictures(run: Run, panels: list[Panel]) -> list[tuple[Panel | matrices.Map, Callable[[Figure], object]]]:
+    """Every chart and heat map with what draws it."""
+    charts: list[tuple[Panel | matrices.Map, Callable[[Figure], object]]] = [
+        (panel, lambda figure, panel=panel: _draw(figure.add_subplot(), run, panel))  # type: ignore[misc]
+        for panel in panels
+    ]
+    if (found := run.matrices) is not None:
+        charts += [
+            (chosen, lambda figure, chosen=chosen: matrices.draw_map(figure, found, chosen, INK))  # type: ignore[misc]
+            for chosen in matrices.MAPS
+        ]
+    return charts
+
+
 def _png(run: Run, panels: list[Panel], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    rows = -(-len(panels) // 2)
+    pictures = _pictures(run, panels)
+    rows = -(-len(pictures) // 2)
     figure = Figure(figsize=(11, 2.7 * rows + 0.6), layout="constrained", facecolor="white")
     figure.suptitle(f"{run.name}: grey phase 1 (AdamW), amber ramp, green phase 2 (curvature)", fontsize=12, color=INK)
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, 2, index + 1)
-        axes.set_title(panel.title, fontsize=11, color=INK, loc="left")
-        _draw(axes, run, panel)
+    parts = figure.subfigures(rows, 2, squeeze=False).flatten()
+    for part, (panel, draw) in zip(parts, pictures, strict=False):
+        part.suptitle(panel.title, fontsize=11, color=INK)
+        draw(part)
     figure.savefig(path, dpi=110)
 
 
@@ -267,8 +154,10 @@ h1 { font-size: 1.4rem; margin: 0 0 .5rem; overflow-wrap: anywhere; } h2 { font-
 ul { padding-left: 1.2rem; }
 .charts { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 figure { margin: 0; } figcaption, footer { color: var(--quiet); font-size: .9rem; } svg { width: 100%; height: auto; }
-.key span { display: inline-block; width: 1.1em; height: 1.1em; vertical-align: -.15em; margin: 0 .3em 0 .8em;
-  border: 1px solid var(--quiet); } .key span:first-child { margin-left: 0; }
+.key span { display: inline-block; margin-right: 1em; white-space: nowrap; }
+.key i { display: inline-block; width: 1.1em; height: 1.1em; vertical-align: -.15em; margin-right: .3em;
+  border: 1px solid var(--quiet); }
+footer { margin-top: 1.5rem; }
 """
 
 
@@ -276,12 +165,12 @@ def _page(run: Run, panels: list[Panel], said: list[str]) -> str:
     key = ""
     if "scao/phase" in run.series:
         names = (("first", "phase 1: AdamW steps"), ("ramp", "ramp"), ("second", "phase 2: steps with curvature"))
-        key = "".join(f'<span style="background: var(--{name})"></span>{text}' for name, text in names)
+        key = "".join(f'<span><i style="background: var(--{name})"></i>{text}</span> ' for name, text in names)
         key = f'<p class="key">{key}</p>'
     charts = "\n".join(
-        f"<figure><h2>{escape(panel.title)}</h2>{_svg(run, panel)}\n"
+        f"<figure><h2>{escape(panel.title)}</h2>{_svg(panel, draw)}\n"
         f"<figcaption>{escape(panel.words)}</figcaption></figure>"
-        for panel in panels
+        for panel, draw in _pictures(run, panels)
     )
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
     title = escape(f"Run {run.name}")
@@ -290,7 +179,7 @@ def _page(run: Run, panels: list[Panel], said: list[str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{title}</title><style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n'
         f'<ul>{sentences}</ul>\n{key}\n<main class="charts">{charts}</main>\n'
-        "<footer>Made by scao-hf report from trainer_state.json; nothing is loaded from elsewhere.</footer>"
+        "<footer>Made by scao-hf report from the run's own log; nothing is loaded from elsewhere.</footer>"
         "</body></html>\n"
     )
 

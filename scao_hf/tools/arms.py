@@ -1,0 +1,307 @@
+"""The runs of ``scao-hf compare``: what each is configured to do, how it is started, and what it has written down."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scao_hf.tools import ToolError
+
+ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
+#: Environment variables of a run: where its measurements go, and for a script what is to be run (JSON).
+FILE_VARIABLE, ARM_VARIABLE = "SCAO_COMPARE_FILE", "SCAO_COMPARE_ARM"
+#: Keys of a YAML that a short run must not keep: schedules of saving and evaluating, early ends, other services.
+DROPPED = (
+    "evals_per_epoch",
+    "saves_per_epoch",
+    "eval_strategy",
+    "save_strategy",
+    "save_first_step",
+    "save_only_model",
+    "early_stopping_patience",
+    "load_best_model_at_end",
+    "resume_from_checkpoint",
+    "hub_model_id",
+    "hub_strategy",
+    "use_tensorboard",
+)
+SERVICES = ("wandb_", "mlflow_", "comet_", "trackio_", "swanlab_", "use_wandb", "use_mlflow", "use_comet")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate: a number, or a multiple of the configuration's own."""
+
+    value: float
+    relative: bool = False
+
+    @property
+    def text(self) -> str:
+        """For folders and messages."""
+        return f"{'x' if self.relative else ''}{self.value:g}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is compared.
+
+    Attributes:
+        source: an Axolotl YAML, or a Python script that trains with a transformers Trainer.
+        steps: length of each run.
+        out: folder of the comparison.
+        arguments: the script's own.
+        changes: keys of the YAML that are set otherwise.
+    """
+
+    source: Path
+    steps: int
+    out: Path
+    arguments: tuple[str, ...] = ()
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def script(self) -> bool:
+        return self.source.suffix == ".py"
+
+    def __post_init__(self) -> None:
+        if not self.source.is_file():
+            raise ToolError(f"there is no file {self.source}: pass an Axolotl YAML or a training script (.py)")
+        if self.source.suffix not in (".py", ".yml", ".yaml"):
+            raise ToolError(f"{self.source} is neither a YAML (.yml, .yaml) nor a Python script (.py)")
+        if self.steps < 2:
+            raise ToolError(
+                f"--steps is {self.steps}: it must be at least 2, and above SCAO's phase 1 to show anything"
+            )
+        if self.script and self.changes:
+            raise ToolError("--set changes keys of a YAML: pass a script's arguments after --")
+        if not self.script and self.arguments:
+            raise ToolError("arguments after -- are for a script: change keys of a YAML with --set KEY=VALUE")
+        if not self.script and importlib.util.find_spec("axolotl") is None:
+            raise ToolError("comparing with an Axolotl YAML needs axolotl: pip install 'scao-hf[axolotl]'")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ToolError: it is no YAML mapping, or names no model.
+    """
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ToolError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict) or not raw.get("base_model"):
+        raise ToolError(f"{path} has no base_model: add `base_model: Qwen/Qwen2.5-3B`, or another model")
+    return raw
+
+
+def parse_changes(pairs: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` texts as a mapping, the values read as YAML."""
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    changes = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        try:
+            if not (key.strip() and sign):
+                raise ToolError(f"--set {pair!r} is malformed: write --set KEY=VALUE")
+            changes[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ToolError(f"--set {pair!r}: the value is no YAML: {' '.join(str(error).split())}") from error
+    return changes
+
+
+def baseline_of(job: Job) -> str:
+    """What SCAO is compared with: the YAML's own optimizer, AdamW where that is SCAO or absent."""
+    named = "" if job.script else str({**read_yaml(job.source), **job.changes}.get("optimizer") or "")
+    return "adamw_torch" if named.strip().lower() in ("", "scao") else named
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: an optimizer at a learning rate."""
+
+    job: Job
+    optimizer: str
+    rate: Rate
+
+    def config(self) -> dict[str, Any]:
+        """The YAML of the run, without its folders; for a script, what ``measure.prepare_trainer`` takes."""
+        save = max(1, self.job.steps // 4)
+        if self.job.script:
+            rate = {"learning_rate": None, "scale": self.rate.value} if self.rate.relative else {}
+            rate = rate or {"learning_rate": self.rate.value, "scale": 1.0}
+            return {"optimizer": self.optimizer, "steps": self.job.steps, "save_steps": save, **rate}
+        raw = {**read_yaml(self.job.source), **self.job.changes}
+        own = str(raw.get("optimizer") or "adamw_torch").strip().lower()
+        kept = {key: value for key, value in raw.items() if key not in DROPPED and not key.startswith(SERVICES)}
+        plugins = [plugin for plugin in raw.get("plugins") or () if plugin not in (ARM_PLUGIN, SCAO_PLUGIN)]
+        if self.optimizer == "scao" or raw.get("scao_fuse_moe"):  # the latter acts with any optimizer
+            plugins.append(SCAO_PLUGIN)
+        if self.optimizer != "scao":
+            kept = {key: value for key, value in kept.items() if not key.startswith("scao_") or key == "scao_fuse_moe"}
+        if self.optimizer != own:
+            kept.pop("optim_args", None)
+        base = float(raw.get("learning_rate") or 0)
+        if self.rate.relative and not base > 0:
+            raise ToolError(f"{self.job.source} has no learning_rate: add one, or pass --lr NUMBER")
+        kept |= {
+            "plugins": [*plugins, ARM_PLUGIN],
+            "optimizer": self.optimizer,
+            "learning_rate": base * self.rate.value if self.rate.relative else self.rate.value,
+            "max_steps": self.job.steps,
+            "logging_steps": 1,
+            "save_steps": save,
+            "save_total_limit": 1,
+            "seed": raw.get("seed") or 42,
+            "auto_resume_from_checkpoints": True,
+        }
+        kept.setdefault("dataset_prepared_path", str(self.job.out / "prepared"))
+        if raw.get("val_set_size") or raw.get("test_datasets"):
+            kept["eval_steps"] = self.job.steps
+        else:
+            kept.pop("eval_steps", None)
+        return kept
+
+    @property
+    def folder(self) -> Path:
+        """Its name holds a digest of everything that defines the run, so that another run never goes on in it."""
+        text = json.dumps(self.config(), sort_keys=True, default=str)
+        if self.job.script:
+            text += "\0".join([self.job.source.read_text(encoding="utf-8"), *self.job.arguments])
+        name = re.sub(r"[^\w.-]", "_", f"{self.optimizer}-{self.rate.text}")
+        return self.job.out / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def command(self) -> tuple[list[str], dict[str, str]]:
+        """What starts the run, after writing its configuration, and the environment that it needs."""
+        import yaml  # type: ignore[import-untyped, unused-ignore]
+
+        output = str(self.folder / "run")
+        environment = {FILE_VARIABLE: str(self.folder / "measurements.jsonl")}
+        if self.job.script:
+            environment[ARM_VARIABLE] = json.dumps({**self.config(), "output_dir": output})
+            return [
+                sys.executable,
+                "-m",
+                "scao_hf.tools.measure",
+                str(self.job.source),
+                *self.job.arguments,
+            ], environment
+        path = self.folder / "config.yml"
+        path.write_text(yaml.safe_dump({**self.config(), "output_dir": output}, sort_keys=False), encoding="utf-8")
+        return [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"], environment
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has written down, or why there is nothing.
+
+    Attributes:
+        learning_rate: the peak rate.
+        losses, seconds, data: of each step: training loss, time, checksum of the batch.
+        eval_loss: at the end, None without held-out data.
+        state_bytes, peak_bytes: largest optimizer state and memory.
+        device: "cuda" or "cpu", which says what ``peak_bytes`` counts.
+        failure: why the run is not complete, None where it is.
+    """
+
+    learning_rate: float = math.nan
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    data: list[int] = field(default_factory=list)
+    eval_loss: float | None = None
+    state_bytes: int = 0
+    peak_bytes: int = 0
+    device: str = "cpu"
+    failure: str | None = None
+
+    @property
+    def score(self) -> float:
+        """Mean loss of the last third of the steps; infinite where a loss is not finite or there is none."""
+        last = self.losses[-max(1, len(self.losses) // 3) :]
+        return sum(last) / len(last) if last and all(map(math.isfinite, self.losses)) else math.inf
+
+
+def read_outcome(path: Path, steps: int) -> Outcome:
+    """What the recorder has written; the later line counts where a run that went on has repeated a step."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be half written
+    by_step = {row["step"]: row for row in rows if "loss" in row}
+    ordered = [by_step[step] for step in sorted(by_step)]
+    begin: dict[str, Any] = next((row for row in rows if "begin" in row), {})
+    complete = any(row.get("end") == steps for row in rows) and len(ordered) == steps
+    return Outcome(
+        learning_rate=begin.get("learning_rate", math.nan),
+        losses=[row["loss"] for row in ordered],
+        seconds=[row["seconds"] for row in ordered],
+        data=[row["data"] for row in ordered],
+        eval_loss=next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None),
+        state_bytes=max((row["state_bytes"] for row in ordered), default=0),
+        peak_bytes=max((row["peak_bytes"] for row in ordered), default=0),
+        device=begin.get("device", "cpu"),
+        failure=None if complete else f"it stopped after step {len(ordered)} of {steps}",
+    )
+
+
+def reason(log: str) -> str:
+    """What a failed run says last: the message of its exception, with the lines that belong to it."""
+    lines = [line.rstrip() for line in log.splitlines() if line.strip()]
+    starts = [index for index, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    if not starts:
+        return lines[-1] if lines else "it said nothing"
+    return " ".join(" ".join(lines[starts[-1] :][:8]).split())[:600]
+
+
+def run_arm(arm: Arm, progress: Callable[[int], None]) -> Outcome:
+    """Run one arm in a process of its own, or take it as it is where it is complete already.
+
+    Args:
+        arm: what to run.
+        progress: told the number of steps done, several times a second.
+
+    Returns:
+        The outcome; ``failure`` says what went wrong and where the log is.
+    """
+    folder, steps = arm.folder, arm.job.steps
+    measurements, log = folder / "measurements.jsonl", folder / "log.txt"
+    done = read_outcome(measurements, steps)
+    if done.failure is None:
+        progress(steps)
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    # A run goes on only where both are there: its checkpoint and what it has written down until then.
+    if not measurements.exists():
+        shutil.rmtree(folder / "run", ignore_errors=True)
+    elif not any((folder / "run").glob("checkpoint-*")):
+        measurements.unlink()
+    command, variables = arm.command()
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **variables})
+        try:
+            while process.poll() is None:
+                progress(len(read_outcome(measurements, steps).losses))
+                time.sleep(0.3)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    outcome = read_outcome(measurements, steps)
+    progress(len(outcome.losses))
+    if outcome.failure is None:
+        return outcome
+    said = reason(log.read_text(encoding="utf-8", errors="replace"))
+    return Outcome(**{**vars(outcome), "failure": f"{outcome.failure}: {said} (log: {log})"})

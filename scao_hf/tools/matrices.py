@@ -1,0 +1,244 @@
+"""The part of ``scao-hf report`` that looks at single matrices: scao_statistics.jsonl as heat maps and sentences."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from scao_hf.report import METRICS, STATISTICS_NAME
+from scao_hf.tools import ToolError
+from scao_hf.update import curvature_start
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: From how many times the median on a figure counts as out of the ordinary.
+PEAK, JUMP = 10.0, 100.0
+
+
+class Map(NamedTuple):
+    """One heat map: the figure, a title, what it tells in plain words, and whether its colours are logarithmic."""
+
+    key: str
+    title: str
+    words: str
+    log: bool = False
+
+
+MAPS = (
+    Map("rank", "Rank by layer", "Directions in use, layer by layer over time; bright: many. Dark until phase 2."),
+    Map(
+        "captured_mass",
+        "Captured mass by layer",
+        "The share of the curvature that those directions hold. Dark layers would gain from a larger scao_k_max.",
+    ),
+    Map(
+        "curvature_norm",
+        "Curvature norm by layer",
+        "How large the curvature is. A bright stripe across all layers is an unusual batch, a bright row a layer that "
+        "learns most.",
+        True,
+    ),
+)
+
+
+@dataclass
+class Matrices:
+    """What scao_statistics.jsonl holds of the latest run in it.
+
+    Attributes:
+        names: of the matrices.
+        options: of the optimizer.
+        steps: of the records.
+        figures: by name, a row for each record, a number for each matrix.
+        milliseconds: of each optimizer step, by step.
+    """
+
+    names: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    figures: dict[str, list[list[float]]] = field(default_factory=lambda: {key: [] for key in (*METRICS, "skipped")})
+    milliseconds: dict[int, float] = field(default_factory=dict)
+
+    def cut(self, step: int) -> None:
+        """Forget what came after ``step``: the run was resumed there."""
+        keep = sum(known <= step for known in self.steps)
+        del self.steps[keep:]
+        for rows in self.figures.values():
+            del rows[keep:]
+        self.milliseconds = {known: ms for known, ms in self.milliseconds.items() if known <= step}
+
+
+def read_matrices(folder: Path) -> Matrices | None:
+    """The file of the run whose state lies in that folder, or None where there is none.
+
+    Raises:
+        ToolError: the file is damaged.
+    """
+    path = next((p for p in (folder / STATISTICS_NAME, folder.parent / STATISTICS_NAME) if p.is_file()), None)
+    if path is None:
+        return None
+    found = Matrices()
+    try:
+        # The last line of a run that was killed may be half written.
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.endswith("}"):
+                continue
+            row = json.loads(line)
+            if "matrices" in row:
+                found.cut(row["from"])
+                if row["matrices"] != found.names:
+                    found.cut(0)  # other matrices: what came before cannot be drawn in the same rows
+                found.names, found.options = row["matrices"], row["options"]
+                continue
+            found.steps.append(row["step"])
+            for key, rows in found.figures.items():
+                rows.append(row[key])
+            first = row["step"] - len(row["optimizer_ms"]) + 1
+            found.milliseconds.update(enumerate(row["optimizer_ms"], first))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ToolError(f"{path} is damaged: delete it to have the report without its heat maps") from error
+    return found if found.steps and found.names else None
+
+
+def place(name: str) -> tuple[str, int | None]:
+    """(side, layer) of a matrix by its name: A or B of a LoRA pair, else no side; the layer's number if it has one."""
+    side = next((letter for letter in "AB" if f"lora_{letter}" in name or f"lora_embedding_{letter}" in name), "")
+    number = re.search(r"\.(\d+)\.", name)
+    return side, int(number[1]) if number else None
+
+
+def grid(found: Matrices, key: str) -> dict[str, tuple[list[str], list[list[float]]]]:
+    """For each side the labels of its rows and the means of the matrices in each row, a column for each record.
+
+    A row is a layer; matrices outside of layers make a row of their own, called "other".
+    """
+    members: dict[str, dict[int, list[int]]] = {}
+    for index, name in enumerate(found.names):
+        side, layer = place(name)
+        members.setdefault(side, {}).setdefault(-1 if layer is None else layer, []).append(index)
+    result = {}
+    for side, rows in sorted(members.items()):
+        labels = ["other" if layer < 0 else str(layer) for layer in sorted(rows)]
+        values = [[fmean(record[i] for i in rows[layer]) for record in found.figures[key]] for layer in sorted(rows)]
+        result[side] = (labels, values)
+    return result
+
+
+def draw_map(figure: Figure, found: Matrices, chosen: Map, ink: str) -> None:
+    """Draw one heat map into a figure, a panel for each side.
+
+    Args:
+        figure: empty.
+        found: the records.
+        chosen: which map.
+        ink: colour of text and axes.
+    """
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    grids = grid(found, chosen.key)
+    everything = [value for _, rows in grids.values() for row in rows for value in row if math.isfinite(value)]
+    above = [value for value in everything if value > 0]
+    if chosen.log and above and max(above) > 3 * min(above):
+        norm: Normalize = LogNorm(min(above), max(above))
+    else:
+        norm = Normalize(0, 1 if chosen.key == "captured_mass" else max([*above, 1e-30]))
+    panels = figure.subplots(1, len(grids), squeeze=False)[0]
+    edges = [found.steps[0] - 0.5, *((a + b) / 2 for a, b in pairwise(found.steps))]
+    edges.append(found.steps[-1] + 0.5)
+    mesh: Any = None
+    for axes, (side, (labels, rows)) in zip(panels, grids.items(), strict=True):
+        shown = [[value if norm.vmin is None or value >= norm.vmin else norm.vmin for value in row] for row in rows]
+        mesh = axes.pcolormesh(edges, range(len(labels) + 1), shown, norm=norm, cmap="viridis", rasterized=True)
+        every = max(1, -(-len(labels) // 12))
+        axes.set_yticks([index + 0.5 for index in range(0, len(labels), every)], labels[::every])
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes.tick_params(colors=ink, labelsize=10, length=3)
+        axes.set_xlabel("step", color=ink, fontsize=10)
+        axes.set_title(f"LoRA {side}" if side else "", color=ink, fontsize=10)
+        axes.patch.set_alpha(0)
+        for spine in axes.spines.values():
+            spine.set_color(ink)
+    panels[0].set_ylabel("layer", color=ink, fontsize=10)
+    bar = figure.colorbar(mesh, ax=list(panels))
+    bar.ax.tick_params(colors=ink, labelsize=10)
+    bar.outline.set_edgecolor(ink)
+
+
+def findings(found: Matrices, skipped: bool) -> list[str]:
+    """What is out of the ordinary about single matrices, and when bases are refreshed, in plain sentences."""
+    said = [_refreshes(found)]
+    if found.milliseconds:
+        slowest = max(found.milliseconds, key=lambda step: found.milliseconds[step])
+        said.append(
+            f"An optimizer step took {median(found.milliseconds.values()):.3g} ms (median); the slowest was step "
+            f"{slowest} with {found.milliseconds[slowest]:.3g} ms."
+        )
+    limit, wanted = found.options.get("k_max"), 1 - found.options.get("epsilon_sparse", 0.0)
+    full = [
+        rank >= limit and mass < wanted - 0.005
+        for rank, mass in zip(found.figures["rank"][-1], found.figures["captured_mass"][-1], strict=True)
+        if limit is not None
+    ]
+    if full and sum(full) > len(full) / 2:
+        said.append(
+            f"{sum(full)} of {len(full)} matrices use all {limit} directions that k_max allows and hold less than the "
+            f"{wanted:.0%} that epsilon_sparse asks for: a larger scao_k_max would keep more, for more memory."
+        )
+    if skipped:
+        said += _worst(found, "skipped", lambda rows: rows[-1], "was left as it was for {value:.0f} steps")
+    said += _worst(
+        found, "curvature_norm", _jump, "has seen its curvature jump {value:.0f}-fold between two records", JUMP
+    )
+    return said
+
+
+def _refreshes(found: Matrices) -> str:
+    group = found.options
+    start = curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
+    turns = "all at once" if group["rule"] == "published" else "in turns, so that no step has to wait for all of them"
+    return (
+        f"Each of the {len(found.names)} matrices refreshes its basis every {group['precond_freq']} steps, {turns}; "
+        f"phase 2 begins after step {start}."
+    )
+
+
+def _jump(values: list[float]) -> float:
+    """The largest ratio of a record to the one before, leaving out the first tenth, in which an average builds up."""
+    later = [value for value in values[len(values) // 10 :] if math.isfinite(value)]
+    return max((b / a for a, b in pairwise(later) if a > 0), default=0.0)
+
+
+def _worst(
+    found: Matrices, key: str, measure: Callable[[list[float]], float], words: str, least: float = 0.0
+) -> list[str]:
+    """A sentence about the matrices, three at most, that have the largest figure above ``least``."""
+    columns = zip(*found.figures[key], strict=True)
+    values = {name: measure(list(column)) for name, column in zip(found.names, columns, strict=True)}
+    worst = sorted((name for name in values if values[name] > least), key=lambda name: -values[name])
+    said = [f"{name or 'A matrix'} {words.format(value=values[name])}." for name in worst[:3]]
+    return [*said, f"So have {len(worst) - 3} more matrices."] if len(worst) > 3 else said
+
+
+def peaks(steps: list[int], norms: list[float]) -> list[str]:
+    """A sentence about the steps whose gradient norm is far above the usual."""
+    finite = [value for value in norms if math.isfinite(value)]
+    if len(finite) < 10:
+        return []
+    usual = median(finite)
+    high = [step for step, value in zip(steps, norms, strict=True) if value > PEAK * usual > 0]
+    if not high:
+        return []
+    shown = ", ".join(map(str, high[:5])) + (f" and {len(high) - 5} more" if len(high) > 5 else "")
+    return [
+        f"The gradient norm was over {PEAK:.0f} times its median at step {shown}: look at the data there, or lower "
+        "max_grad_norm."
+    ]

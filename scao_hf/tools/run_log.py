@@ -1,0 +1,156 @@
+"""What a run has logged, from its trainer_state.json, and what that says in plain sentences."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from scao_hf.tools import ToolError, matrices
+
+#: Colours of the phases: AdamW steps, the ramp, steps with curvature.
+FIRST, RAMP, SECOND = "#e8eaee", "#f6e3c0", "#d3ebd9"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The log of a run: numbers by key, each with its steps, and what the state file says about the whole."""
+
+    name: str
+    series: dict[str, tuple[list[int], list[float]]]
+    steps: int
+    max_steps: int
+    matrices: matrices.Matrices | None = None
+
+    def bands(self) -> list[tuple[float, float, str]]:
+        """(first step, last step, colour) of phase 1, of the ramp and of phase 2, in the order in which they came."""
+        steps, phases = self.series.get("scao/phase", ([], []))
+        blends = dict(zip(*self.series.get("scao/blend", ([], [])), strict=True))
+        found: list[tuple[float, float, str]] = []
+        begin: float = 0
+        for step, phase in zip(steps, phases, strict=True):
+            colour = FIRST if phase < 2 else RAMP if blends.get(step, 1.0) < 1 else SECOND
+            if found and found[-1][2] == colour:
+                found[-1] = (found[-1][0], step, colour)
+            else:
+                found.append((begin, step, colour))
+            begin = step
+        return found
+
+
+def find_state(run_dir: Path) -> Path:
+    """The trainer_state.json of a run: its own, or that of its latest checkpoint.
+
+    Raises:
+        ToolError: there is no such folder, it is empty, or nothing in it was written by a Trainer.
+    """
+    if not run_dir.exists():
+        raise ToolError(f"{run_dir} does not exist: pass the output_dir of a run")
+    if run_dir.is_file():
+        raise ToolError(f"{run_dir} is a file: pass the folder that it lies in")
+    own = run_dir / "trainer_state.json"
+    saved = [path for path in run_dir.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
+    if saved and not own.exists():
+        return max(saved, key=lambda path: int(path.parent.name[11:]))
+    if own.exists():
+        return own
+    if not any(run_dir.iterdir()):
+        raise ToolError(f"{run_dir} is empty: the run has saved nothing yet, or this is not its output_dir")
+    raise ToolError(
+        f"{run_dir} has no trainer_state.json, nor has any checkpoint-* in it: pass the output_dir of a Trainer "
+        "or Axolotl run that has saved a checkpoint (save_strategy), or call trainer.save_state() at its end"
+    )
+
+
+def read_run(run_dir: Path) -> Run:
+    """The log of the run in that folder.
+
+    Raises:
+        ToolError: there is none, it cannot be read, or it holds no training loss.
+    """
+    path = find_state(run_dir)
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        history = [row for row in state["log_history"] if isinstance(row, dict) and "step" in row]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ToolError(f"{path} is damaged or no Trainer's: take that of an earlier checkpoint") from error
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for row in history:
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                steps, values = series.setdefault(key, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(value))
+    if "loss" not in series:
+        raise ToolError(f"{path} holds no training loss: the run ended before its first log (logging_steps)")
+    found = matrices.read_matrices(path.parent)
+    if found is not None and found.milliseconds:
+        series["optimizer_ms"] = (
+            sorted(found.milliseconds),
+            [found.milliseconds[s] for s in sorted(found.milliseconds)],
+        )
+    last = int(state.get("global_step") or series["loss"][0][-1])
+    return Run(run_dir.resolve().name, series, last, int(state.get("max_steps") or 0), found)
+
+
+def findings(run: Run) -> list[str]:
+    """What happened, in plain sentences."""
+    steps, losses = run.series["loss"]
+    finite = [value for value in losses if math.isfinite(value)]
+    said = []
+    if finite:
+        tenth = max(1, len(finite) // 10)
+        first, last = fmean(finite[:tenth]), fmean(finite[-tenth:])
+        verb = "fell" if last < first else "did not fall: it went"
+        said.append(
+            f"The training loss {verb} from {first:.4g} to {last:.4g} in {run.steps} steps (first and last tenth)."
+        )
+    if len(finite) < len(losses):
+        bad = next(step for step, value in zip(steps, losses, strict=True) if not math.isfinite(value))
+        said.append(f"The loss was NaN or infinite at step {bad}: lower the learning rate, or look at the data there.")
+    if run.max_steps > run.steps:
+        said.append(f"The log ends at step {run.steps} of {run.max_steps}: the run is not over, or was stopped.")
+    said += matrices.peaks(*run.series.get("grad_norm", ([], [])))
+    if "scao/phase" not in run.series:
+        said.append(
+            "The log has no scao/ figures: the run used another optimizer, or SCAOCallback was not attached "
+            "(SCAOTrainer and the Axolotl plugin attach it)."
+        )
+        return said
+    said += _phase_findings(run)
+    skipped = max(run.series.get("scao/skipped", ([], [0.0]))[1])
+    if skipped:
+        said.append(
+            f"{skipped:.0f} times a matrix was left as it was for a step, because its gradient held NaN or Inf. In "
+            "float16 a few at the start are usual (loss scaling); many mean a learning rate that is too high."
+        )
+    else:
+        said.append("No step was skipped: every gradient was finite.")
+    if run.matrices is not None:
+        said += matrices.findings(run.matrices, bool(skipped))
+    return said
+
+
+def _phase_findings(run: Run) -> list[str]:
+    steps, phases = run.series["scao/phase"]
+    second = next((step for step, phase in zip(steps, phases, strict=True) if phase >= 2), None)
+    if second is None:
+        return [
+            f"Phase 2 was never reached in {run.steps} steps: every step was a plain AdamW step. Train longer, or "
+            "lower scao_warmup_steps, scao_min_precond_updates or scao_precond_freq."
+        ]
+    blend_steps, blends = run.series.get("scao/blend", ([], []))
+    full = next((step for step, blend in zip(blend_steps, blends, strict=True) if blend >= 1), None)
+    said = f"Phase 2, with curvature, is first logged at step {second}"
+    said += (
+        f" and is in full effect from step {full}."
+        if full is not None
+        else "; the run ended on the ramp to its full effect."
+    )
+    rank, mass = (run.series.get(key, ([], [0.0]))[1][-1] for key in ("scao/rank", "scao/captured_mass"))
+    return [
+        said,
+        f"At the end {rank:.3g} directions were in use on average, holding {mass:.0%} of the measured curvature.",
+    ]

@@ -1,0 +1,69 @@
+"""The notebook for a free T4, every cell run in a kernel of its own, with a tiny model in place of Qwen2.5-3B."""
+
+from __future__ import annotations
+
+# ruff: noqa: E402 -- what the notebook needs may be missing
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for package in ("nbclient", "nbformat", "ipykernel", "peft", "bitsandbytes", "datasets", "typer", "matplotlib"):
+    pytest.importorskip(package, reason=f"the notebook needs {package}")
+
+import nbformat
+from nbclient import NotebookClient
+from test_examples import chat_model  # noqa: F401 -- a fixture
+
+from scao_hf.tools.settings import from_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "examples" / "colab_t4.ipynb"
+
+
+def cells(kind: str) -> list[Any]:
+    return [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == kind]
+
+
+def test_the_notebook_is_valid_and_saved_without_outputs() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.outputs or cell.execution_count for cell in cells("code"))
+
+
+def test_its_settings_are_those_of_the_reference_configuration() -> None:
+    chosen: dict[str, Any] = {}
+    exec(next(cell.source for cell in cells("code") if "parameters" in cell.metadata.get("tags", ())), chosen)
+    reference = from_yaml(ROOT / "examples" / "axolotl" / "qwen2.5-3b-qlora.yml")
+    found = [chosen[name] for name in ("MODEL", "RANK", "BATCH", "LENGTH")]
+    assert found == [reference.model, reference.rank, reference.batch, reference.sequence]
+
+
+def test_every_cell_runs(chat_model: Path, tmp_path: Path) -> None:  # noqa: F811 -- pytest's way
+    data = tmp_path / "rows.jsonl"
+    rows = [{"instruction": f"after {n}", "input": "", "output": f"{n + 1}, then {n + 2}"} for n in range(64)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
+    smaller = f"MODEL, DATA, OUTPUT = {str(chat_model)!r}, {str(data)!r}, {str(tmp_path / 'run')!r}\n"
+    smaller += "RANK, BATCH, ACCUMULATION, LENGTH, STEPS, LEARNING_RATE = 4, 2, 1, 96, 12, 1e-2\n"
+    smaller += "SCAO_OPTIONS = {'warmup_steps': 3, 'precond_freq': 3, 'blend_steps': 2}"
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(smaller))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute(env=environment)
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    )
+    assert "16 GB (yours)" in printed and "64 rows" in printed
+    assert "first logged at step 4 and is in full effect from step 6" in printed
+    shown = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs if "data" in output
+    ]
+    assert any("image/png" in output["data"] for output in shown)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "scao-report.html").is_file()

@@ -1,0 +1,306 @@
+"""``scao-hf compare``: how runs are configured, searched, resumed and judged, and real runs of a Trainer script."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("typer")
+pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+
+from test_tools import mistake, run
+
+from scao_hf.tools import arms, comparison, measure
+from scao_hf.tools.arms import Arm, Job, Outcome, Rate
+from scao_hf.tools.comparison import Side
+
+CONFIG = {"base_model": "any/model", "optimizer": "scao", "learning_rate": 1e-3, "scao_k_max": 8, "val_set_size": 0.1}
+
+
+def job(folder: Path, **changes: Any) -> Job:
+    path = folder / "config.yml"
+    path.write_text(yaml.safe_dump({**CONFIG, **changes}), encoding="utf-8")
+    return Job(path, 20, folder / "out")
+
+
+# --- how a run is configured
+
+
+def test_arms_differ_in_the_optimizer_alone(tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
+    asked = job(tmp_path, plugins=["axolotl_plugin.SCAOPlugin", "some.Other"], evals_per_epoch=3, wandb_project="x")
+    adamw, scao = (Arm(asked, name, Rate(1.0, relative=True)).config() for name in ("adamw_torch", "scao"))
+    assert adamw["plugins"] == ["some.Other", arms.ARM_PLUGIN]
+    assert scao["plugins"] == ["some.Other", arms.SCAO_PLUGIN, arms.ARM_PLUGIN]
+    assert scao["scao_k_max"] == 8 and not any(key.startswith("scao_") for key in adamw)
+    assert not {"evals_per_epoch", "wandb_project"} & set(scao)
+    assert (scao["max_steps"], scao["logging_steps"], scao["seed"], scao["eval_steps"]) == (20, 1, 42, 20)
+    ours = {"plugins", "optimizer", "scao_k_max"}
+    assert {k: v for k, v in adamw.items() if k not in ours} == {k: v for k, v in scao.items() if k not in ours}
+    assert comparison.parse_rate("2e-4") == Rate(2e-4)
+    assert Arm(asked, "scao", Rate(0.5, relative=True)).config()["learning_rate"] == 5e-4
+
+
+def test_fused_experts_are_fused_in_both_arms(tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
+    config = Arm(job(tmp_path, scao_fuse_moe=True), "adamw_torch", Rate(1e-3)).config()
+    assert config["plugins"] == [arms.SCAO_PLUGIN, arms.ARM_PLUGIN] and config["scao_fuse_moe"]
+    assert "scao_k_max" not in config
+
+
+def test_a_plain_trainer_gets_scao_as_the_mixin_builds_it(tmp_path: Path) -> None:
+    import transformers
+    from transformers import Trainer, TrainingArguments
+
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    args = TrainingArguments(str(tmp_path), adam_beta2=0.95, learning_rate=1e-3, use_cpu=True, report_to="none")
+    for name, kind in (("scao", "SCAO"), ("adamw_torch", "AdamW")):
+        trainer = Trainer(model=transformers.LlamaForCausalLM(config), args=args)
+        asked = {"optimizer": name, "steps": 8, "save_steps": 2, "output_dir": "x", "learning_rate": None, "scale": 0.5}
+        measure.prepare_trainer(trainer, asked, tmp_path / "m")
+        assert type(trainer.optimizer).__name__ == kind
+        assert trainer.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+        assert (trainer.args.learning_rate, trainer.args.max_steps, args.learning_rate) == (5e-4, 8, 1e-3)
+
+
+def test_the_yamls_own_optimizer_is_what_scao_is_compared_with(tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
+    assert arms.baseline_of(job(tmp_path)) == "adamw_torch"
+    own = job(tmp_path, optimizer="adamw_bnb_8bit", optim_args={"percentile_clipping": 95})
+    assert arms.baseline_of(own) == "adamw_bnb_8bit"
+    assert "optim_args" in Arm(own, "adamw_bnb_8bit", Rate(1e-3)).config()
+    assert "optim_args" not in Arm(own, "scao", Rate(1e-3)).config()
+
+
+def test_another_run_has_another_folder(tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
+    first = Arm(job(tmp_path), "scao", Rate(1e-3)).folder
+    assert Arm(job(tmp_path), "scao", Rate(1e-3)).folder == first
+    assert Arm(job(tmp_path, sequence_len=64), "scao", Rate(1e-3)).folder != first
+    assert Arm(dataclasses.replace(job(tmp_path), steps=30), "scao", Rate(1e-3)).folder != first
+
+
+def test_mistakes_of_compare(tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
+    path = job(tmp_path).source
+    assert "there is no file" in mistake("compare", tmp_path / "nothing.yml")
+    assert "--lr is 'fast'" in mistake("compare", path, "--lr", "fast")
+    assert "--lr is '-1'" in mistake("compare", path, "--lr", "-1")
+    assert "--steps is 1" in mistake("compare", path, "--steps", 1)
+    assert "write --set KEY=VALUE" in mistake("compare", path, "--set", "seed")
+    assert "the value is no YAML" in mistake("compare", path, "--set", "seed=[1")
+    assert "arguments after -- are for a script" in mistake("compare", path, "--", "--model", "x")
+    assert "--against scao would compare SCAO with itself" in mistake("compare", path, "--against", "scao")
+    (tmp_path / "train.py").write_text("", encoding="utf-8")
+    assert "pass a script's arguments after --" in mistake("compare", tmp_path / "train.py", "--set", "seed=1")
+    (tmp_path / "notes.txt").write_text("", encoding="utf-8")
+    assert "is neither a YAML" in mistake("compare", tmp_path / "notes.txt")
+    path.write_text("optimizer: scao", encoding="utf-8")
+    assert "has no base_model" in mistake("compare", path)
+    path.write_text("base_model: x", encoding="utf-8")
+    assert "has no learning_rate" in mistake("compare", path)
+    path.write_text("{", encoding="utf-8")
+    assert "is not a YAML file" in mistake("compare", path)
+
+
+def test_a_yaml_needs_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    (tmp_path / "config.yml").write_text("base_model: x", encoding="utf-8")
+    assert "needs axolotl: pip install 'scao-hf[axolotl]'" in mistake("compare", tmp_path / "config.yml")
+
+
+# --- what a run has written down
+
+
+def outcome(losses: list[float], rate: float = 1e-3, each: float = 1.0, **fields: Any) -> Outcome:
+    steps = len(losses)
+    return Outcome(rate, losses, [each] * steps, list(range(steps)), state_bytes=2**20, peak_bytes=2**30, **fields)
+
+
+def lines(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def step_row(step: int, loss: float) -> dict[str, Any]:
+    return {"step": step, "loss": loss, "seconds": 0.5, "data": step, "state_bytes": step, "peak_bytes": 9}
+
+
+def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
+    begin = {"begin": 0, "learning_rate": 0.1, "device": "cpu"}
+    rows = [begin, *(step_row(step, 9.0) for step in (1, 2, 3)), {"begin": 2}, step_row(3, 1.0), step_row(4, 2.0)]
+    read = arms.read_outcome(lines(tmp_path / "m", *rows), 4)
+    assert read.failure == "it stopped after step 4 of 4" and read.losses == [9.0, 9.0, 1.0, 2.0]
+    read = arms.read_outcome(lines(tmp_path / "m", *rows, {"step": 4, "eval_loss": 3.0}, {"end": 4}), 4)
+    assert (read.failure, read.eval_loss, read.learning_rate, read.state_bytes) == (None, 3.0, 0.1, 4)
+    with (tmp_path / "m").open("a") as file:
+        file.write('{"step": 5, "lo')  # cut off while it was written
+    assert arms.read_outcome(tmp_path / "m", 4).losses == read.losses
+    assert arms.read_outcome(tmp_path / "none", 4).failure == "it stopped after step 0 of 4"
+
+
+def test_the_reason_is_the_message_of_the_exception() -> None:
+    log = "loading\nTraceback (most recent call last):\n  File x\nValueError: this config does not work with SCAO:\n  - a\n"
+    assert arms.reason(log) == "ValueError: this config does not work with SCAO: - a"
+    assert arms.reason("one\ntwo\n\n") == "two" and arms.reason("") == "it said nothing"
+
+
+def test_state_is_measured_through_wrappers_and_shared_tensors_once() -> None:
+    param = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.AdamW([param])
+    param.grad = torch.ones(4, 4)
+    optimizer.step()
+    optimizer.state[param]["again"] = optimizer.state[param]["exp_avg"]
+    expected = 2 * 64 + optimizer.state[param]["step"].untyped_storage().nbytes()
+    assert measure.state_bytes(type("Wrapper", (), {"optimizer": optimizer})) == expected
+
+
+def test_batches_are_told_apart() -> None:
+    batch = {"input_ids": torch.arange(6).view(2, 3), "weights": torch.ones(2)}
+    assert measure.batch_checksum(batch) == measure.batch_checksum({**batch, "weights": torch.zeros(2)})
+    assert measure.batch_checksum(batch) != measure.batch_checksum({**batch, "input_ids": batch["input_ids"].flip(0)})
+
+
+# --- the search, the table and the verdict
+
+
+@pytest.mark.parametrize(
+    ("optimum", "tried", "inside"), [(1.0, 3, True), (2.0, 4, True), (0.25, 4, True), (64.0, 5, False)]
+)
+def test_auto_brackets_the_best_learning_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimum: float, tried: int, inside: bool
+) -> None:
+    def fake(arm: Arm, progress: Any) -> Outcome:
+        return outcome([1 + abs(math.log(arm.rate.value / optimum))] * 6, rate=arm.rate.value)
+
+    monkeypatch.setattr(comparison, "run_arm", fake)
+    asked = Job.__new__(Job)
+    sides = comparison.compare(asked, ("adamw_torch", "scao"), None, lambda arm: lambda done: None)
+    for side in sides:
+        rates = sorted(rate.value for rate in side.runs)
+        assert len(rates) == tried and side.best is not None
+        assert side.place == f"best of {tried}" + ("" if inside else ", at the edge")
+        assert (side.best.learning_rate == optimum) is inside
+
+
+def test_a_search_ends_with_a_failure_and_shuns_a_divergence() -> None:
+    first, half = Rate(1.0, relative=True), Rate(0.5, relative=True)
+    assert comparison.next_rate({}) == first and comparison.next_rate({first: outcome([1.0])}) == half
+    assert comparison.next_rate({first: outcome([1.0], failure="x")}) is None
+    assert comparison.next_rate({first: outcome([math.nan]), half: outcome([2.0])}) == Rate(0.25, relative=True)
+
+
+def test_table_and_verdict_at_equal_steps_and_seconds(tmp_path: Path) -> None:
+    slow = outcome([3 - step / 20 for step in range(40)], each=1.0, eval_loss=2.0)
+    fast = outcome([3 - step / 10 for step in range(40)], each=1.5)
+    sides = Side("adamw_torch", {Rate(1e-3): slow}), Side("scao", {Rate(1e-3): fast})
+    rows = dict(comparison.summary(sides))
+    assert rows["seconds"] == ["40.0", "60.0"] and rows["optimizer state"] == ["1.00 MiB", "1.00 MiB"]
+    assert rows["held-out loss"] == ["2.0000", ""] and rows["peak memory of the process"] == ["1,024 MiB"] * 2
+    # After 40 seconds SCAO has made 26 of its steps.
+    assert rows["loss after 40.0 seconds"][1] == f"{comparison.smoothed(fast.losses)[25]:.4f}"
+    said = " ".join(comparison.verdict(sides))
+    step = next(n for n, loss in enumerate(comparison.smoothed(fast.losses), 1) if loss <= 3 - 37 / 20)
+    assert f"after {step} of 40 steps and {1.5 * step:.1f} of 40.0 seconds" in said
+    assert "the same batches in the same order" in said and "One seed" in said
+    paths = comparison.write(sides, tmp_path / "new")
+    assert [path.name for path in paths] == ["comparison.json", "comparison.png"]
+    assert (tmp_path / "new/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("scao", "words"),
+    [
+        (outcome([3.0] * 40), "has not come down to the loss at which adamw_torch ended"),
+        (outcome([math.nan] * 40), "The loss of scao was NaN or infinite"),
+        (dataclasses.replace(outcome([1.0] * 40), data=[7] * 40), "have NOT read the same batches"),
+        (outcome([], failure="it stopped: ValueError: no"), "scao failed: it stopped: ValueError: no"),
+    ],
+)
+def test_verdict_names_what_is_wrong(scao: Outcome, words: str, tmp_path: Path) -> None:
+    adamw = outcome([3 - step / 20 for step in range(40)])
+    sides = Side("adamw_torch", {Rate(1e-3): adamw}), Side("scao", {Rate(1e-3): scao})
+    assert words in " ".join(comparison.verdict(sides))
+    rows = dict(comparison.summary(sides))
+    assert rows["loss, last third of the steps"][0] == f"{adamw.score:.4f}"
+    comparison.write(sides, tmp_path)
+
+
+# --- real runs
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from scao_hf import SCAOTrainer
+
+class Stop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if Path("stop").exists() and "scao" in args.output_dir and state.global_step == 8:
+            raise RuntimeError("the power went out")
+
+rows = [{"input_ids": [1] + [3 + (n * k) % 200 for k in range(12)], "labels": [3 + (n * k) % 200 for k in range(13)]}
+        for n in range(64)]
+arguments = TrainingArguments("never", learning_rate=float(sys.argv[2]), max_steps=3, use_cpu=True, report_to="none",
+                              per_device_train_batch_size=2, seed=5, warmup_steps=2)
+chosen = {"warmup_steps": 3, "precond_freq": 3, "blend_steps": 2}
+model = LlamaForCausalLM.from_pretrained(sys.argv[1])
+trainer = SCAOTrainer(model=model, args=arguments, train_dataset=rows, callbacks=[Stop()], scao_kwargs=chosen)
+trainer.train()
+Path("saved").touch()
+"""
+
+
+def test_a_script_is_compared_resumed_and_a_failed_arm_leaves_the_other(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parent.parent))
+    Path("train.py").write_text(SCRIPT, encoding="utf-8")
+    Path("stop").touch()
+    command = ("compare", "train.py", "--steps", 12, "--out", "out", "--", tiny_llama, "0.01")
+    broken = run(*command)
+    assert broken.exit_code == 1, broken.output
+    assert "scao failed: it stopped after step 8 of 12: RuntimeError: the power went out" in broken.output
+    assert "adamw_torch" in broken.output and Path("out/comparison.png").is_file()
+    Path("stop").unlink()
+    adamw = next(Path("out").glob("adamw_torch-*")) / "measurements.jsonl"
+    before = adamw.read_bytes()
+
+    done = run(*command)
+    assert done.exit_code == 0, done.output
+    assert adamw.read_bytes() == before, "a finished run was run again"
+    written = [
+        json.loads(line) for line in next(Path("out").glob("scao-*/measurements.jsonl")).read_text().splitlines()
+    ]
+    assert [row["begin"] for row in written if "begin" in row] == [0, 6]  # the checkpoint of a quarter of the run
+    found = {entry["optimizer"]: entry for entry in json.loads(Path("out/comparison.json").read_text())}
+    assert found["scao"]["data"] == found["adamw_torch"]["data"] and len(set(found["scao"]["data"])) == 12
+    assert found["scao"]["losses"][:2] == found["adamw_torch"]["losses"][:2]
+    assert found["scao"]["losses"][-1] != found["adamw_torch"]["losses"][-1]
+    assert found["scao"]["state_bytes"] > 0 and found["scao"]["learning_rate"] == 0.01
+    assert not Path("never").exists() or not any(Path("never").iterdir())
+    assert not Path("saved").exists()
+    again = [row["loss"] for row in written if row.get("step") in (7, 8)]
+    assert again[:2] == again[2:], "the steps after the checkpoint went another way than before"
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("axolotl")
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "run_arm", interrupt)
+    result = run("compare", job(tmp_path).source, "--out", tmp_path / "out")
+    assert result.exit_code == 130 and "the same command goes on" in result.stderr
