@@ -23,11 +23,10 @@ import data  # noqa: E402
 import models  # noqa: E402
 import peers  # noqa: E402
 import polora  # noqa: E402
+import runs  # noqa: E402
 import sweep  # noqa: E402
 import tables  # noqa: E402
 import tasks  # noqa: E402
-
-import runs  # noqa: E402
 
 
 class Pair(nn.Module):

@@ -20,7 +20,6 @@ from pathlib import Path
 import costs
 import moe_tables
 import survival_tables
-
 from runs import Record, Setting, best_lr, crossing, loss_of, means, reversed_pairs, seconds, settings
 
 HERE = Path(__file__).resolve().parent
