@@ -506,3 +506,13 @@ def test_the_readmes_hold_what_the_result_files_give() -> None:
         )
         filled += len(tables.MARKER.findall(text))
     assert filled, "no README shows a benchmark table"
+
+
+def test_the_best_rate_is_one_with_all_seeds() -> None:
+    """A rate that was tried with one lucky seed does not win over those that were run with more."""
+
+    def run(loss: float) -> dict[str, object]:
+        return {"diverged": False, "eval_loss": loss}
+
+    by_lr = {1e-3: {0: run(1.0)}, 2e-3: {0: run(1.1), 1: run(1.3)}, 4e-3: {0: run(1.2), 1: run(1.4)}}
+    assert runs.best_lr(by_lr) == 2e-3

@@ -81,14 +81,15 @@ def loss_of(record: Record) -> float:
 
 
 def best_lr(by_lr: dict[float, dict[int, Record]]) -> float:
-    """The learning rate of the lowest mean held-out loss, over the seeds that every learning rate has."""
-    common = set.intersection(*(set(seeds) for seeds in by_lr.values()))
+    """The learning rate of the lowest mean held-out loss, of those with the most seeds.
 
-    def mean(lr: float) -> float:
-        seeds = by_lr[lr]
-        return statistics.mean(loss_of(seeds[seed]) for seed in (common or seeds))
-
-    return min(by_lr, key=mean)
+    A grid is bracketed with one seed and its best rates get more: means over different seeds would not be comparable.
+    """
+    most = max(map(len, by_lr.values()))
+    return min(
+        (lr for lr, seeds in by_lr.items() if len(seeds) == most),
+        key=lambda lr: statistics.mean(map(loss_of, by_lr[lr].values())),
+    )
 
 
 def crossing(runs: Sequence[Record], target: float) -> tuple[float, float] | None:

@@ -59,8 +59,8 @@ def fresh(runs: dict[int, Record], reference: dict[int, Record], seed: int) -> b
     return seed in reference and bool(runs[seed]["fresh_loss"] and reference[seed]["fresh_loss"])
 
 
-def table(setting: Setting) -> str:
-    """The comparison of a setting, one row per optimizer, the lowest loss first."""
+def table(setting: Setting, variants: bool = True) -> str:
+    """The comparison of a setting, one row per optimizer, the lowest loss first; with or without options of one."""
     if REFERENCE not in setting.runs or not setting.at(REFERENCE):
         return "(no AdamW runs of this length yet: nothing to compare with)\n"
     reference_lrs = setting.at(REFERENCE)
@@ -69,7 +69,7 @@ def table(setting: Setting) -> str:
     lines = []
     for optimizer in list(setting.runs):
         by_lr = setting.at(optimizer)
-        if not by_lr:
+        if not by_lr or (":" in optimizer and not variants):
             continue
         lr = best_lr(by_lr)
         records = by_lr[lr]
@@ -189,6 +189,7 @@ def tables(found: Iterable[Setting]) -> dict[str, str]:
     result = {}
     for setting in found:
         result[setting.name] = table(setting)
+        result[f"{setting.name}:plain"] = table(setting, variants=False)
         result[f"{setting.name}:basin"] = basin(setting)
     return result
 
