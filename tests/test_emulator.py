@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_states import eigenbasis_state
 
 from scao_hf import ops, quantization
 
@@ -74,23 +75,7 @@ def case(r: int, l: int, k: int, dtype: torch.dtype, basis: torch.dtype, size: i
     shapes = [(r, l) if index % 2 else (l, r) for index in range(size)]
     params = [torch.randn(shape).to(dtype) for shape in shapes]
     grads = [torch.randn(shape).to(dtype) for shape in shapes]
-    mask = (torch.arange(k) < max(1, k - 1)).float().expand(size, 1, k).contiguous()
-    state = {
-        "exp_avg": 0.1 * torch.randn(size, r, l),
-        "factor": torch.randn(size, r, r),
-        "inside_avg": torch.randn(size, r, k),
-        "inside_sq": torch.rand(size, r, k),
-        "row": torch.rand(size, r, 1),
-        "col": torch.rand(size, 1, l),
-        "taken": torch.arange(size, dtype=torch.float32) + 11,
-        "level": 0.1 * torch.arange(size, dtype=torch.float32),
-        "vectors": torch.linalg.qr(torch.randn(size, r, r))[0].contiguous(),
-        "mask": mask,
-        "gain": 0.5 + torch.rand(size),
-        "long_vectors": (torch.linalg.qr(torch.randn(size, l, k))[0] * mask).mT.to(basis).contiguous(),
-        "agreement": torch.linspace(0.3, 0.9, size),
-    }
-    return params, grads, state
+    return params, grads, eigenbasis_state(size, r, l, k, basis)
 
 
 def view(tensor: torch.Tensor, r: int, l: int) -> View:

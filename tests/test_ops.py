@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_states import eigenbasis_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scao_hf import SCAO, ops, quantization
@@ -51,25 +52,6 @@ def level(request: pytest.FixtureRequest):
 def members(size: int, r: int, l: int, dtype: torch.dtype, tall: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     shape = (l, r) if tall else (r, l)
     return [torch.randn(shape).to(dtype) for _ in range(size)], [torch.randn(shape).to(dtype) for _ in range(size)]
-
-
-def eigenbasis_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    mask = (torch.arange(k) < max(1, k - 1)).float().expand(size, 1, k).contiguous()
-    return {
-        "exp_avg": 0.1 * torch.randn(size, r, l),
-        "factor": torch.randn(size, r, r),
-        "inside_avg": torch.randn(size, r, k),
-        "inside_sq": torch.rand(size, r, k),
-        "row": torch.rand(size, r, 1),
-        "col": torch.rand(size, 1, l),
-        "taken": torch.arange(size, dtype=torch.float32) + 11,
-        "level": 0.1 * torch.arange(size, dtype=torch.float32),
-        "vectors": torch.linalg.qr(torch.randn(size, r, r))[0].contiguous(),
-        "mask": mask,
-        "gain": torch.rand(size) + 0.5,
-        "long_vectors": (torch.linalg.qr(torch.randn(size, l, k))[0] * mask).mT.to(dtype).contiguous(),
-        "agreement": torch.linspace(0.3, 0.9, size),
-    }
 
 
 def adamw_state(size: int, r: int, l: int, factor: bool) -> dict[str, torch.Tensor | None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -186,15 +186,21 @@ def test_errors(index: int) -> None:
             optimizer.step()
 
 
+def descends(optimizer: SCAO, loss: Callable[[], Tensor], chain: Sequence[Any] = ()) -> None:
+    """Thirty steps, each followed by the schedulers, end below the start."""
+    start = loss().item()
+    for _ in range(30):
+        value = optimizer.step(loss)
+        for scheduler in chain:
+            scheduler.step(value) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
+    assert loss().item() < start
+
+
 @EVERY
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_it_goes_in_the_right_direction(given: OptimizerInput, contiguous: bool) -> None:
     params, loss = linear(contiguous)
-    optimizer = build(params, given)
-    start = loss().item()
-    for _ in range(30):
-        optimizer.step(loss)
-    assert loss().item() < start
+    descends(build(params, given), loss)
 
 
 @EVERY
@@ -202,26 +208,14 @@ def test_it_goes_in_the_right_direction(given: OptimizerInput, contiguous: bool)
 def test_it_goes_in_the_right_direction_with_schedulers(given: OptimizerInput, schedulers: int) -> None:
     params, loss = linear()
     optimizer = build(params, given)
-    chain = [make(optimizer) for make in INFO.scheduler_inputs[schedulers]]
-    start = loss().item()
-    for _ in range(30):
-        value = optimizer.step(loss)
-        for scheduler in chain:
-            scheduler.step(value) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
-    assert loss().item() < start
+    descends(optimizer, loss, [make(optimizer) for make in INFO.scheduler_inputs[schedulers]])
 
 
 @pytest.mark.parametrize("schedulers", range(len(INFO.scheduler_inputs)))
 def test_groups_with_a_scheduler(schedulers: int) -> None:
     params, loss = linear()
     optimizer = SCAO([{"params": [params[0]]}, {"params": [params[1]], "lr": 0.01}], lr=1e-3, **EARLY)
-    chain = [make(optimizer) for make in INFO.scheduler_inputs[schedulers]]
-    start = loss().item()
-    for _ in range(30):
-        value = optimizer.step(loss)
-        for scheduler in chain:
-            scheduler.step(value) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
-    assert loss().item() < start
+    descends(optimizer, loss, [make(optimizer) for make in INFO.scheduler_inputs[schedulers]])
 
 
 @EVERY
