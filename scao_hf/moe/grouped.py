@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -83,21 +84,36 @@ def route(choices: Tensor, experts: int) -> Routing:
     return Routing(flat.argsort(stable=True)[: sum(sizes)], sizes, counts.cumsum(0, dtype=torch.int32))
 
 
-def has_grouped_product(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
-    """Whether PyTorch's grouped product is the better way here: one kernel for all experts, on GPUs, in bfloat16.
+@functools.cache
+def _has_grouped_kernel(kind: str, dtype: torch.dtype) -> bool:
+    """Whether this release of PyTorch has a grouped product for that dtype on CPUs; newer GPUs have it for bfloat16."""
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        return False
+    if kind == "cuda":
+        return dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 0)
+    rows = torch.ones(8, 8, dtype=dtype)
+    try:
+        torch.nn.functional.grouped_mm(rows, rows[None], offs=torch.tensor([8], dtype=torch.int32))
+    except RuntimeError:
+        return False
+    return True
 
-    On CPUs it has no kernel of its own for most dtypes, and products expert by expert are as fast and need less memory.
+
+def has_grouped_product(rows: Tensor, weights: Weights, factors: Sequence[Tensor]) -> bool:
+    """Whether to take PyTorch's grouped product, one call for all experts, instead of products expert by expert.
+
+    On a CPU it is not taken where the weights have to be decoded or converted first: it needs all of them at a time.
 
     Args:
-        device, dtype: of the rows.
-        widths: the sides of every matrix; the kernel wants rows of a multiple of 16 bytes.
+        rows, weights, factors: as for ``GroupedLoRA``; the kernels want rows of a multiple of 16 bytes.
     """
+    kind, dtype = rows.device.type, rows.dtype
+    ready = isinstance(weights, Stacked) and weights.tensor.dtype == dtype
     return (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and hasattr(torch.nn.functional, "grouped_mm")
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and all(width % 8 == 0 for width in widths)
+        (kind == "cuda" or (kind == "cpu" and ready))
+        and all(side * dtype.itemsize % 16 == 0 for tensor in (rows, *factors) for side in tensor.shape[1:])
+        and weights.width * dtype.itemsize % 16 == 0
+        and _has_grouped_kernel(kind, dtype)
     )
 
 
@@ -194,11 +210,13 @@ def _backward_by_expert(
         if back_to:
             torch.mm(g, matrix(expert).mT, out=back_to[expert])
         for low, a, b, da, db, scaling in pieces:
-            back = torch.mm(g, b[expert]).mul_(scaling)
+            back = torch.mm(g, b[expert])
             if back_to:
-                back_to[expert].addmm_(back, a[expert])
+                back_to[expert].addmm_(back, a[expert], alpha=scaling)
             torch.mm(back.mT, x, out=da[expert])
-            db[expert].addmm_(low[expert], g, alpha=scaling)
+            torch.mm(low[expert], g, out=db[expert])
+    for index, factor in enumerate(found):
+        factor.mul_(adapters[index // 2].scaling)
     return dx, found
 
 
