@@ -221,7 +221,9 @@ def members_of(
     """The blocks of a parameter with their shapes: one ``(1, numel)`` entry where it is no matrix, none where it is empty."""
     if param.numel() == 0:
         return []
-    matrix = unpack(param, packing)[0] if packing else param
+    matrix = param
+    if packing:  # of its shape alone: a sharded parameter cannot be cut into experts
+        matrix = unpack(torch.empty(param.shape, dtype=param.dtype, device="meta"), packing)[0]
     if not is_matrix(matrix):
         return [((1, as_real(param).numel()), Member(param, "", None))]
     blocks = blocks_of(matrix.shape, max_dim, split_long_side, packing)

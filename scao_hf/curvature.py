@@ -45,9 +45,26 @@ def debias(factor: Tensor, rho: float, count: Tensor) -> Tensor:
     return factor / (1 - torch.pow(torch.tensor(rho, dtype=count.dtype, device=count.device), count)).clamp_min(1e-30)
 
 
+#: (E3) The damping's share of the mean eigenvalue.
+TIKHONOV = 1e-4
+
+
 def damping(factor: Tensor, eps: float) -> Tensor:
     """(E3) Adaptive Tikhonov: ``max(eps, 1e-4 tr(L) / d)`` of each factor, ``[N]``."""
-    return (1e-4 * factor.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(eps)
+    return (TIKHONOV * factor.diagonal(dim1=-2, dim2=-1).mean(-1)).clamp_min(eps)
+
+
+def damped_above(values: Tensor, tail: Tensor, side: int, eps: float) -> Tensor:
+    """Whether the damping (E3) that a truncated basis (E5) was made with was above its floor, ``[N]``, 1 or 0.
+
+    Args:
+        values: eigenvalues of ``L + damping I``, ``[N, k]``, zero beyond the rank; all zero where there is no basis yet.
+        tail: the mean of those left out, ``[N]``.
+        side: d.
+        eps: the floor.
+    """
+    mean = (values.sum(-1) + tail * (side - (values > 0).sum(-1))) / side
+    return ((values[:, 0] > 0) & (mean > eps * (1 + 1 / TIKHONOV))).to(values.dtype)
 
 
 def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -35,14 +35,20 @@ def unpack(tensor: Tensor, packing: Packing) -> Tensor:
     Raises:
         ValueError: the packed side is no multiple of E.
     """
+    check_packing(tensor, packing)
+    side, count = packing
+    by_expert: Tensor = tensor.unflatten(0, (count, -1)) if side == "A" else tensor.unflatten(1, (-1, count))
+    return by_expert if side == "A" else by_expert.permute(2, 0, 1)
+
+
+def check_packing(tensor: Tensor, packing: Packing) -> None:
+    """Raise ``ValueError`` unless the packed side of ``tensor``, which may be sharded, is a multiple of E."""
     side, count = packing
     packed = tensor.shape[0 if side == "A" else 1]
     if packed % count:
         raise ValueError(
             f"a {side} of shape {tuple(tensor.shape)} cannot hold {count} experts: {packed} % {count} != 0"
         )
-    by_expert: Tensor = tensor.unflatten(0, (count, -1)) if side == "A" else tensor.unflatten(1, (-1, count))
-    return by_expert if side == "A" else by_expert.permute(2, 0, 1)
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -98,7 +104,7 @@ def split_group(group: dict[str, Any], experts: Mapping[Tensor, Packing]) -> lis
         param = entry[1] if isinstance(entry, tuple) else entry
         packing = experts.get(param)
         if packing:
-            unpack(param, packing)
+            check_packing(param, packing)
         parts.setdefault(packing, []).append(entry)
     if len(parts) == 1:
         return [{**group, "params": params}]

@@ -14,10 +14,11 @@ from scao_hf import integrity, report
 from scao_hf import options as opt
 from scao_hf import state as storage
 from scao_hf.buckets import Bucket, is_matrix
-from scao_hf.distributed.exchange import check_flattened, check_placement, is_sharded
+from scao_hf.distributed.exchange import check_flattened, check_placement
 from scao_hf.distributed.shards import Shards, restored
 from scao_hf.distributed.sharing import Sharing
 from scao_hf.experts import Packing, find_experts, split_group
+from scao_hf.finite import Watch, nonfinite
 from scao_hf.rules import Tick, rule_of
 from scao_hf.storage import opened
 from scao_hf.update import full_precision, sanitize
@@ -91,6 +92,7 @@ class SCAO(Optimizer):
             "on_nonfinite": on_nonfinite,
         }
         self._reset_plan()
+        self._watch = Watch()
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **opt.resolve(rule, passed)}
         defaults["scao_version"] = storage.VERSION
         self._passed = {name: value for name, value in passed.items() if value is not None}
@@ -110,6 +112,7 @@ class SCAO(Optimizer):
         self._passed = {}
         self._sharing = None
         self._had_matrices = []
+        self._watch = Watch()
         self._reset_plan()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -154,18 +157,21 @@ class SCAO(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a sparse gradient, or a non-finite one under ``on_nonfinite="raise"`` (before anything changed).
+            RuntimeError: a sparse gradient, a non-finite one under ``on_nonfinite="raise"``, or a parameter that has had no
+                finite gradient in ten steps or more. Before anything is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_nonfinite()
+        self._agree(nonfinite(self.param_groups, {}))
         buckets, shards = self._plan(), self._shards
+        if self._watch.due():
+            self._agree(self._watch.problem(buckets), shards)
         if shards is not None:
             shards.gather()
             if any(group["on_nonfinite"] == "raise" for group in self.param_groups):
-                shards.agree(self._nonfinite(shards.wholes))
+                self._agree(nonfinite(self.param_groups, shards.wholes), shards)
         sharing = self._sharing
         parts = [] if sharing is None else sharing.split(buckets)
         for index, bucket in enumerate(buckets):
@@ -203,24 +209,13 @@ class SCAO(Optimizer):
             self.param_groups, self.state, include, self._shards.wholes if self._shards is not None else None
         )
 
-    def _refuse_nonfinite(self) -> None:
-        problem = self._nonfinite({})
-        if problem is not None:
+    @staticmethod
+    def _agree(problem: RuntimeError | None, shards: Shards | None = None) -> None:
+        """Raise ``problem``; with sharded parameters in all processes where one has one."""
+        if shards is not None:
+            shards.agree(problem)
+        elif problem is not None:
             raise problem
-
-    def _nonfinite(self, wholes: storage.Wholes) -> RuntimeError | None:
-        """What ``on_nonfinite="raise"`` has to say about the gradients that are held whole here."""
-        for group in self.param_groups:
-            if group["on_nonfinite"] != "raise":
-                continue
-            for param in group["params"]:
-                held = wholes.get(param) if is_sharded(param) else param
-                if held is not None and held.grad is not None and not bool(torch.isfinite(held.grad).all()):
-                    return RuntimeError(
-                        f"the gradient of a parameter of shape {tuple(param.shape)} holds NaN or Inf and on_nonfinite="
-                        "'raise'; nothing was changed. Pass on_nonfinite='skip' to leave such a matrix as it is for the step"
-                    )
-        return None
 
     def _step_bucket(self, bucket: Bucket, due: slice | None) -> None:
         """One step of one bucket, whose moments are decoded for it where they are kept encoded.
@@ -307,6 +302,7 @@ class SCAO(Optimizer):
         finally:
             handle.remove()
         self.state.update(fresh)
+        self._watch = Watch()
         self._reset_plan()
 
     def _all_buckets(self) -> list[Bucket]:
@@ -314,7 +310,7 @@ class SCAO(Optimizer):
         return self._build(lambda param: param in self.state)
 
     def metrics(self) -> dict[str, float]:
-        """The figures for a training log: scao/phase, blend, rank, captured_mass, curvature_norm, skipped.
+        """The figures for a training log: scao/phase, blend, rank, captured_mass, curvature_norm, damped, skipped.
 
         Averages over the matrices of the latest step; one device synchronisation. With sharded parameters, over those
         that this process owns.
@@ -322,7 +318,7 @@ class SCAO(Optimizer):
         return report.metrics(self._buckets or self._all_buckets())
 
     def statistics(self, names: Mapping[Tensor, str] | None = None) -> list[dict[str, Any]]:
-        """One plain row per matrix: name, shape, phase, rank, captured mass, curvature norm, skipped steps.
+        """One plain row per matrix: name, shape, phase, rank, captured mass, curvature norm, damped, skipped steps.
 
         With sharded parameters, the matrices that this process owns.
 

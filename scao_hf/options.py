@@ -83,7 +83,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "on_nonfinite": Option(
         str,
-        "a NaN or Inf gradient leaves its matrix as it is ('skip') or is an error ('raise')",
+        "a NaN or Inf gradient leaves its matrix as it is ('skip'; ten in a row are an error) or is an error ('raise')",
         choices=("skip", "raise"),
     ),
 }

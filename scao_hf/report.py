@@ -16,7 +16,7 @@ from scao_hf.rules import rule_of
 from scao_hf.state import Groups, expected
 from scao_hf.update import blend_weight
 
-METRICS = ("rank", "captured_mass", "curvature_norm")
+METRICS = ("rank", "captured_mass", "curvature_norm", "damped")
 #: Beside a run's trainer_state.json: the figures of every matrix over time.
 STATISTICS_NAME = "scao_statistics.jsonl"
 
@@ -31,7 +31,7 @@ def _phase(bucket: Bucket) -> tuple[int, float]:
 
 
 def metrics(buckets: list[Bucket]) -> dict[str, float]:
-    """Means over all matrices: phase and blend of the furthest one, rank, captured mass, curvature norm; skipped steps.
+    """Means over all matrices: phase and blend of the furthest one, then ``METRICS``; skipped steps.
 
     One device synchronisation. Zeros where there is no matrix or no step yet.
     """
@@ -76,7 +76,8 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
             (names.get(param, "") + suffix + (f"[{expert}]" if bucket.packed else ""), shape)
             for param, suffix, block in bucket.members
             if block is not None
-            for shape in [block.part(param).shape[1:] if bucket.packed else param.shape]
+            # Of a tensor without memory, as a sharded parameter has none between two steps.
+            for shape in [block.part(torch.empty(param.shape, device="meta")).shape[1:] if bucket.packed else param.shape]
             for expert in range(block.size)
         ]
         for index, (name, shape) in enumerate(matrices):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, TORCH_OPTIONS
+from scao_hf.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -55,6 +56,19 @@ def _cells() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 
 def _passed(cell: dict[str, Any]) -> dict[str, str]:
     return dict(part.split("=", 1) for part in cell["optimizer"].split(":")[1:])
+
+
+def presets_table() -> str:
+    """The recommended options by size, for each rule."""
+    rows = ["| rule | trained parameters | options |", "|---|---|---|"]
+    low = 0
+    for preset in PRESETS:
+        high = f"below {preset.below:,}" if preset.below else "any" if low == 0 else f"{low:,} or more"
+        bounds = f"{low:,} to {high}" if low and preset.below else high
+        words = ", ".join(f"`{name}={value}`" for name, value in preset.options.items()) or "the defaults"
+        rows.append(f"| `{preset.rule}` | {bounds} | {words} |")
+        low = preset.below or 0
+    return "\n".join(rows) + "\n"
 
 
 def records_table() -> str:

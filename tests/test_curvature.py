@@ -18,6 +18,20 @@ def test_accumulate_and_debias_recover_a_constant() -> None:
     torch.testing.assert_close(curvature.debias(factor, 0.75, torch.full((1, 1, 1), 3.0)), outer)
 
 
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_basis_tells_whether_its_damping_was_above_the_floor(rank: int) -> None:
+    """Worked out from what a truncated basis keeps, against the damping itself."""
+    root = torch.randn(5, 6, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factor = root @ root.mT * torch.tensor([1e-8, 1e-6, 1e-5, 1e-3, 1.0])[:, None, None]
+    for eps in (1e-8, 1e-6):
+        damping = curvature.damping(factor, eps)
+        values, vectors = curvature.eigh(factor, damping) or pytest.fail("no decomposition")
+        basis = curvature.truncate(values, vectors, torch.full((5,), rank), width=6)
+        found = curvature.damped_above(basis.values, basis.tail, 6, eps)
+        assert found.tolist() == (damping > eps).double().tolist() and 0 < found.sum() < 5
+    assert curvature.damped_above(torch.zeros(1, 6), torch.ones(1), 6, 1e-8) == 0  # no basis yet
+
+
 def test_damping_is_the_larger_of_eps_and_a_share_of_the_mean_eigenvalue() -> None:
     factors = torch.stack([torch.diag(torch.tensor([1.0, 3.0])), torch.zeros(2, 2)])
     torch.testing.assert_close(curvature.damping(factors, 1e-8), torch.tensor([2e-4, 1e-8]))

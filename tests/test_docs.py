@@ -30,6 +30,7 @@ GENERATED = (
     (DOCS / "options.md", "options", documents.options_table),
     (DOCS / "options.md", "records", documents.records_table),
     (DOCS / "equations.md", "equations", documents.equations),
+    (DOCS / "published.md", "presets", documents.presets_table),
 )
 YAMLS = sorted((ROOT / "examples" / "axolotl").glob("*.yml"))
 

@@ -128,6 +128,45 @@ def test_a_non_finite_gradient_can_be_an_error_that_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, weights, strict=True))
 
 
+@pytest.mark.parametrize("logged", [False, True])  # statistics() has the stacks built anew
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the latter natively where there are kernels
+def test_ten_non_finite_gradients_in_a_row_are_an_error(dtype: torch.dtype, logged: bool) -> None:
+    params = fresh((4, 9), (4, 9), (5,), dtype=dtype)
+    optimizer = SCAO([("sound", params[0]), ("broken", params[1]), ("bias", params[2])], lr=0.1, **QUICK)
+    steps(optimizer, 5)
+    held, skipped = params[1].detach().clone(), 0
+    for _ in range(20):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        assert params[1].grad is not None
+        params[1].grad[1, 2] = float("nan")
+        before = params[0].detach().clone()
+        if logged:
+            optimizer.statistics()
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            assert "the parameter 'broken' of shape (4, 9) has had a gradient with NaN or Inf in at least 10" in str(
+                error
+            )
+            assert torch.equal(params[0], before)
+            break
+        skipped += 1
+    assert 10 <= skipped < 20 and torch.equal(params[1], held)
+    steps(optimizer, 25)  # all is well again
+    assert not torch.equal(params[1], held)
+
+
+def test_nine_non_finite_gradients_in_a_row_and_again_are_none() -> None:
+    params = fresh((4, 9), (5,))
+    optimizer = SCAO(params, lr=0.1, **QUICK)
+    for step in range(60):
+        for param in params:
+            param.grad = torch.full_like(param, 1.0 if step % 10 == 9 else float("nan"))
+        optimizer.step()
+    assert optimizer.state[params[0]]["taken"] == 6
+
+
 @RULES
 @pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e10, 1e25, 3e38])
 def test_gradients_of_any_scale_give_finite_steps_downhill(rule: str, scale: float) -> None:
@@ -369,7 +408,8 @@ def test_named_parameters_and_statistics() -> None:
 def test_metrics_before_and_after() -> None:
     params = fresh((4, 9))
     optimizer = SCAO(params, **QUICK)
-    names = ["scao/phase", "scao/blend", "scao/rank", "scao/captured_mass", "scao/curvature_norm", "scao/skipped"]
+    figures = ("phase", "blend", "rank", "captured_mass", "curvature_norm", "damped", "skipped")
+    names = [f"scao/{figure}" for figure in figures]
     assert optimizer.metrics() == dict.fromkeys(names, 0.0)
     steps(optimizer, 1)
     assert optimizer.metrics()["scao/phase"] == 1
@@ -377,6 +417,17 @@ def test_metrics_before_and_after() -> None:
     metrics = optimizer.metrics()
     assert metrics["scao/phase"] == 2 and metrics["scao/blend"] == 1 and 1 <= metrics["scao/rank"] <= 4
     assert all(type(value) is float for value in metrics.values())
+
+
+def test_a_matrix_at_the_bound_of_its_step_counts_as_damped() -> None:
+    params = fresh((4, 9), (4, 9))
+    optimizer = SCAO(params, **QUICK)
+    steps(optimizer, 8)
+    for gain, damped in ((2.0, 1), (0.5, 1), (1.9, 0)):
+        for param, value in zip(params, (gain, 1.0), strict=True):
+            optimizer.state[param]["gain"].fill_(value)
+        assert [row["damped"] for row in optimizer.statistics()] == [damped, 0]
+        assert optimizer.metrics()["scao/damped"] == damped / 2
 
 
 def test_nothing_trainable_is_a_clear_error() -> None:
@@ -413,14 +464,16 @@ ARROWS = {
     "curvature": set(),
     "distributed": {"distributed", "buckets", "integrity", "rules", "state"},
     "experts": set(),
+    "finite": {"buckets", "distributed", "state"},
     "integrity": set(),
     "moe": {"moe", "experts"},
     "ops": {"curvature", "update", "quantization"},
     "optimizer": {
-        *("buckets", "distributed", "experts", "integrity", "options", "ops"),
+        *("buckets", "distributed", "experts", "finite", "integrity", "options", "ops"),
         *("report", "rules", "state", "storage", "update"),
     },
     "options": set(),
+    "presets": {"options"},
     "quantization": set(),
     "reference": set(),
     "report": {"buckets", "rules", "state", "update"},

@@ -347,7 +347,9 @@ def test_unknown_model_offline_lists_what_is_known(monkeypatch: Any) -> None:
 # --- report
 
 
-def history(steps: int, start: int = 10, skipped: float = 0.0, scao: bool = True) -> list[dict[str, float]]:
+def history(
+    steps: int, start: int = 10, skipped: float = 0.0, scao: bool = True, damped: float = 0.0
+) -> list[dict[str, float]]:
     rows = []
     for step in range(1, steps + 1):
         row: dict[str, float] = {"step": step, "loss": 3 - step / 50, "learning_rate": 1e-3 / step, "grad_norm": 1.0}
@@ -357,6 +359,7 @@ def history(steps: int, start: int = 10, skipped: float = 0.0, scao: bool = True
             row |= {
                 "scao/captured_mass": 0.9 * (blend > 0),
                 "scao/curvature_norm": 1e-4 * step,
+                "scao/damped": damped,
                 "scao/skipped": skipped,
             }
         rows.append(row)
@@ -386,6 +389,7 @@ def matrix_records(folder: Path, steps: int, start: int = 0, every: int = 2, jum
                 "rank": (step > 10) * (3 + index // 2 + 3 * (index % 2)),
                 "captured_mass": 0.9 * (step > 10),
                 "curvature_norm": (1000.0 if step == jump and index == 5 else 1.0) * (1 + index),
+                "damped": 0,
                 "skipped": 4 * (index == 3),
             }
             for index, name in enumerate(NAMES)
@@ -438,6 +442,31 @@ def test_report_names_the_matrices_that_stand_out(tmp_path: Path) -> None:
     assert f"{NAMES[5]} has seen its curvature jump 1000-fold" in said
     assert f"{NAMES[3]} was left as it was for 4 steps" in said
     assert "left as it was" not in " ".join(matrices.findings(found, False))
+
+
+@pytest.mark.parametrize(
+    ("rule", "damped", "words"),
+    [
+        ("eigenbasis", 0, "No matrix is damped at the end"),
+        ("eigenbasis", 2, "2 of 8 matrices are damped at the end: to be as large as AdamW's, their steps"),
+        ("published", 8, "8 of 8 matrices have a factor that is damped by a ten-thousandth of its mean"),
+    ],
+)
+def test_report_counts_damped_matrices(tmp_path: Path, rule: str, damped: int, words: str) -> None:
+    found = matrices.read_matrices(matrix_records(tmp_path, 60))
+    assert found is not None
+    found.options["rule"] = rule
+    found.figures["damped"][-1][:damped] = [1.0] * damped
+    assert words in " ".join(matrices.findings(found, False))
+    assert "no direction in use" not in " ".join(matrices.findings(found, False))
+    found.figures["rank"][-1][0] = 0.0
+    assert "1 of 8 matrices have no direction in use" in " ".join(matrices.findings(found, False))
+
+
+def test_damped_matrices_are_drawn_where_there_are_any(tmp_path: Path) -> None:
+    for damped in (0.0, 0.25):
+        page = run_report.write_report(run_folder(tmp_path, history(30, damped=damped))).html
+        assert ("Damped matrices" in page.read_text(encoding="utf-8")) is (damped > 0)
 
 
 def test_records_of_a_resumed_run_follow_on_and_a_new_run_begins_anew(tmp_path: Path) -> None:
@@ -547,7 +576,8 @@ def test_report_of_a_real_trainer(tmp_path: Path) -> None:
     found = matrices.read_matrices(tmp_path)
     assert found is not None and found.steps == list(range(1, 9)) and len(found.milliseconds) == 8
     assert all(rank > 0 for rank in found.figures["rank"][-1]) and not any(found.figures["rank"][0])
-    assert report.html.read_text(encoding="utf-8").count("<svg ") == 10
+    drawn = 10 + any(any(record) for record in found.figures["damped"])
+    assert report.html.read_text(encoding="utf-8").count("<svg ") == drawn
 
 
 # --- doctor

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from scao_hf import SCAO, SCAOCallback, SCAOTrainer, SCAOTrainerMixin
 from scao_hf.trainer import check_scao_kwargs, refuse_parallelism, unwrap
 
-METRICS = {"scao/rank", "scao/phase", "scao/blend", "scao/curvature_norm", "scao/captured_mass"}
+METRICS = {"scao/rank", "scao/phase", "scao/blend", "scao/curvature_norm", "scao/captured_mass", "scao/damped"}
 #: Curvature early enough for runs of a few steps.
 EARLY = {"warmup_steps": 2, "precond_freq": 2, "blend_steps": 2}
 

@@ -311,14 +311,20 @@ class Eigenbasis:
         state["col"].copy_(square.mean(1, keepdim=True) * rest)
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
-        """Rank and captured mass of the long side; the curvature norm is that of the small side's factor."""
+        """Rank and captured mass of the long side; the curvature norm is that of the small side's factor.
+
+        Nothing is added to the factor here; ``damped`` are the matrices whose steps' size (U13) is held at its bound.
+        """
         norm = torch.linalg.vector_norm(state["factor"], dim=(1, 2))
         if "mask" not in state:
-            return {"rank": torch.zeros_like(norm), "captured_mass": torch.zeros_like(norm), "curvature_norm": norm}
+            none = torch.zeros_like(norm)
+            return {"rank": none, "captured_mass": none, "curvature_norm": norm, "damped": none}
         held = (state["long_values"] * state["mask"][:, 0]).sum(-1)
         total = state["long_values"].sum(-1) + state["long_tail"]
         mass = held / total.clamp_min(torch.finfo(total.dtype).tiny)
-        return {"rank": state["mask"].sum((1, 2)), "captured_mass": mass, "curvature_norm": norm}
+        gain = state["gain"]
+        damped = ((gain <= 1 / MOST_GAIN) | (gain >= MOST_GAIN)).to(norm.dtype)
+        return {"rank": state["mask"].sum((1, 2)), "captured_mass": mass, "curvature_norm": norm, "damped": damped}
 
     def start(self, group: dict[str, Any]) -> int:
         """(U1)."""

@@ -99,11 +99,17 @@ class Published:
         return False
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
-        """Means over the two sides; the curvature norm is that of the kept eigenvalues."""
+        """Means over the two sides; the curvature norm is that of the kept eigenvalues, damped those above (E3)'s floor."""
         rank = sum((state[f"{side}_values"] > 0).sum(-1).double() for side in SIDES)
         mass = sum(state[f"{side}_mass"].double() for side in SIDES)
         norm = sum(state[f"{side}_values"].double().norm(dim=-1) for side in SIDES)
-        return {"rank": rank / 2, "captured_mass": mass / 2, "curvature_norm": norm / 2}
+        damped = sum(
+            curvature.damped_above(
+                state[f"{side}_values"], state[f"{side}_tail"], state[f"{side}_vectors"].shape[1], group["eps"]
+            ).double()
+            for side in SIDES
+        )
+        return {"rank": rank / 2, "captured_mass": mass / 2, "curvature_norm": norm / 2, "damped": damped / 2}
 
     def start(self, group: dict[str, Any]) -> int:
         """(U1)."""

@@ -103,7 +103,7 @@ class Rule(Protocol):
         ...
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
-        """``rank``, ``captured_mass`` and ``curvature_norm`` of each matrix, ``[N]`` each."""
+        """``rank``, ``captured_mass``, ``curvature_norm`` and ``damped`` (1 or 0; a mean) of each matrix, ``[N]`` each."""
         ...
 
     def start(self, group: dict[str, Any]) -> int:

@@ -193,6 +193,7 @@ def findings(found: Matrices, skipped: bool) -> list[str]:
             f"{sum(full)} of {len(full)} matrices use all {limit} directions that k_max allows and hold less than the "
             f"{wanted:.0%} that epsilon_sparse asks for: a larger scao_k_max would keep more, for more memory."
         )
+    said += _damped(found)
     if skipped:
         said += _worst(found, "skipped", lambda rows: rows[-1], "was left as it was for {value:.0f} steps")
     said += _worst(
@@ -209,6 +210,31 @@ def _refreshes(found: Matrices) -> str:
         f"Each of the {len(found.names)} matrices refreshes its basis every {group['precond_freq']} steps, {turns}; "
         f"phase 2 begins after step {start}."
     )
+
+
+def _damped(found: Matrices) -> list[str]:
+    """Of how many matrices the curvature is damped, and those that have none to damp in phase 2."""
+    count, total = sum(value > 0 for value in found.figures["damped"][-1]), len(found.names)
+    if found.options["rule"] == "published":
+        said = [
+            f"{count} of {total} matrices have a factor that is damped by a ten-thousandth of its mean, which is above eps: "
+            "usual, but where gradients are tiny."
+        ]
+    elif count:
+        said = [
+            f"{count} of {total} matrices are damped at the end: to be as large as AdamW's, their steps would have to be "
+            "scaled by more than two either way, and two is the bound."
+        ]
+    else:
+        said = [
+            "No matrix is damped at the end: every step is scaled to the size of AdamW's within the bounds of that."
+        ]
+    idle = sum(rank == 0 for rank in found.figures["rank"][-1])
+    if 0 < idle < total:
+        said.append(
+            f"{idle} of {total} matrices have no direction in use: hardly any gradient has reached them so far."
+        )
+    return said
 
 
 def _jump(values: list[float]) -> float:

@@ -50,6 +50,12 @@ PANELS = (
     ),
     Panel("scao/curvature_norm", "Curvature norm", "How large the curvature is. A jump means unusual gradients.", True),
     Panel(
+        "scao/damped",
+        "Damped matrices",
+        "The share of the matrices that are damped: their steps are scaled as far as is allowed, or, with the published "
+        "rule, a factor is damped by more than the least.",
+    ),
+    Panel(
         "scao/skipped", "Skipped steps", "How often so far a matrix was left as it was: its gradient held NaN or Inf."
     ),
 )
@@ -81,10 +87,10 @@ def _draw(axes: Axes, run: Run, panel: Panel) -> None:
     if panel.key == "loss" and len(values) > 20:
         axes.plot(steps, values, color=LINE, linewidth=0.7, alpha=0.35)
         values = smooth(values, max(5, len(values) // 20))
-    axes.plot(steps, values, color=LINE, linewidth=1.6, marker="o" if len(steps) < 3 else None, markersize=4)
+    axes.plot(steps, values, color=LINE, linewidth=1.6, marker="o" if len(steps) < 13 else None, markersize=4)
     if panel.log and all(value > 0 for value in values if math.isfinite(value)) and max(values) > 20 * min(values):
         axes.set_yscale("log")
-    if panel.key == "scao/captured_mass":
+    if panel.key in ("scao/captured_mass", "scao/damped"):
         axes.set_ylim(0, 1.03)
     axes.margins(x=0)
     axes.grid(axis="y", color=GRID, linewidth=0.5)
@@ -140,7 +146,7 @@ def _png(run: Run, panels: list[Panel], path: Path) -> None:
     for part, (panel, draw) in zip(parts, pictures, strict=False):
         part.suptitle(panel.title, fontsize=11, color=INK)
         draw(part)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
 
 
 _STYLE = """
@@ -196,8 +202,9 @@ def write_report(run_dir: Path, out: Path | None = None) -> Report:
     """
     run = read_run(run_dir)
     panels = [panel for panel in PANELS if any(map(math.isfinite, run.series.get(panel.key, ([], []))[1]))]
-    if not any(run.series.get("scao/skipped", ([], []))[1]):
-        panels = [panel for panel in panels if panel.key != "scao/skipped"]  # a sentence says it
+    # Where these are zero throughout, a sentence says it.
+    silent = [key for key in ("scao/skipped", "scao/damped") if not any(run.series.get(key, ([], []))[1])]
+    panels = [panel for panel in panels if panel.key not in silent]
     said = findings(run)
     folder = out or run_dir
     html, png = folder / HTML_NAME, folder / PNG_NAME
