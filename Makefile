@@ -21,13 +21,15 @@ OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 export SCAO_DEMO_MODEL
 
 .DELETE_ON_ERROR:
-.PHONY: help bench-costs bench-quick demo demo-compare demo-inputs docs ext gpu survival test test-long lint clean
+.PHONY: help bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long lint clean
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
 	@echo 'make demo-compare  the same run with AdamW and with SCAO, one table'
 	@echo 'make bench-quick   a reduced sweep against other optimizers: tables and plots, in under 20 minutes'
 	@echo 'make bench-costs   step times and memory, into the committed tables: half an hour on an idle machine'
+	@echo 'make reproduce-quick   the published experiments in a reduced form, in under 15 minutes'
+	@echo 'make reproduce     all of them: hours; repeat it to go on'
 	@echo 'make gpu           on a machine with a GPU: every CUDA kernel checked, step times, QLoRA runs, one record'
 	@echo 'make lint          ruff and mypy'
 	@echo 'make test          lint, then the tests with coverage'
@@ -116,6 +118,17 @@ bench-costs: $(VENV)/.bench ext
 	$(OFFLINE) $(BIN)/python examples/benchmarks/memory.py --redo-stale
 	@mkdir -p runs/benchmarks
 	$(BIN)/python examples/benchmarks/tables.py --write --plots runs/benchmarks > runs/benchmarks/tables.md
+
+# The published experiments. The reduced form learns from the demo's data, so that nothing is downloaded.
+reproduce-quick: $(VENV)/.bench ext
+	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python examples/benchmarks/reproduce.py --quick --minutes 8 \
+		--out runs/benchmarks/reproduce-quick
+	$(BIN)/python examples/benchmarks/tables.py runs/benchmarks/reproduce-quick/*.jsonl
+
+# DATA=FILE or the name of a data set on the hub.
+reproduce: $(VENV)/.bench ext
+	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmarks/reproduce.py $(if $(DATA),--data $(DATA))
+	$(BIN)/python examples/benchmarks/tables.py runs/benchmarks/reproduce/*.jsonl
 
 # The check comes first: building takes minutes and needs nvcc.
 gpu: $(VENV)/.bench

@@ -29,12 +29,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from scao_hf import SCAO, create_scao_optimizer
+from scao_hf.experts import Packing, unpack
 
 #: Curvature from step 3 on, a refresh of every matrix within 2 steps.
 QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
 STEPS = 12
 #: What says which model it is.
-MODEL: dict[str, Any] = {"lora": False, "dtype": torch.float64, "deep": 0}
+MODEL: dict[str, Any] = {"lora": False, "dtype": torch.float64, "deep": 0, "experts": 0, "four_bit": False}
 BATCH = 8
 CPU = torch.device("cpu")
 SCENARIOS: dict[str, Callable[..., Any]] = {}
@@ -45,12 +46,33 @@ def scenario(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def in_four_bits(layer: nn.Linear) -> nn.Module:
+    """A frozen layer of bitsandbytes, which FSDP2 can shard with the patch that Axolotl trains QLoRA with."""
+    import bitsandbytes as bnb
+    from axolotl.monkeypatch import fsdp2_qlora
+
+    fsdp2_qlora.apply_init_sharded_param_patch()
+    fsdp2_qlora.apply_init_unsharded_param_patch()
+    packed = bnb.nn.Linear4bit(
+        layer.in_features,
+        layer.out_features,
+        quant_type="nf4",
+        quant_storage=torch.float32,
+        compute_dtype=torch.float32,
+    )
+    packed.load_state_dict(layer.state_dict())
+    result: nn.Module = packed.requires_grad_(False).to(CPU)
+    return result
+
+
 class Lora(nn.Module):
     """A frozen linear layer with a trainable pair of rank 3."""
 
-    def __init__(self, inside: int, outside: int) -> None:
+    def __init__(self, inside: int, outside: int, four_bit: bool = False) -> None:
         super().__init__()
         self.base = nn.Linear(inside, outside).requires_grad_(False)
+        if four_bit:
+            self.base = in_four_bits(self.base)
         self.lora_A = nn.Linear(inside, 3, bias=False)
         self.lora_B = nn.Linear(3, outside, bias=False)
 
@@ -59,13 +81,35 @@ class Lora(nn.Module):
         return result
 
 
-def build(lora: bool = False, dtype: torch.dtype = torch.float64, deep: int = 0) -> nn.Module:
+class Experts(nn.Module):
+    """Frozen experts, all of them for every input, with trainable pairs of rank 2 packed as PEFT packs them."""
+
+    def __init__(self, inside: int, outside: int, experts: int) -> None:
+        super().__init__()
+        self.parameter_name, self.num_experts = "weight", experts
+        self.base = nn.Parameter(torch.randn(experts, outside, inside) / 4, requires_grad=False)
+        self.gate = nn.Linear(inside, experts).requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(inside, 2 * experts, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2 * experts, outside, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = unpack(self.lora_A["default"].weight, Packing("A", self.num_experts))
+        b = unpack(self.lora_B["default"].weight, Packing("B", self.num_experts))
+        return torch.einsum("xe,eoi,xi->xo", self.gate(x).softmax(-1), self.base + b @ a, x)
+
+
+def build(
+    lora: bool = False, dtype: torch.dtype = torch.float64, deep: int = 0, experts: int = 0, four_bit: bool = False
+) -> nn.Module:
     """Sides that no number of processes divides, biases, and a first dimension that is smaller than four."""
     torch.manual_seed(0)
-    if deep:
+    if experts:
+        layers: list[nn.Module] = [Experts(10, 13, experts), nn.Tanh(), Experts(13, 2, experts)]
+    elif deep:
         layers = [Lora(10, 13), *(Lora(13, 13) for _ in range(deep)), Lora(13, 2)]
     elif lora:
-        layers = [Lora(10, 13), nn.Tanh(), Lora(13, 10), nn.Tanh(), Lora(10, 2)]
+        inner = 16 if four_bit else 13  # packed weights fill whole numbers of float32
+        layers = [Lora(10, inner, four_bit), nn.Tanh(), Lora(inner, 10, four_bit), nn.Tanh(), Lora(10, 2)]
     else:
         layers = [nn.Linear(10, 13), nn.Tanh(), nn.Linear(13, 7), nn.Tanh(), nn.Linear(7, 2)]
     return nn.Sequential(*layers).to(dtype)
@@ -130,12 +174,14 @@ def alone(
     lora: bool = False,
     dtype: torch.dtype = torch.float64,
     deep: int = 0,
+    experts: int = 0,
+    four_bit: bool = False,
     poisoned: int = -1,
     steps: int = STEPS,
     **options: Any,
 ) -> tuple[dict[str, Tensor], SCAO]:
     """The same run in one process."""
-    model = build(lora, dtype, deep)
+    model = build(lora, dtype, deep, experts, four_bit)
     optimizer = create_scao_optimizer(model, lr=0.02, **{**QUICK, **options})
     train_parts(model, optimizer, range(steps), world, poisoned)
     return weights(model), optimizer
@@ -184,6 +230,8 @@ def sharded(
     lora: bool = False,
     dtype: torch.dtype = torch.float64,
     deep: int = 0,
+    experts: int = 0,
+    four_bit: bool = False,
     late: bool = False,
     mesh: tuple[int, ...] = (),
     **options: Any,
@@ -192,7 +240,7 @@ def sharded(
 
     ``late``: the optimizer is built before the model is sharded, and its parameters are swapped, as Accelerate does.
     """
-    model = build(lora, dtype, deep)
+    model = build(lora, dtype, deep, experts, four_bit)
     grid = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")) if mesh else None
     if not late:
         return shard(model, grid), create_scao_optimizer(model, lr=0.02, **{**QUICK, **options})

@@ -39,6 +39,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsdp-lora-fp32": {"kind": "fsdp", "lora": True, "dtype": torch.float32},
     "fsdp-lora-late": {"kind": "fsdp", "lora": True, "late": True},
     "fsdp-blocks": {"kind": "fsdp", "max_precond_dim": 5},
+    "ddp-shared-experts": {"kind": "ddp", "share": True, "experts": 3},
+    "fsdp-experts": {"kind": "fsdp", "experts": 3},
+    "fsdp-experts-late": {"kind": "fsdp", "experts": 3, "late": True},
+    "fsdp-4-bit": {"kind": "fsdp", "lora": True, "four_bit": True, "dtype": torch.float32},
     "fsdp-published": {"kind": "fsdp", "rule": "published", "max_precond_dim": 5},
 }
 #: What two processes show is not shown again with four.
@@ -51,6 +55,7 @@ ON_FOUR = (
     "fsdp-fp32",
     "fsdp-nan",
     "fsdp-lora",
+    "fsdp-experts",
     "fsdp-deep",
 )
 HYBRID = {"fsdp-hybrid": {"kind": "fsdp", "lora": True, "mesh": (2, 2)}}

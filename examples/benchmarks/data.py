@@ -115,8 +115,10 @@ def load(where: str | None) -> Source:
         from datasets import load_dataset
 
         name, _, part = str(where).partition(":")
-        rows = [question_answer(row) for row in load_dataset(name, part or None, split="train")]
-        content = ""
+        found = load_dataset(name, part or None, split="train")
+        plain = "text" in found.column_names
+        content = "".join(found["text"]) if plain else ""
+        rows = [] if plain else [question_answer(row) for row in found]
     text = "\n\n".join(f"{question}\n{answer}" for question, answer in rows) if rows else content
     if not text.strip():
         raise ValueError(f"{where} is empty: give a .jsonl of question/answer rows or a text file")

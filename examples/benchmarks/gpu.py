@@ -19,7 +19,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +37,7 @@ from scao_hf import SCAO, ops
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 PARTS = ("kernels", "copy", "load", "gpt2", "qlora")
 MODEL = "Qwen/Qwen2.5-3B"
+SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OPTIMIZERS = {
     "load": ("adamw", "adamw-foreach", "scao", "scao-pytorch", "muon", "polora", "adamw8bit"),
     "gpt2": ("adamw", "scao", "muon", "soap"),
@@ -149,9 +150,8 @@ def kernels(device: str) -> dict[str, Any]:
     }
 
 
-def load_4bit(name: str, rank: int, device: str) -> Any:
-    """The model in NF4 with double quantisation and LoRA on all seven linear maps, with gradient checkpointing."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+def base_4bit(name: str, device: str) -> Any:
+    """The model in NF4 with double quantisation."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = compute_dtype(device)
@@ -162,8 +162,15 @@ def load_4bit(name: str, rank: int, device: str) -> Any:
         name, quantization_config=quantization, dtype=dtype, device_map={"": 0 if device == "cuda" else device}
     )
     model.config.use_cache = False
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(models.TARGETS), task_type="CAUSAL_LM")
+    return model
+
+
+def load_4bit(name: str, rank: int, device: str, targets: Sequence[str] = models.TARGETS) -> Any:
+    """The model in NF4 with LoRA on linear maps, with gradient checkpointing."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(base_4bit(name, device), use_gradient_checkpointing=True)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 
@@ -202,8 +209,9 @@ def qlora(cell: speed.Cell, progress: Callable[[str], None], device: str = "cuda
     rows = data.encode(source.rows, lambda text: tokenizer.encode(text, add_special_tokens=False), end)
     rows = [row for row in rows if sum(map(len, row)) <= cell["max_tokens"]]
     order = data.batch_order(rows, cell["batch"], 0)
-    if len(order) < cell["steps"]:
-        raise ValueError(f"--steps {cell['steps']} is more than the {len(order)} batches of the data")
+    parts = cell.get("accumulate", 1)
+    if len(order) < cell["steps"] * parts:
+        raise ValueError(f"--steps {cell['steps']} is more than the {len(order) // parts} batches of the data")
     runs = {}
     for spec in cell["optimizers"]:
         gc.collect()
@@ -211,7 +219,7 @@ def qlora(cell: speed.Cell, progress: Callable[[str], None], device: str = "cuda
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         torch.manual_seed(0)
-        model = load_4bit(name, cell["rank"], device)
+        model = load_4bit(name, cell["rank"], device, cell.get("targets", models.TARGETS))
         optimizer = peers.create(spec, model, cell["lr"])
         losses, times, own = [], [], []
         scaler = torch.amp.GradScaler(device, enabled=compute_dtype(device) == torch.float16)
@@ -219,9 +227,12 @@ def qlora(cell: speed.Cell, progress: Callable[[str], None], device: str = "cuda
             progress(f"{spec}: step {step + 1} of {cell['steps']}")
             loads.synchronize()
             started = time.perf_counter()
-            with torch.autocast(device, compute_dtype(device), enabled=compute_dtype(device) != torch.float32):
-                loss = model(**batch_of([rows[row] for row in order[step]], device)).loss
-            scaler.scale(loss).backward()
+            mean = 0.0
+            for part in order[step * parts : (step + 1) * parts]:
+                with torch.autocast(device, compute_dtype(device), enabled=compute_dtype(device) != torch.float32):
+                    loss = model(**batch_of([rows[row] for row in part], device)).loss / parts
+                scaler.scale(loss).backward()
+                mean += loss.detach()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(peers.parameters(model), 1.0)
             loads.synchronize()
@@ -232,7 +243,7 @@ def qlora(cell: speed.Cell, progress: Callable[[str], None], device: str = "cuda
             own.append(time.perf_counter() - before)
             optimizer.zero_grad()
             times.append(time.perf_counter() - started)
-            losses.append(round(loss.item(), 5))
+            losses.append(round(float(mean), 5))
         runs[spec] = {
             "loss": losses,
             "seconds_per_step": round(statistics.median(times[2:]), 5),

@@ -12,8 +12,9 @@ import math
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -237,12 +238,17 @@ def copy_bandwidth(megabytes: int = 256, repeats: int = 7) -> float:
     return statistics.median(rates)
 
 
+def fingerprint(files: Iterable[Path]) -> str:
+    """Of the content of files, whatever their order."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 @functools.cache  # of the code that was imported, whatever is written to the files later
 def code_fingerprint() -> str:
     """A fingerprint of all code that takes part in a step, native kernels included, to see which a result belongs to."""
-    digest = hashlib.sha256()
     native = [path for path in (data.ROOT / "csrc").glob("*.*") if path.suffix != ".md"]
     python = [path for path in (data.ROOT / "scao_hf").rglob("*.py") if "tools" not in path.parts]
-    for path in sorted([*native, *python]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    return fingerprint([*native, *python])

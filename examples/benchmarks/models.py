@@ -17,6 +17,10 @@ from torch import Tensor, nn
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PRETRAINING_STEPS = 600
 
+#: The GPTs that are trained from scratch, by their parameters: layers, width, heads, context. They are those of the
+#: published experiments, where the second and the third are called 5M and 10M.
+GPT_SIZES = {"838k": (4, 128, 4, 128), "2.7m": (6, 192, 4, 128), "4.9m": (6, 256, 8, 256)}
+
 
 def device() -> torch.device:
     """The GPU if there is one."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import sweep
 
 #: The result file that this module reads.
 FILE = "moe.jsonl"
@@ -30,24 +31,42 @@ def origin(found: list[Record]) -> str:
 
 
 def training(found: list[Record], what: str, digits: int) -> str:
-    """Each optimizer at its best learning rate, against AdamW at its own."""
+    """Each optimizer at its best learning rate, against AdamW at its own.
+
+    Of an optimizer whose rule has changed since, the runs of the rule that ran last count.
+    """
+    latest = {record["cell"]["optimizer"]: record["cell"]["options"] for record in found}
     losses: dict[str, dict[float, dict[int, float]]] = {}
     for record in found:
         cell = record["cell"]
-        losses.setdefault(cell["optimizer"], {}).setdefault(cell["lr"], {})[cell["seed"]] = record["figures"]["loss"]
-    best = {name: min(rates, key=lambda lr: statistics.mean(rates[lr].values())) for name, rates in losses.items()}
+        if cell["options"] == latest[cell["optimizer"]]:
+            losses.setdefault(cell["optimizer"], {}).setdefault(cell["lr"], {})[cell["seed"]] = record["figures"][
+                "loss"
+            ]
+    best = {}
+    for name, rates in losses.items():
+        most = max(map(len, rates.values()))  # means over different seeds would not be comparable
+        best[name] = min(
+            (lr for lr in rates if len(rates[lr]) == most), key=lambda lr: statistics.mean(rates[lr].values())
+        )
     reference = losses["adamw"][best["adamw"]]
     rows = []
     for name, rates in losses.items():
         seeds = rates[best[name]]
-        mean = statistics.mean(seeds.values())
-        ratios = [loss / reference[seed] for seed, loss in seeds.items()]
+        ratios = [loss / reference[seed] for seed, loss in seeds.items() if seed in reference]
         edge = " (edge)" if best[name] in (min(rates), max(rates)) else ""
         tried = ", ".join(f"{lr:g}: {statistics.mean(rates[lr].values()):.{digits}f}" for lr in sorted(rates))
-        spread = f"{mean:.{digits}f} ± {statistics.stdev(seeds.values()):.{digits}f} ({len(seeds)})"
-        against = "" if name == "adamw" else f"{statistics.mean(ratios):.{digits}f}x"
-        rows.append([f"`{name}`", f"{best[name]:g}{edge}", spread, against, tried])
-    return markdown(["optimizer", "best lr", f"{what} (seeds)", "against AdamW", "all rates tried"], rows)
+        against = "" if name == "adamw" else f"{spread(ratios, digits)}x"
+        rows.append([f"`{name}`", f"{best[name]:g}{edge}", f"{spread(list(seeds.values()), digits)}", against, tried])
+    seeds_of = sorted({len(rates[best[name]]) for name, rates in losses.items()})
+    head = ["optimizer", "best lr", f"{what} ({' or '.join(map(str, seeds_of))} seeds)", "against AdamW, seed by seed"]
+    return markdown([*head, "all rates tried"], rows)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def layer(found: list[Record]) -> str:
@@ -56,7 +75,7 @@ def layer(found: list[Record]) -> str:
     for record in sorted(found, key=lambda record: record["cell"]["experts"]):
         ms, extra = record["figures"]["ms"], record["figures"]["extra_bytes"]
         for name in sorted(ms, key=ms.__getitem__):
-            words = name if name == "without LoRA" else "fused" if name == "fused" else f"PEFT, `{name}`"
+            words = name if name == "fused" or name.startswith("without") else f"PEFT, `{name}`"
             ratio = f"{ms[name] / ms['fused']:.2f}x"
             peak = f"{extra[name] / MIB:.0f} MiB" if name in extra else "not measured"
             rows.append([str(record["cell"]["experts"]), words, f"{ms[name]:.0f}", ratio, peak])
@@ -84,9 +103,8 @@ def tables(paths: Iterable[Path]) -> dict[str, str]:
     """All tables by name."""
     found: dict[str, list[Record]] = {}
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            found.setdefault(record["part"], []).append(record)
+        for record in sweep.read(path)[0].values():
+            found.setdefault(record["cell"]["part"], []).append(record)
     makers = {
         "toy": lambda records: training(records, "relative error", 3),
         "small": lambda records: training(records, "held-out loss", 4),

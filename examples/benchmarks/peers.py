@@ -15,13 +15,15 @@ import inspect
 from collections.abc import Callable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from polora import PoLoRA, lora_pairs
+from shampoo import Shampoo
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scao_hf import SCAO
+from scao_hf import SCAO, curvature
 
 Builder = Callable[..., Optimizer]
 
@@ -82,6 +84,20 @@ def scao_published(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     return SCAO(trainable(model), lr=lr, weight_decay=0.0, rule="published", **options)
 
 
+class Undebiased(SCAO):
+    """The published rule whose curvature averages are used as they are, without (E2), which nobody should do."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of SCAO with (E2) left out."""
+        with mock.patch.object(curvature, "debias", lambda factor, rho, count: factor):
+            return super().step(closure)
+
+
+def scao_published_undebiased(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """SCAO with the published rule and no bias correction, for an ablation."""
+    return Undebiased(trainable(model), lr=lr, weight_decay=0.0, rule="published", **options)
+
+
 def muon(model: nn.Module, lr: float, adjust_lr_fn: str = "match_rms_adamw") -> Optimizer:
     """torch.optim.Muon on the matrices, AdamW on embeddings and everything else."""
     matrices = [param for name, param in trainable(model) if param.ndim == 2 and "embed" not in name]
@@ -117,6 +133,11 @@ def shampoo(
         preconditioning_compute_steps=preconditioning_compute_steps,
         **options,
     )
+
+
+def plain_shampoo(model: nn.Module, lr: float, epsilon: float = 1e-4, decomposition: str = "svd") -> Optimizer:
+    """Shampoo from its definition (shampoo.py)."""
+    return Shampoo(parameters(model), lr=lr, epsilon=epsilon, decomposition=decomposition)
 
 
 def scao_pypi(model: nn.Module, lr: float, **options: Any) -> Optimizer:
@@ -169,10 +190,12 @@ PEERS: dict[str, tuple[Builder, tuple[str, ...]]] = {
     "adamw": (adamw, ("torch",)),
     "scao": (scao, ("scao-hf",)),
     "scao-published": (scao_published, ("scao-hf",)),
+    "scao-published-undebiased": (scao_published_undebiased, ("scao-hf",)),
     "scao-pypi": (scao_pypi, ("scao",)),
     "muon": (muon, ("torch",)),
     "soap": (soap, ("pytorch_optimizer",)),
     "shampoo": (shampoo, ("pytorch_optimizer",)),
+    "plain-shampoo": (plain_shampoo, ()),
     "adamw8bit": (adamw8bit, ("bitsandbytes",)),
     "loraplus": (loraplus, ("peft",)),
     "riemannian": (riemannian, ("peft",)),
@@ -236,8 +259,8 @@ def resolved(spec: str) -> dict[str, Any]:
         ValueError: an unknown optimizer, or an option or value that SCAO does not have.
     """
     name, options = parse(spec)
-    if name in ("scao", "scao-published"):
-        rule = "published" if name == "scao-published" else options.pop("rule", "eigenbasis")
+    if name in ("scao", "scao-published", "scao-published-undebiased"):
+        rule = "published" if name.startswith("scao-published") else options.pop("rule", "eigenbasis")
         try:
             return {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())))}
         except TypeError as error:

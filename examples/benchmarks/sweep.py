@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import data
+import models
 import peers
 import provenance
 import tasks
@@ -67,14 +69,16 @@ def cells(definition: dict[str, Any], arguments: argparse.Namespace) -> Iterator
             "steps": arguments.steps,
             "schedule": arguments.schedule,
             "warmup": WARMUP,
-            "clip": CLIP,
+            "clip": arguments.clip,
             "weight_decay": 0.0,
-            "eval_steps": eval_steps(arguments.task, arguments.steps),
+            "eval_steps": eval_steps(arguments.task, arguments.steps, arguments.eval_every),
         }
 
 
-def eval_steps(task: str, steps: int) -> list[int]:
-    """After which steps the held-out loss is taken."""
+def eval_steps(task: str, steps: int, every: int | None = None) -> list[int]:
+    """After which steps the held-out loss is taken: every so many, or after the task's parts of a run."""
+    if every:
+        return sorted({*range(every, steps + 1, every), steps})
     return sorted({max(1, round(part * steps)) for part in EVAL_AT[task]})
 
 
@@ -148,7 +152,7 @@ def run(task: tasks.Task, cell: dict[str, Any], bar: tqdm[Any]) -> dict[str, Any
         with step_clock:
             loss = task.loss(step)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(params, CLIP)
+            torch.nn.utils.clip_grad_norm_(params, cell["clip"] or math.inf)
             try:
                 with optimizer_clock:
                     optimizer.step()
@@ -189,8 +193,8 @@ def run(task: tasks.Task, cell: dict[str, Any], bar: tqdm[Any]) -> dict[str, Any
 
 
 def numbers(kind: type) -> Any:
-    """A command-line type: values separated by commas."""
-    return lambda text: [kind(part) for part in text.split(",") if part]
+    """A command-line type: values separated by commas; those in parentheses belong to a value."""
+    return lambda text: [kind(part) for part in re.split(r",(?![^(]*\))", text) if part]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -204,7 +208,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="default: %(default)s")
     parser.add_argument("--rank", type=int, default=16, help="of the LoRA factors (default: %(default)s)")
     parser.add_argument("--batch", type=int, help="rows per step (default: 4, 4 and 16 for qlora, tiny and gpt)")
-    parser.add_argument("--max-tokens", type=int, default=128, help="longest row that is used (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, help="longest row that is used (default: 128, or the size's context)")
+    parser.add_argument("--size", choices=models.GPT_SIZES, default="838k", help="of gpt (default: %(default)s)")
+    parser.add_argument("--clip", type=float, default=CLIP, help="norm of a step's gradient, 0: none (default: 1)")
+    parser.add_argument("--eval-every", type=int, help="steps between held-out losses (default: parts of the run)")
     parser.add_argument("--data", help="a .jsonl or text file, or a hub name (default: the demo's docstrings)")
     parser.add_argument("--out", type=Path, required=True, help="result file, added to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
@@ -226,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     batch = arguments.batch or BATCH[arguments.task]
     try:
         source = data.load(arguments.data)
-        task = tasks.build(arguments.task, source, arguments.rank, batch, arguments.max_tokens)
+        task = tasks.build(arguments.task, source, arguments.rank, batch, arguments.max_tokens, arguments.size)
         if arguments.steps > task.steps_available:
             raise ValueError(f"--steps {arguments.steps} is more than the {task.steps_available} batches of the data")
     except ValueError as error:

@@ -19,12 +19,14 @@ from pathlib import Path
 
 import costs
 import moe_tables
+import published_tables
 import survival_tables
+import verdict_tables
 from runs import Record, Setting, best_lr, crossing, loss_of, means, reversed_pairs, seconds, settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PAGES = ("benchmarks", "moe", "survival")
+PAGES = ("benchmarks", "moe", "published-experiments", "survival")
 READMES = (ROOT / "README.md", HERE / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
 REFERENCE = "adamw"
 MARKER = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
@@ -198,7 +200,7 @@ def read(paths: Iterable[Path]) -> tuple[list[Setting], list[costs.Record]]:
     """The settings of the sweeps and the measurements of speed and memory in result files."""
     sweeps, measured = [], []
     for path in paths:
-        if path.name not in (moe_tables.FILE, survival_tables.FILE):
+        if path.name not in (moe_tables.FILE, survival_tables.FILE, *verdict_tables.FILES):
             (measured if path.name in costs.FILES else sweeps).append(path)
     return settings(sweeps), costs.records(measured)
 
@@ -208,7 +210,8 @@ def everything(paths: Sequence[Path]) -> dict[str, str]:
     found, cost = read(paths)
     mixtures = moe_tables.tables(path for path in paths if path.name == moe_tables.FILE)
     survived = survival_tables.tables(path for path in paths if path.name == survival_tables.FILE)
-    return {**tables(found), **costs.tables(cost), **mixtures, **survived}
+    experiments = published_tables.tables(found, paths)
+    return {**tables(found), **costs.tables(cost), **mixtures, **survived, **experiments}
 
 
 def fill(text: str, made: dict[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 - ``qlora``: SmolLM2-135M-Instruct in NF4, LoRA on all seven linear targets, instruction rows.
 - ``tiny``: the same on a one-million-parameter Qwen2-style model that is pretrained here, once.
-- ``gpt``: a 837,888-parameter GPT from scratch on the bytes of a text.
+- ``gpt``: a GPT of 837,888 parameters, or of another size of ``models.GPT_SIZES``, from scratch on the bytes of a text.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import data
 import torch
 import torch.nn.functional as F
-from models import GPT, TARGETS, cached, device, prepare_smollm2, prepare_tiny
+from models import GPT, GPT_SIZES, TARGETS, cached, device, prepare_smollm2, prepare_tiny
 from torch import Tensor, nn
 
 EVAL_ROWS = 64
@@ -59,7 +60,14 @@ class LoraTask(Task):
     """LoRA on a frozen causal model; the loss covers the answers only."""
 
     def __init__(
-        self, base: nn.Module, rows: list[data.Tokens], rank: int, batch: int, length: int, definition: dict[str, Any]
+        self,
+        base: nn.Module,
+        rows: list[data.Tokens],
+        rank: int,
+        batch: int,
+        length: int,
+        definition: dict[str, Any],
+        targets: Sequence[str] = TARGETS,
     ) -> None:
         from peft import LoraConfig, get_peft_model
 
@@ -72,12 +80,12 @@ class LoraTask(Task):
         if not self.held_out:
             raise ValueError(f"no held-out row has at most {length} tokens: raise --max-tokens")
         self.bf16 = next(base.parameters()).dtype == torch.bfloat16
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
         self.model = get_peft_model(base, config).to(device())
         self.body, self.head = base.model, base.lm_head
         names = {name.split(".")[-1] for name, _ in base.named_modules()}
-        if not names.issuperset(TARGETS):
-            raise ValueError(f"the model lacks {sorted(set(TARGETS) - names)}")
+        if not names.issuperset(targets):
+            raise ValueError(f"the model lacks {sorted(set(targets) - names)}")
         self.definition = {
             **definition,
             "rank": rank,
@@ -126,7 +134,9 @@ class LoraTask(Task):
 class GptTask(Task):
     """A GPT from scratch on the bytes of a text; exp of its loss is the perplexity per byte."""
 
-    def __init__(self, source: data.Source, batch: int = 16, context: int = 128) -> None:
+    def __init__(self, source: data.Source, batch: int = 16, context: int | None = None, size: str = "838k") -> None:
+        layers, width, heads, usual_context = GPT_SIZES[size]
+        context = context or usual_context
         text = torch.tensor(list(source.text.encode()), dtype=torch.long)
         held_out = len(text) // 10
         self.text, tail = text[:-held_out], text[-held_out:]
@@ -134,10 +144,12 @@ class GptTask(Task):
         if windows < 1:
             raise ValueError(f"{source.name} has {len(text)} bytes: at least {10 * (context + 1)} are needed")
         self.tail = torch.stack([tail[at * context : at * context + context + 1] for at in range(windows)])
-        self.model = GPT(context=context).to(device())
+        self.model = GPT(layers, width, heads, context).to(device())
         self.batch, self.context, self.steps_available = batch, context, sys.maxsize
         self.definition = {
-            "model": "GPT, 4 layers, width 128, 4 heads, bytes",
+            "model": f"GPT, {layers} layers, width {width}, {heads} heads, bytes",
+            # Runs of the first size were recorded before there were others.
+            **({} if size == "838k" else {"size": size}),
             "batch": batch,
             "max_tokens": context,
             "held_out": f"{data.HELD_OUT_TEXT}; of it the first {windows} windows",
@@ -161,7 +173,7 @@ class GptTask(Task):
         return F.cross_entropy(self.model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
-def build(name: str, source: data.Source, rank: int, batch: int, length: int) -> Task:
+def build(name: str, source: data.Source, rank: int, batch: int, length: int | None = None, size: str = "838k") -> Task:
     """Make a task.
 
     Args:
@@ -169,14 +181,15 @@ def build(name: str, source: data.Source, rank: int, batch: int, length: int) ->
         source: its data; the first two need rows.
         rank: of the LoRA factors (not used by ``gpt``).
         batch: rows or windows per step.
-        length: tokens of the longest row that is used, or of a window.
+        length: tokens of the longest row that is used (None: 128), or of a window (None: what the size has).
+        size: of the GPT, one of ``models.GPT_SIZES``.
 
     Raises:
         ValueError: an unknown name, or data that does not fit.
     """
     identity = {"task": name, "data": source.name, "data_sha256": source.fingerprint}
     if name == "gpt":
-        task: Task = GptTask(source, batch, length)
+        task: Task = GptTask(source, batch, length, size)
         task.definition = {**identity, **task.definition}
         return task
     if name not in ("qlora", "tiny"):
@@ -198,4 +211,4 @@ def build(name: str, source: data.Source, rank: int, batch: int, length: int) ->
     model.config.use_cache = False
     end = model.config.eos_token_id
     rows = data.encode(source.rows, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, end)
-    return LoraTask(model, rows, rank, batch, length, identity)
+    return LoraTask(model, rows, rank, batch, length or 128, identity)

@@ -63,6 +63,23 @@ def group_added(subject: Subject) -> None:
     require(loss <= 1.5 * clean_loss(subject), f"loss {loss:.3g}")
 
 
+@fault("lifecycle", "two adapters trained in turns")
+def adapters_in_turns(subject: Subject) -> None:
+    first, second = Task(subject), Task(subject)
+    optimizer = subject.build([*first.params, *second.params], LR)
+    for step in range(2 * STEPS):
+        active, idle = (first, second) if step // 10 % 2 == 0 else (second, first)
+        active.backward(step)
+        for param in idle.params:
+            param.grad = None
+        before = copies(idle.params)
+        optimizer.step()
+        require(same(idle.params, before), "the idle adapter moved")
+    for task in (first, second):
+        loss = float(task.loss())
+        require(loss <= 1.5 * clean_loss(subject), f"loss {loss:.3g}")
+
+
 def refused(subject: Subject, lr: float) -> None:
     """A learning rate must be refused when the optimizer is built."""
     try:

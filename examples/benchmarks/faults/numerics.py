@@ -134,6 +134,11 @@ def eigh_never_works(subject: Subject) -> None:
     failed_refresh(subject, no_convergence(), 0, STEPS, 2.0)
 
 
+@fault("numerics", "eigendecompositions fail from step 40 to the end")
+def eigh_stops(subject: Subject) -> None:
+    failed_refresh(subject, no_convergence(), 40, STEPS, 1.1)
+
+
 @fault("numerics", "out of memory in every decomposition for 15 steps")
 def out_of_memory(subject: Subject) -> None:
     failed_refresh(subject, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 40, 55, 1.5)

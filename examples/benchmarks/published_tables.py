@@ -1,0 +1,303 @@
+"""The tables of docs/published-experiments.md: every published number beside ours, the losses included."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import models
+import published
+import sweep
+import verdict_tables
+from runs import Record, Setting, best_lr, crossing, loss_of, seconds
+from verdict_tables import table, value
+
+#: Names of the optimizers where a spec would be too long for a column.
+NAMES = {published.PUBLISHED: "`scao-published`", published.PYPI: "`scao-pypi`"}
+GB = 1024**3
+
+Seeds = dict[int, Record]
+
+
+def _spread(values: Sequence[float], digits: int = 2) -> str:
+    mean = statistics.mean(values)
+    if not math.isfinite(mean):
+        return "diverged"
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def perplexity(record: Record) -> float:
+    """Per byte, at the end; infinite for a run that diverged."""
+    return math.exp(loss_of(record))
+
+
+def auc(record: Record) -> float:
+    """The mean training loss over all steps, as published; infinite for a run that did not come to its end."""
+    losses = record["train_loss"]
+    return math.inf if record["diverged"] else statistics.mean(losses)
+
+
+def spent(record: Record) -> float:
+    """Training seconds."""
+    return seconds(record, record["evals"][-1])
+
+
+def tokens_per_second(record: Record) -> float:
+    """Of forward, backward and step."""
+    return record["cell"]["steps"] * record["cell"]["batch"] * record["cell"]["max_tokens"] / spent(record)  # type: ignore[no-any-return]
+
+
+def memory(record: Record) -> float:
+    """Parameters, gradients and state in bytes, which is how the published figure is counted."""
+    return 8 * record["trainable"] + record["state_bytes"]  # type: ignore[no-any-return]
+
+
+def name_of(optimizer: str) -> str:
+    """What a table calls an optimizer; the published options are said once, and their warm-up is a fifth of the run."""
+    return NAMES.get(re.sub(r":warmup_steps=\d+$", "", optimizer), f"`{optimizer}`")
+
+
+def of_size(found: Iterable[Setting], size: str, clip: float = 1.0) -> Setting | None:
+    """The setting of a GPT's size."""
+    for setting in found:
+        cell = setting.cell
+        usual = cell["task"] == "gpt" and cell["schedule"] == "cosine" and cell["batch"] == sweep.BATCH["gpt"]
+        if usual and cell.get("size", "838k") == size and cell["clip"] == clip:
+            return setting
+    return None
+
+
+def rates(setting: Setting, optimizer: str, steps: int) -> list[tuple[float, Seeds, str]]:
+    """The rows of an optimizer: its best rate with a word on how it was found, and the published rates."""
+    by_lr = setting.at(optimizer, steps)
+    if not by_lr:
+        return []
+    best = best_lr(by_lr)
+    word = "best" if min(by_lr) < best < max(by_lr) else "best, edge" if len(by_lr) > 1 else "only one"
+    rows = [(best, by_lr[best], word)]
+    for lr in (published.ADAMW_RATE, published.SCAO_RATE):
+        if lr in by_lr and lr != best:
+            rows.append((lr, by_lr[lr], "published"))
+    return rows
+
+
+def _reference(setting: Setting, steps: int) -> Seeds:
+    by_lr = setting.at("adamw", steps)
+    return by_lr[best_lr(by_lr)] if by_lr else {}
+
+
+def runs_table(setting: Setting | None, scale: published.Scale | None, steps: int) -> str | None:
+    """All runs of a size and length, the published ones first, then ours with the lowest perplexity first."""
+    head = ["run", "learning rate", "perplexity (seeds)", "against AdamW", "mean training loss", "tokens/s"]
+    head += ["seconds", "parameters, gradients, state", "state / AdamW's"]
+    lines: list[tuple[float, list[str]]] = []
+    if scale:
+        for name, lr, run in (
+            ("published AdamW", published.ADAMW_RATE, scale.adamw),
+            ("published SCAO", published.SCAO_RATE, scale.scao),
+        ):
+            apart = f"{100 * (run.perplexity / scale.adamw.perplexity - 1):+.1f} %" if run is scale.scao else ""
+            cells = [f"_{name}_", f"{lr:g}", f"{run.perplexity:.2f} (1)", apart, value(run.auc, ".3f")]
+            cells += [value(run.tokens, ",.0f"), value(run.seconds, ",.0f"), value(run.memory, ".3f") + " GB", ""]
+            lines.append((0.0, cells))
+    reference = _reference(setting, steps) if setting else {}
+    if setting and reference:
+        for optimizer in list(setting.runs):
+            if steps == published.ABLATION_STEPS and name_of(optimizer) not in map(name_of, published.SCALE):
+                continue  # the ablations have a table of their own
+            for lr, seeds, word in rates(setting, optimizer, steps):
+                records = list(seeds.values())
+                shared = [seed for seed in seeds if seed in reference]
+                apart = [100 * (perplexity(seeds[s]) / perplexity(reference[s]) - 1) for s in shared]
+                values = [perplexity(record) for record in records]
+                state = max(r["state_bytes"] for r in records) / max(r["state_bytes"] for r in reference.values())
+                cells = [name_of(optimizer), f"{lr:.3g} ({word})", f"{_spread(values, 3)} ({len(values)})"]
+                cells += [
+                    _spread(apart, 1) + " %" if apart and not (optimizer == "adamw" and "best" in word) else "",
+                    _spread([auc(r) for r in records], 3),
+                ]
+                cells += [f"{statistics.median(map(tokens_per_second, records)):,.0f}"]
+                cells += [f"{statistics.median(map(spent, records)):,.0f}"]
+                cells += [f"{max(map(memory, records)) / GB:.4f} GB", f"{state:.2f}"]
+                lines.append((statistics.mean(values), cells))
+    if not lines:
+        return None
+    return table(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+
+
+def reach(records: Sequence[Record], target: float) -> tuple[float, float] | None:
+    """Mean steps and seconds at which runs first reach a perplexity; None if one of them does not."""
+    found = [crossing([record], math.log(target)) for record in records]
+    if not found or None in found:
+        return None
+    pairs = [pair for pair in found if pair is not None]
+    return statistics.mean(step for step, _ in pairs), statistics.mean(second for _, second in pairs)
+
+
+def shared_best(setting: Setting, optimizers: Sequence[str], steps: int) -> dict[str, list[Record]]:
+    """The best runs of optimizers, on the seeds that all of them have."""
+    best = {name: by_lr[best_lr(by_lr)] for name in optimizers if (by_lr := setting.at(name, steps))}
+    seeds = set.intersection(*(set(found) for found in best.values())) if best else set()
+    return {name: [found[seed] for seed in sorted(seeds)] for name, found in best.items()}
+
+
+def targets_table(setting: Setting, steps: int, optimizers: Sequence[str] = ("adamw", "scao", "soap")) -> str | None:
+    """Time to a perplexity in the shape of the published table: targets are those that AdamW has on its way."""
+    best = shared_best(setting, optimizers, steps)
+    if len(best) < 2 or "adamw" not in best:
+        return None
+    others = [name for name in best if name != "adamw"]
+    head = ["target perplexity", "`adamw`"]
+    for name in others:
+        head += [name_of(name), "times as fast, seconds"]
+    rows = []
+    for at in range(100, steps + 1, 50):
+        evals = [entry for record in best["adamw"] for entry in record["evals"] if entry["step"] == at]
+        if not evals:
+            continue
+        target = math.exp(max(entry["loss"] for entry in evals))
+        slow = reach(best["adamw"], target)
+        if slow is None:
+            continue
+        row = [f"<= {target:.2f}", f"{slow[1]:.1f} s (step {slow[0]:.0f})"]
+        for name in others:
+            quick = reach(best[name], target)
+            row += (
+                [f"{quick[1]:.1f} s (step {quick[0]:.0f})", f"{slow[1] / quick[1]:.2f}"]
+                if quick
+                else ["not reached", ""]
+            )
+        rows.append(row)
+    return table(head, rows) if rows else None
+
+
+def published_targets() -> str:
+    """The published table of times to a target."""
+    rows = [
+        [f"<= {target:.2f}", f"{slow} s (step {slow_step})", f"{quick} s (step {quick_step})", f"{slow / quick:.2f}",
+         f"{slow_step / quick_step:.2f}"]
+        for target, slow, slow_step, quick, quick_step in published.TIME_TO_TARGET
+    ]  # fmt: skip
+    return table(["target perplexity", "AdamW", "SCAO", "times as fast, seconds", "times as fast, steps"], rows)
+
+
+def curve_table(setting: Setting, steps: int) -> str | None:
+    """Perplexity every 25 steps, published and ours."""
+    best = shared_best(setting, list(published.SCALE), steps)
+    if "adamw" not in best:
+        return None
+    rows = []
+    for at, (slow, quick) in enumerate(published.CURVE):
+        step = published.EVERY * (at + 1)
+        row = [str(step), f"{slow:.2f}", f"{quick:.2f}"]
+        for records in best.values():
+            losses = [e["loss"] for record in records for e in record["evals"] if e["step"] == step]
+            row.append(f"{statistics.mean(map(math.exp, losses)):.2f}" if losses else "")
+        rows.append(row)
+    return table(["step", "published AdamW", "published SCAO", *map(name_of, best)], rows)
+
+
+def ablations_table(found: Sequence[Setting]) -> str | None:
+    """A1 to A7: published, with the published rule here, and with the default rule."""
+
+    def run_of(change: published.Change | None) -> float | None:
+        setting = of_size(found, "838k", change.clip) if change else None
+        if change is None or setting is None:
+            return None
+        seeds = setting.at(change.optimizer, published.ABLATION_STEPS).get(change.rate)
+        return perplexity(seeds[0]) if seeds else None
+
+    full = published.ABLATIONS["full"]
+    base = [run_of(full.published_rule), run_of(full.default_rule)]
+    if None in base:
+        return None
+    rows = []
+    for name, ablation in published.ABLATIONS.items():
+        row = [name, ablation.words, value(ablation.perplexity, ".2f"), f"{ablation.worse:+.2f}"]
+        for change, usual in zip((ablation.published_rule, ablation.default_rule), base, strict=True):
+            ours = run_of(change)
+            row += ["not applicable" if change is None else value(ours, ".3f")]
+            row += ["" if ours is None or usual is None else f"{ours - usual:+.3f}"]
+        rows.append(row)
+    head = ["", "changed", "published", "", "`scao-published` here", "", "`scao` here", ""]
+    return table(head, rows)
+
+
+def goals(found: Sequence[Setting], steps: int) -> str | None:
+    """What was aimed at, per size, and what came out."""
+    rows: list[list[str]] = []
+
+    def goal(words: str, value: str, reached: bool | None) -> None:
+        rows.append([words, value, "" if reached is None else "yes" if reached else "**no**"])
+
+    for size in models.GPT_SIZES:
+        setting = of_size(found, size)
+        best = shared_best(setting, ["adamw", "scao"], steps) if setting else {}
+        if setting is None or len(best) < 2:
+            continue
+        means = {name: statistics.mean(map(perplexity, records)) for name, records in best.items()}
+        gain = 100 * (means["scao"] / means["adamw"] - 1)
+        seeds = f"{len(best['scao'])} seed{'s' if len(best['scao']) > 1 else ''}"
+        goal(f"{size}: perplexity at least 5 % below AdamW's best", f"{gain:+.1f} % ({seeds})", gain <= -5)
+        pair = shared_best(setting, ["scao", "soap"], steps)
+        if len(pair) == 2:
+            ours, theirs = (statistics.mean(map(perplexity, pair[name])) for name in ("scao", "soap"))
+            goal(f"{size}: not above SOAP's best", f"{100 * (ours / theirs - 1):+.1f} %", ours <= theirs)
+        final = statistics.mean(map(perplexity, best["adamw"]))
+        quick, slow = reach(best["scao"], final), statistics.mean(map(spent, best["adamw"]))
+        words = f"{size}: AdamW's final perplexity in 1/1.5 of its seconds"
+        goal(words, f"1/{slow / quick[1]:.2f}" if quick else "not reached", bool(quick and slow / quick[1] >= 1.5))
+        state = {name: max(r["state_bytes"] for r in records) for name, records in best.items()}
+        ratio = state["scao"] / state["adamw"]
+        goal(f"{size}: state at most 1.3 times AdamW's", f"{ratio:.2f} times", ratio <= 1.3)
+        small = setting.at("scao:moment_dtype=int8:use_int8_ema=True", steps)
+        if small:
+            records = list(small[best_lr(small)].values())
+            ratio = max(r["state_bytes"] for r in records) / state["adamw"]
+            value = f"{ratio:.2f} times, perplexity {_spread([perplexity(r) for r in records], 3)}"
+            goal(f"{size}: at most 1 times with moments and curvature in int8", value, ratio <= 1)
+    return table(["aim", "found", "reached"], rows) if rows else None
+
+
+def not_run() -> str:
+    """What was published and is not repeated."""
+    rows = [
+        [
+            f"GPT of {scale.label}, {scale.steps} steps: perplexity {scale.adamw.perplexity:.2f} with AdamW, "
+            f"{scale.scao.perplexity:.2f} with SCAO, {scale.scao_int8.perplexity:.2f} with its int8 state; memory "
+            f"{scale.adamw.memory:.2f}, {scale.scao.memory:.2f} and {scale.scao_int8.memory:.2f} GB",
+            published.TOO_SHORT,
+        ]
+        for scale in published.SCALES
+        if scale.scao_int8
+    ]
+    return table(
+        ["published", "why it is not repeated"], rows + [[words, why] for words, why in published.NOT_RUN.items()]
+    )
+
+
+def tables(found: Sequence[Setting], paths: Sequence[Path]) -> dict[str, str]:
+    """Every table of the page; one without records says so. Nothing where the result files are of other experiments."""
+    verdicts = verdict_tables.tables(paths)
+    if not any(setting.cell["task"] == "gpt" for setting in found) and not any(verdicts.values()):
+        return {}
+    made: dict[str, str | None] = {
+        "published-targets": published_targets(),
+        "published-qlora": table(["", "published"], [[words, figure] for words, figure in published.QLORA.items()]),
+        "published-not-run": not_run(),
+        "published-ablations": ablations_table(found),
+        "published-goals": goals(found, published.STEPS),
+        **verdicts,
+    }
+    for size in models.GPT_SIZES:
+        setting = of_size(found, size)
+        scales = {scale.steps: scale for scale in published.SCALES if scale.size == size}
+        for steps in sorted({*scales, published.STEPS}):
+            made[f"published-{size}-{steps}"] = runs_table(setting, scales.get(steps), steps)
+        make: dict[str, Callable[[Setting, int], str | None]] = {"targets": targets_table, "curve": curve_table}
+        for name, made_of in make.items():
+            made[f"published-{size}-{name}"] = made_of(setting, published.STEPS) if setting else None
+    return {name: text or "Not run so far.\n" for name, text in made.items()}
