@@ -153,24 +153,6 @@ INLINE bool sanitize(vi largest, float* level, float* scale) {
   return true;
 }
 
-// How far ahead of the computation memory is fetched, in columns.
-constexpr long AHEAD = 256;
-
-// Ask for columns [first, first + width) of a matrix that is stored along one of its sides.
-INLINE void prefetch(const View& view, long first, long rows, long width) {
-  const long size = view.dtype == F32 ? 4 : 2;
-  const bool across = view.col_stride == 1;
-  if (!across && view.row_stride != 1) return;
-  const char* data = static_cast<const char*>(view.data) + first * view.col_stride * size;
-  const bool dense = !across && view.col_stride == rows;
-  const long outer = across ? rows : dense ? 1 : width, inner = (across ? width : dense ? width * rows : rows) * size;
-  const long step = (across ? view.row_stride : view.col_stride) * size;
-  for (long i = 0; i < outer; i++) {
-    const char* line = data + i * step;
-    for (long j = 0; j < inner; j += 64) __builtin_prefetch(line + j, 0, 2);
-  }
-}
-
 }  // namespace
 }  // namespace SCAO_ISA
 }  // namespace scao

@@ -8,6 +8,7 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace scao {
@@ -88,6 +89,17 @@ INLINE float sum(vf v) {
     for (int i = 0; i < step; i++) x[i] += x[i + step];
   }
   return x[0];
+}
+
+// The first `count` lanes of a vector, from memory and to it.
+INLINE void get_part(vf* v, const float* p, long count) {
+  if (count == VL) *v = load(p);
+  else for (long i = 0; i < count; i++) (*v)[i] = p[i];
+}
+
+INLINE void put_part(float* p, vf v, long count) {
+  if (count == VL) store(p, v);
+  else for (long i = 0; i < count; i++) p[i] = v[i];
 }
 
 constexpr long round_up(long n, long multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -192,17 +204,18 @@ INLINE void put_vector(void* p, long i, vf v) {
 #endif
 
 #ifdef SHUFFLE
-// Lane pattern of one step of a transposition: interleave groups of S lanes of a and b, low or high half of each 2 S.
+// Lane pattern of one step of a transposition. Within 128 bits: interleave groups of S lanes of a and b, of their low or
+// high halves, as unpack instructions do. S = 4: the groups of 128 bits with even or odd index, a's before b's.
 template <int S, bool HIGH>
 INLINE vi pattern() {
   vi mask;
   UNROLL
   for (int l = 0; l < VL; l++) {
-    // Steps within 128 bits are what unpack instructions do, the others exchange 128-bit groups.
     const int group = l / 4, lane = l % 4;
     if (S == 1) mask[l] = group * 4 + (HIGH ? 2 : 0) + lane / 2 + (lane % 2 ? VL : 0);
     if (S == 2) mask[l] = group * 4 + (HIGH ? 2 : 0) + lane % 2 + (lane / 2 ? VL : 0);
-    if (S >= 4) mask[l] = (group < VL / 8 ? 0 : VL) + (2 * (group % (VL / 8 ? VL / 8 : 1)) + HIGH) * 4 + lane;
+    if (S >= 4 && VL == 8) mask[l] = (group ? VL : 0) + HIGH * 4 + lane;
+    if (S >= 4 && VL == 16) mask[l] = (group < 2 ? 0 : VL) + (2 * (group % 2) + HIGH) * 4 + lane;
   }
   return mask;
 }
@@ -235,8 +248,8 @@ INLINE void transpose(vf* x) {
   } else {
     UNROLL
     for (int q = 0; q < 4; q++) {
-      const vf a = SHUFFLE(y[q], y[q + 4 % VL], (pattern<4, false>()));       // rows 0-7, columns q, q + 8
-      const vf b = SHUFFLE(y[q], y[q + 4 % VL], (pattern<4, true>()));        // rows 0-7, columns q + 4, q + 12
+      const vf a = SHUFFLE(y[q], y[q + 4 % VL], (pattern<4, false>()));  // rows 0-7, columns q, q + 8
+      const vf b = SHUFFLE(y[q], y[q + 4 % VL], (pattern<4, true>()));   // rows 0-7, columns q + 4, q + 12
       const vf c = SHUFFLE(y[q + 8 % VL], y[q + 12 % VL], (pattern<4, false>()));
       const vf d = SHUFFLE(y[q + 8 % VL], y[q + 12 % VL], (pattern<4, true>()));
       x[q] = SHUFFLE(a, c, (pattern<4, false>()));
