@@ -212,7 +212,10 @@ def test_table_and_verdict_at_equal_steps_and_seconds(tmp_path: Path) -> None:
     said = " ".join(comparison.verdict(sides))
     step = next(n for n, loss in enumerate(comparison.smoothed(fast.losses), 1) if loss <= 3 - 37 / 20)
     assert f"after {step} of 40 steps and {1.5 * step:.1f} of 40.0 seconds" in said
-    assert "the same batches in the same order" in said and "One seed" in said
+    assert "the same batches in the same order" in said and "One seed" in said and "itself" not in said
+    flat = outcome([3 - min(step, 20) / 20 for step in range(40)])
+    said = " ".join(comparison.verdict((Side("adamw_torch", {Rate(1e-3): flat}), sides[1])))
+    assert "adamw_torch itself had first come down to it after 25." in said  # the mean of five steps
     paths = comparison.write(sides, tmp_path / "new")
     assert [path.name for path in paths] == ["comparison.json", "comparison.png"]
     assert (tmp_path / "new/comparison.png").read_bytes().startswith(b"\x89PNG")
@@ -224,6 +227,10 @@ def test_table_and_verdict_at_equal_steps_and_seconds(tmp_path: Path) -> None:
         (outcome([3.0] * 40), "has not come down to the loss at which adamw_torch ended"),
         (outcome([math.nan] * 40), "The loss of scao was NaN or infinite"),
         (dataclasses.replace(outcome([1.0] * 40), data=[7] * 40), "have NOT read the same batches"),
+        (
+            outcome([3.0] * 40, phase=1.0),
+            "scao has not reached phase 2 in 40 steps: all of them were plain AdamW steps",
+        ),
         (outcome([], failure="it stopped: ValueError: no"), "scao failed: it stopped: ValueError: no"),
     ],
 )
@@ -289,6 +296,7 @@ def test_a_script_is_compared_resumed_and_a_failed_arm_leaves_the_other(
     assert found["scao"]["losses"][:2] == found["adamw_torch"]["losses"][:2]
     assert found["scao"]["losses"][-1] != found["adamw_torch"]["losses"][-1]
     assert found["scao"]["state_bytes"] > 0 and found["scao"]["learning_rate"] == 0.01
+    assert found["scao"]["phase"] == 2 and found["adamw_torch"]["phase"] is None
     assert not Path("never").exists() or not any(Path("never").iterdir())
     assert not Path("saved").exists()
     again = [row["loss"] for row in written if row.get("step") in (7, 8)]

@@ -212,6 +212,7 @@ class Outcome:
 
     Attributes:
         learning_rate: the peak rate.
+        phase: the last phase of SCAO that was logged, None for another optimizer.
         losses, seconds, data: of each step: training loss, time, checksum of the batch.
         eval_loss: at the end, None without held-out data.
         state_bytes, peak_bytes: largest optimizer state and memory.
@@ -227,6 +228,7 @@ class Outcome:
     state_bytes: int = 0
     peak_bytes: int = 0
     device: str = "cpu"
+    phase: float | None = None
     failure: str | None = None
 
     @property
@@ -253,6 +255,7 @@ def read_outcome(path: Path, steps: int) -> Outcome:
         state_bytes=max((row["state_bytes"] for row in ordered), default=0),
         peak_bytes=max((row["peak_bytes"] for row in ordered), default=0),
         device=begin.get("device", "cpu"),
+        phase=max((row["phase"] for row in ordered if row.get("phase") is not None), default=None),
         failure=None if complete else f"it stopped after step {len(ordered)} of {steps}",
     )
 

@@ -179,6 +179,14 @@ def verdict(sides: tuple[Side, Side]) -> list[str]:
             f"{second.optimizer} came down to the loss at which {first.optimizer} ended after {step} of "
             f"{len(first.best.losses)} steps and {seconds:.1f} of {whole:.1f} seconds."
         )
+        own = reached(first.best, target) or len(first.best.losses)
+        if own < len(first.best.losses):
+            said[-1] += f" {first.optimizer} itself had first come down to it after {own}."
+    if second.best.phase is not None and second.best.phase < 2:
+        said.append(
+            f"{second.optimizer} has not reached phase 2 in {len(second.best.losses)} steps: all of them were plain AdamW "
+            "steps. Raise --steps, or lower scao_warmup_steps, scao_min_precond_updates or scao_precond_freq."
+        )
     if same_data(sides):
         said.append("All runs have read the same batches in the same order.")
     else:

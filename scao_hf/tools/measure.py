@@ -127,6 +127,7 @@ class Recorder(TrainerCallback):
                 data=self.checksum,
                 state_bytes=state_bytes(kwargs.get("optimizer")),
                 peak_bytes=peak_bytes(),
+                phase=logs.get("scao/phase"),
             )
         if logs and "eval_loss" in logs:
             self.write(step=state.global_step, eval_loss=float(logs["eval_loss"]))

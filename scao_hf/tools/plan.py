@@ -180,7 +180,8 @@ def prepare(model: nn.Module, settings: Settings) -> tuple[list[Row], int]:
         model.set_submodule(name, AutocastLinear(module, four_bit, lora, settings.dropout, dtype))
     if settings.adapter and not pairs:
         known = sorted({name.rpartition(".")[2] for name, module in linear.items() if module is not head})
-        raise ToolError(f"no layer matches the LoRA targets {settings.targets!r}: this model has {', '.join(known)}")
+        asked = settings.targets if isinstance(settings.targets, str) else ", ".join(settings.targets)
+        raise ToolError(f"no layer matches the LoRA targets {asked}: this model has {', '.join(known)}")
     taken_or_lora = {*taken, *lora_factors(model)}
     rest = [param for param in model.parameters() if param not in taken_or_lora]
     plain = sum(map(size_of, rest)) + sum(map(size_of, model.buffers()))
