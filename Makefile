@@ -21,7 +21,7 @@ OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 export SCAO_DEMO_MODEL
 
 .DELETE_ON_ERROR:
-.PHONY: help bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long lint clean
+.PHONY: help audit test-oldest bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long lint clean
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
@@ -35,6 +35,8 @@ help:
 	@echo 'make test          lint, then the tests with coverage'
 	@echo 'make survival      every fault on SCAO and on the other optimizers: docs/survival.md'
 	@echo 'make test-long     the tests that take minutes: several processes, faults, long runs'
+	@echo 'make test-oldest   the core with the oldest torch that is supported: downloads some gigabytes'
+	@echo 'make audit         known vulnerabilities of what is installed in .venv, from a public database'
 	@echo 'make docs          the documentation as HTML in runs/site, warnings being errors'
 	@echo 'make clean         delete .venv, .cache and runs'
 
@@ -96,6 +98,19 @@ test: lint ext $(VENV)/.bench
 # One at a time: these start processes of their own.
 test-long: ext $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m long -v --durations=0
+
+# The core and its states, which a newer torch must read, too; the integrations need what Axolotl pins.
+test-oldest:
+	@test -x .cache/oldest/bin/pytest || $(PYTHON) -m venv .cache/oldest
+	@.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check 'torch==2.6.*' numpy pytest hypothesis expecttest 'setuptools>=77'
+	PYTHONPATH=. OMP_NUM_THREADS=1 .cache/oldest/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,reference \
+		optimizer state storage curvature quantization options ops properties released_states torch_suite torch_suite_states))
+
+# pip-audit in an environment of its own: it must not change what it looks at.
+audit: $(VENV)/.dev
+	@test -x .cache/audit/bin/pip-audit || $(PYTHON) -m venv .cache/audit
+	@.cache/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit
+	.cache/audit/bin/pip-audit --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 
 # What other optimizers need; --no-deps, because torch and numpy are all that they use.
 $(VENV)/.bench: $(VENV)/.demo examples/benchmarks/requirements.txt

@@ -134,9 +134,12 @@ def _check_parallelism(get: Get, findings: Findings) -> None:
             "fsdp_config.offload_params: true keeps the shards in the memory of the host, where the step of SCAO has not "
             "been proved; set it to false"
         )
-    if str(version) == "2" and getattr(config, "state_dict_type", None) != "SHARDED_STATE_DICT":
-        findings.warnings.append(
-            "fsdp_config.state_dict_type: checkpoints of sharded models have been proved with SHARDED_STATE_DICT alone; set it"
+    # None is SHARDED_STATE_DICT under FSDP2, by Accelerate's own default.
+    kind = getattr(config, "state_dict_type", None)
+    if str(version) == "2" and kind not in (None, "SHARDED_STATE_DICT"):
+        findings.errors.append(
+            f"fsdp_config.state_dict_type: {kind}: a run that is resumed from such a checkpoint starts from other weights, "
+            "with any optimizer; set SHARDED_STATE_DICT (final_state_dict_type: FULL_STATE_DICT is for the model at the end)"
         )
 
 

@@ -18,7 +18,7 @@ def checksum(entry: dict[str, Any]) -> int:
     """A 64-bit checksum of a parameter's state: every field's name, dtype, shape and bytes, and the step.
 
     The words of a field are summed with odd weights modulo 2^64, on the field's device: a single flipped bit changes the
-    sum by an odd multiple of a power of two, which is never zero (tests/test_security.py).
+    sum by an odd multiple of a power of two, which is never zero (tests/test_security_states.py).
     """
     total = 0
     for name in sorted(entry):

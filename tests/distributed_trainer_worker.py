@@ -23,8 +23,10 @@ def pretend_that_accelerate_shards_on_cpus() -> None:
 
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         before(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            state.AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=fsdp_plugin)
+        # Every later call takes the type of the processes anew, too.
+        plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+        if plugin is not None:
+            state.AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
 
     state.AcceleratorState.__init__ = init  # type: ignore[method-assign]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -316,6 +317,45 @@ def checkpoint(
 
 
 @scenario
+def killed(rank: int, world: int, folder: Path, every: int, at: int, share: bool) -> None:
+    """A run with a checkpoint at every so many steps, whose last process is killed at the step ``at``.
+
+    Under FSDP2, or with ``share`` under DDP with shared refreshes, where the first process writes.
+    """
+    if share:
+        model = build(lora=True, dtype=torch.float32)
+        optimizer = create_scao_optimizer(model, lr=0.02, **QUICK)
+        optimizer.share_refresh()
+        run: nn.Module = nn.parallel.DistributedDataParallel(model)
+    else:
+        model, optimizer = sharded(lora=True, dtype=torch.float32)
+        run = model
+    for step in range(STEPS):
+        backward(run, step, rank, world, poisoned=-1)
+        if step == at and rank == world - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % every == 0 and not share:
+            dcp.save(saved(model, optimizer, flat=False), checkpoint_id=folder / str(step + 1))
+        elif (step + 1) % every == 0 and rank == 0:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / f"{step + 1}.pt")
+
+
+@scenario
+def gone_on(rank: int, world: int, source: Path, first: int) -> dict[str, Tensor]:
+    """The end of a DDP run with shared refreshes that goes on from a checkpoint."""
+    model = build(lora=True, dtype=torch.float32)
+    optimizer = create_scao_optimizer(model, lr=0.02, **QUICK)
+    state = torch.load(source, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    optimizer.share_refresh()
+    train(nn.parallel.DistributedDataParallel(model), optimizer, range(first, STEPS), rank, world)
+    return weights(model)
+
+
+@scenario
 def refusals(rank: int, world: int) -> dict[str, str]:
     """What is refused, and how."""
     mesh = init_device_mesh("cpu", (world,))
@@ -450,12 +490,8 @@ def main(name: str, rank: int, world: int, folder: Path, arguments: dict[str, An
     dist.destroy_process_group()
 
 
-def launch(name: str, world: int, folder: Path, seconds: float = 300, **arguments: Any) -> list[Any]:
-    """Each process's result of a scenario.
-
-    Raises:
-        AssertionError: a process has failed, with its traceback, or not ended in time.
-    """
+def start(name: str, world: int, folder: Path, arguments: dict[str, Any]) -> tuple[Path, list[Any]]:
+    """Processes that run a scenario, and the folder of their own in which they leave results and errors."""
     folder = folder / f"{name}-{world}-{len(list(folder.iterdir()))}"
     folder.mkdir()
     context = multiprocessing.get_context("forkserver")
@@ -463,12 +499,28 @@ def launch(name: str, world: int, folder: Path, seconds: float = 300, **argument
     processes = [context.Process(target=main, args=(name, rank, world, folder, arguments)) for rank in range(world)]
     for process in processes:
         process.start()
+    return folder, processes
+
+
+def ended(processes: list[Any], seconds: float) -> list[int]:
+    """Wait for the end of all, and kill those that are late; which ones were."""
     end = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for process in processes:
         process.kill()
+    return late
+
+
+def launch(name: str, world: int, folder: Path, seconds: float = 300, **arguments: Any) -> list[Any]:
+    """Each process's result of a scenario.
+
+    Raises:
+        AssertionError: a process has failed, with its traceback, or not ended in time.
+    """
+    folder, processes = start(name, world, folder, arguments)
+    late = ended(processes, seconds)
     errors = "\n".join(file.read_text() for file in sorted(folder.glob("*.error")))
     assert not errors and not late, f"processes {late} had not ended after {seconds} s\n{errors}"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

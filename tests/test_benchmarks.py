@@ -25,6 +25,7 @@ import peers  # noqa: E402
 import polora  # noqa: E402
 import runs  # noqa: E402
 import sweep  # noqa: E402
+import sweep_tables  # noqa: E402
 import tables  # noqa: E402
 import tasks  # noqa: E402
 
@@ -355,7 +356,7 @@ def test_an_optimizer_that_cannot_run_is_reported_once(
     assert sweep.main(arguments) == sweep.main(arguments) == 0
     assert "unavailable: polora: PoLoRA is defined for LoRA factors only" in capsys.readouterr().out
     assert [run.get("optimizer", "ran") for run in records(out)] == ["ran", "ran", "polora"]
-    text = tables.tables(tables.settings([out]))["gpt-b2-cosine-4"]
+    text = sweep_tables.tables(tables.settings([out]))["gpt-b2-cosine-4"]
     assert "Not run: `polora`: PoLoRA is defined for LoRA factors only." in text
 
 
@@ -423,7 +424,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_the_table_compares_at_the_best_learning_rates(results: Path) -> None:
-    rows = tables.tables(tables.settings([results]))["tiny-r8-cosine-100"].splitlines()
+    rows = sweep_tables.tables(tables.settings([results]))["tiny-r8-cosine-100"].splitlines()
     scao, adamw = (row.split(" | ") for row in rows[2:4])
     assert adamw[:3] == ["| `adamw`", "2", "2.5000 ± 0.7071 (2)"]
     # At 2.0 within (2.5 after 50, 1.5 after 100): 75 steps, 1.33 times as fast, at seed 1 likewise; the grid ends at 2.
@@ -443,15 +444,15 @@ def test_a_shorter_run_counts_as_quicker(results: Path) -> None:
     results.write_text(results.read_text() + json.dumps(short) + "\n")
     setting = tables.settings([results])[0]
     assert setting.steps == 100
-    found = tables.crossing(
+    found = runs.crossing(
         [run for run in setting.runs["scao"] if run["cell"]["seed"] == 0 and run["cell"]["lr"] == 2], 2.0
     )
     assert found == pytest.approx((54, 54))
-    assert tables.crossing(setting.runs["scao"], 0.1) is None
+    assert runs.crossing(setting.runs["scao"], 0.1) is None
 
 
 def test_the_basin_shows_every_learning_rate(results: Path) -> None:
-    text = tables.tables(tables.settings([results]))["tiny-r8-cosine-100:basin"]
+    text = sweep_tables.tables(tables.settings([results]))["tiny-r8-cosine-100:basin"]
     assert "| `adamw` | 3.0000 (2) | 2.5000 (2) | 2.7000 (2) |" in text
     assert "| `scao` |  | 2.0000 (2) | diverged (1/1) |" in text
 
@@ -482,7 +483,7 @@ def test_the_order_is_compared_with_the_committed_one(
 
 
 def test_readme_markers_are_filled(results: Path) -> None:
-    made = tables.tables(tables.settings([results]))
+    made = sweep_tables.tables(tables.settings([results]))
     before = "a\n<!-- benchmark:tiny-r8-cosine-100:basin -->\nold\n<!-- /benchmark -->\nb\n"
     after = tables.fill(before, made)
     assert after.startswith("a\n<!--") and after.endswith("<!-- /benchmark -->\nb\n") and "old" not in after

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed_worker import QUICK, STEPS, alone, build, counted, held, launch, train_parts
+from distributed_worker import QUICK, STEPS, alone, build, counted, ended, held, launch, start, train_parts
 from torch import Tensor
 
 from scao_hf import SCAO, create_scao_optimizer
@@ -42,9 +43,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddp-shared-experts": {"kind": "ddp", "share": True, "experts": 3},
     "fsdp-experts": {"kind": "fsdp", "experts": 3},
     "fsdp-experts-late": {"kind": "fsdp", "experts": 3, "late": True},
-    "fsdp-4-bit": {"kind": "fsdp", "lora": True, "four_bit": True, "dtype": torch.float32},
     "fsdp-published": {"kind": "fsdp", "rule": "published", "max_precond_dim": 5},
 }
+DDP: dict[str, Any] = {"kind": "ddp", "share": True, "lora": True, "dtype": torch.float32}
 #: What two processes show is not shown again with four.
 ON_FOUR = (
     "ddp",
@@ -88,6 +89,20 @@ def test_the_run_is_one_process(ends: dict[int, list[dict[str, Any]]], name: str
     found = distance(weights, single)
     print(f"{name} on {world} processes: {found:.1e} from one process")
     assert found <= CLOSE[settings.get("dtype", torch.float64)]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", WORLDS)
+def test_over_a_4_bit_base_the_run_is_one_process(tmp_path: Path, world: int) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    pytest.importorskip("axolotl", reason="needs axolotl, whose patch shards bitsandbytes' weights")
+    settings = {"lora": True, "four_bit": True, "dtype": torch.float32}
+    results = launch("trajectories", world, tmp_path, runs={"fsdp": {"kind": "fsdp", **settings}})
+    single, _ = alone(world, **settings)
+    (weights, _), *others = [each["fsdp"] for each in results]
+    assert all(distance(weights, other) == 0 for other, _ in others)
+    print(f"FSDP2 over a 4-bit base on {world} processes: {distance(weights, single):.1e} from one process")
+    assert distance(weights, single) <= CLOSE[torch.float32]
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -167,6 +182,27 @@ def test_checkpoints_are_cut_anew(tmp_path: Path) -> None:
     end = moves[-1][0][1]
     assert distance(end[0], whole[0]) == 0 < distance(end[0], weights)
     assert distance(end[1], whole[1]) == 0
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["fsdp", "ddp-shared"])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on_to_the_same_end(tmp_path: Path, share: bool) -> None:
+    """Nobody waits for a dead process, and what was saved before is enough: not a bit is lost."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    where, processes = start("killed", 2, tmp_path, {"folder": folder, "every": 3, "at": 7, "share": share})
+    assert not ended(processes, seconds=60)
+    assert processes[1].exitcode == -signal.SIGKILL and processes[0].exitcode == 1
+    assert (where / "0.error").exists() and not (where / "0.pt").exists()
+    if share:
+        ends = launch("gone_on", 2, tmp_path, source=folder / "6.pt", first=6)
+        whole = [each["run"][0] for each in launch("trajectories", 2, tmp_path, runs={"run": DDP})]
+    else:
+        runs = [
+            launch("checkpoint", 2, tmp_path, steps=range(first, STEPS), source=source)
+            for first, source in ((0, None), (6, folder / "6"))
+        ]
+        whole, ends = ([each[0][0] for each in run] for run in runs)
+    assert all(distance(end, other) == 0 for end, other in zip(ends, whole, strict=True))
 
 
 def test_state_dicts_of_one_process_and_of_several(tmp_path: Path) -> None:

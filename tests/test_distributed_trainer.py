@@ -16,6 +16,7 @@ pytest.importorskip("peft", reason="needs peft")
 
 import torch
 import yaml
+from axolotl_config import tiny_run
 
 pytestmark = pytest.mark.long
 
@@ -68,11 +69,12 @@ def single(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return run(tiny_llama, folder, "one", 1, per_device_train_batch_size=4)[0]
 
 
-def test_ddp(tiny_llama: Path, tmp_path: Path, single: dict[str, Any]) -> None:
-    first, second = run(tiny_llama, tmp_path, "ddp", 2, per_device_train_batch_size=2)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ddp(tiny_llama: Path, tmp_path: Path, single: dict[str, Any], world: int) -> None:
+    first, *others = run(tiny_llama, tmp_path, "ddp", world, per_device_train_batch_size=4 // world)
     assert not first["sharing"] and not single["sharing"], "refreshes are shared out on request alone"
-    assert distance(first, second) == 0
-    print(f"DDP through the Trainer: {distance(first, single):.1e} from one process")
+    assert all(distance(first, other) == 0 for other in others)
+    print(f"DDP through the Trainer on {world} processes: {distance(first, single):.1e} from one process")
     assert distance(first, single) <= CLOSE
     assert first["phases"] == [1.0] * 3 + [2.0] * 5
 
@@ -89,48 +91,21 @@ def test_fsdp2_and_its_resume(tiny_llama: Path, tmp_path: Path, single: dict[str
     again, _ = run(tiny_llama, tmp_path / "again", "fsdp", 2, resume=checkpoint, **settings)
     assert again["phases"][-4:] == [2.0] * 4
     print(f"resumed: {distance(again, first):.1e} from the uninterrupted run")
-    assert distance(again, first) <= CLOSE
+    assert distance(again, first) == 0
 
 
 def axolotl(model: Path, folder: Path, world: int, **changes: Any) -> list[dict[str, Any]]:
     folder.mkdir()
-    (folder / "config.yml").write_text(
-        yaml.safe_dump(
-            {
-                "base_model": str(model),
-                "plugins": ["axolotl_plugin.SCAOPlugin"],
-                "optimizer": "scao",
-                "scao_warmup_steps": 3,
-                "scao_precond_freq": 2,
-                "scao_blend_steps": 2,
-                "datasets": [{"path": str(folder / "data.jsonl"), "ds_type": "json", "type": "alpaca"}],
-                "dataset_prepared_path": str(folder / "prepared"),
-                "output_dir": str(folder / "out"),
-                "adapter": "lora",
-                "lora_r": 3,
-                "lora_alpha": 6,
-                "lora_target_linear": True,
-                "lora_qkv_kernel": False,
-                "lora_o_kernel": False,
-                "lora_mlp_kernel": False,
-                "lora_embedding_kernel": False,
-                "learning_rate": 0.01,
-                "lr_scheduler": "constant",
-                "max_steps": 8,
-                "num_epochs": 1,
-                "micro_batch_size": 4 // world,
-                "sequence_len": 64,
-                "val_set_size": 0,
-                "logging_steps": 1,
-                "save_strategy": "no",
-                "bf16": False,
-                "fp16": False,
-                "tf32": False,
-                "seed": 7,
-                **changes,
-            }
-        )
-    )
+    base: dict[str, Any] = {
+        "scao_warmup_steps": 3,
+        "lora_r": 3,
+        "lora_alpha": 6,
+        "lr_scheduler": "constant",
+        "max_steps": 8,
+        "micro_batch_size": 4 // world,
+        "sequence_len": 64,
+    }
+    (folder / "config.yml").write_text(yaml.safe_dump(tiny_run(model, folder, **{**base, **changes})))
     worker = WORKER.with_name("distributed_axolotl_worker.py")
     launched(world, str(worker), str(folder / "config.yml"), str(folder), cwd=folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
@@ -150,12 +125,13 @@ def test_axolotl(tiny_llama: Path, tmp_path: Path) -> None:
             "offload_params": False,
         },
     }
-    for name, changes in {"ddp": {}, "fsdp": sharded}.items():
-        first, second = axolotl(tiny_llama, tmp_path / name, 2, **changes)
+    runs: dict[str, tuple[int, dict[str, Any]]] = {"ddp": (2, {}), "fsdp": (2, sharded), "fsdp on four": (4, sharded)}
+    for name, (world, changes) in runs.items():
+        first, *others = axolotl(tiny_llama, tmp_path / name, world, **changes)
         assert first["optimizer"] == "SCAO"
         assert not first["sharing"], "refreshes are shared out on request alone"
-        assert ("DTensor" in first["sharded"]) == (name == "fsdp")
+        assert ("DTensor" in first["sharded"]) == name.startswith("fsdp")
         assert first["phases"] == [1.0] * 3 + [2.0] * 5
-        assert distance(first, second) == 0
+        assert all(distance(first, other) == 0 for other in others)
         print(f"Axolotl, {name}: {distance(first, single):.1e} from one process")
         assert distance(first, single) <= CLOSE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 
 from faults import FAULTS, Inapplicable, Subject  # noqa: E402
-from survival import COMPARED, attempt, isolated, variants  # noqa: E402
+from survival import COMPARED, attempt, isolated, main, variants  # noqa: E402
 
 VARIANTS = variants()
 
@@ -52,3 +53,16 @@ def test_every_rule_and_state_is_tried() -> None:
     names = {subject.name for subject in VARIANTS}
     assert len(names) == len(VARIANTS) >= 8
     assert {"scao", "scao-published", "adamw", "soap", "shampoo", "scao-pypi", "adamw8bit"} <= set(COMPARED)
+
+
+def test_what_is_not_tried_again_stays_in_the_file(tmp_path: Path) -> None:
+    out = tmp_path / "survival.jsonl"
+    arguments = ["--out", str(out), "--optimizers", "adamw"]
+    assert main([*arguments, "--faults", "closure,scalar"]) == 0
+    kept = {"optimizer": "soap", "fault": "scalar", "outcome": "lost", "reason": "", "versions": {}}
+    with out.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(kept) + "\n")
+    assert main([*arguments, "--faults", "scalar"]) == 0
+    records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    found = [(record["optimizer"], record["fault"], record["outcome"]) for record in records]
+    assert found == [("adamw", "closure", "survived"), ("soap", "scalar", "lost"), ("adamw", "scalar", "survived")]

@@ -154,6 +154,35 @@ def test_the_source_distribution_holds_the_kernels(sdist: Path) -> None:
     assert modules(ROOT) | native | {"setup.py", "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
+def test_wheels_are_the_same_to_the_byte_whoever_builds_them_of_what(
+    sources: Path, sdist: Path, tmp_path: Path
+) -> None:
+    """Of the checkout and of the source distribution, in other folders; the permissions are those of the builder's umask."""
+    built = []
+    for name, source in (("first", sources), ("second", sdist)):
+        out = tmp_path / name / "wheels"
+        out.parent.mkdir()
+        done = wheel(source, out, SOURCE_DATE_EPOCH="1700000000")
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        built.append(next(out.glob("*.whl")))
+    contents = [{name: file.read(name) for name in file.namelist()} for file in map(zipfile.ZipFile, built)]
+    assert contents[0] == contents[1]
+    assert built[0].read_bytes() == built[1].read_bytes()
+
+
+def test_the_source_distribution_is_the_checkout(sources: Path, sdist: Path) -> None:
+    """Every file of it is one that git knows, byte for byte, but for what setuptools writes."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git and a clone")
+    listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.split()
+    with tarfile.open(sdist) as archive:
+        files = {member.name.partition("/")[2]: archive.extractfile(member) for member in archive if member.isfile()}
+        found = {name: file.read() for name, file in files.items() if file is not None}
+    written = {name for name in found if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert found.keys() - written <= set(listed)
+    assert not [name for name in found.keys() - written if found[name] != (sources / name).read_bytes()]
+
+
 def test_the_plain_wheel_steps_outside_the_checkout(plain: Path, tmp_path: Path) -> None:
     done = run(plain, "-I", "-c", STEPS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]

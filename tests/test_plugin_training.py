@@ -22,7 +22,9 @@ from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import TrainDatasetMeta
 from axolotl.integrations.base import PluginManager
 from axolotl.train import setup_model_and_trainer, train
+from axolotl_config import tiny_run
 from datasets import Dataset
+from safetensors.torch import load_file
 from test_trainer import METRICS, tensorboard_tags
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
@@ -50,40 +52,16 @@ def clean_process() -> Iterator[None]:
 def config(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     """A LoRA run of a few steps, curvature from step 3 on; ``changes`` set to None remove keys."""
     base: dict[str, Any] = {
-        "base_model": str(model),
-        "plugins": ["axolotl_plugin.SCAOPlugin"],
-        "optimizer": "scao",
         "scao_warmup_steps": 2,
-        "scao_precond_freq": 2,
-        "scao_blend_steps": 2,
-        "datasets": [{"path": str(folder / "data.jsonl"), "ds_type": "json", "type": "alpaca"}],
-        "dataset_prepared_path": str(folder / "prepared"),
         "dataset_num_proc": 1,
-        "output_dir": str(folder / "out"),
-        "adapter": "lora",
         "lora_r": 4,
         "lora_alpha": 8,
-        "lora_target_linear": True,
-        # The fused kernels, on by default, call CUDA.
-        "lora_qkv_kernel": False,
-        "lora_o_kernel": False,
-        "lora_mlp_kernel": False,
-        "lora_embedding_kernel": False,
-        "learning_rate": 0.01,
         "warmup_steps": 2,
         "max_steps": STEPS,
-        "num_epochs": 1,
         "micro_batch_size": 2,
         "sequence_len": 96,
-        "val_set_size": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "bf16": False,
-        "fp16": False,
-        "tf32": False,
-        "seed": 7,
     }
-    return {key: value for key, value in {**base, **changes}.items() if value is not None}
+    return tiny_run(model, folder, **{**base, **changes})
 
 
 def load(model: Path, folder: Path, **changes: Any) -> Any:
@@ -301,26 +279,52 @@ def test_precision_that_auto_chose_is_checked() -> None:
     assert "leaves the adapter in bfloat16" in findings.warnings[0]
 
 
-def test_command_line(tiny_llama: Path, tmp_path: Path) -> None:
-    """``axolotl train`` on a YAML and a JSONL file, 4-bit, in a process of its own."""
-    rows = [{"instruction": f"after {n}", "input": "", "output": f"comes {n + 1}"} for n in range(32)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    file = tmp_path / "config.yml"
-    changes = {"adapter": "qlora", "load_in_4bit": True, "max_steps": 6, "sequence_len": 256}
-    file.write_text(yaml.safe_dump(config(tiny_llama, tmp_path, **changes)))
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(file), "--launcher", "python"]
+def command_line(file: Path, *flags: str) -> str:
+    """What ``axolotl train`` prints, in a process of its own."""
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(file), "--launcher", "python", *flags]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         command,
-        cwd=tmp_path,
+        cwd=file.parent,
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=280,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "optimizer: scao with lr=0.01" in done.stdout
-    assert done.stdout.count("'scao/phase': '2'") + done.stdout.count("'scao/phase': 2.0") == 4, done.stdout[-3000:]
+    return done.stdout
+
+
+def four_bit_run(model: Path, folder: Path, **changes: Any) -> Path:
+    """A YAML and its JSONL of a 4-bit run of six steps."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"instruction": f"after {n}", "input": "", "output": f"comes {n + 1}"} for n in range(32)]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    own = {"adapter": "qlora", "load_in_4bit": True, "max_steps": 6, "sequence_len": 256}
+    file = folder / "config.yml"
+    file.write_text(yaml.safe_dump(config(model, folder, **{**own, **changes})))
+    return file
+
+
+def test_command_line(tiny_llama: Path, tmp_path: Path) -> None:
+    """``axolotl train`` on a YAML and a JSONL file, 4-bit."""
+    said = command_line(four_bit_run(tiny_llama, tmp_path))
+    assert "optimizer: scao with lr=0.01" in said
+    assert said.count("'scao/phase': '2'") + said.count("'scao/phase': 2.0") == 4, said[-3000:]
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_command_line_resumes_to_the_bit(tiny_llama: Path, tmp_path: Path) -> None:
+    """``axolotl train --resume-from-checkpoint`` over a 4-bit base ends where the run has ended that was never stopped."""
+    saving = {"save_strategy": "steps", "save_steps": 3, "scao_use_int8_ema": True}
+    command_line(four_bit_run(tiny_llama, tmp_path / "whole", **saving))
+    checkpoint = tmp_path / "whole" / "out" / "checkpoint-3"
+    resumed = four_bit_run(tiny_llama, tmp_path / "resumed", **saving)
+    command_line(resumed, "--resume-from-checkpoint", str(checkpoint))
+    ends = [load_file(tmp_path / name / "out" / "adapter_model.safetensors") for name in ("whole", "resumed")]
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
+    assert torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"][0]["use_int8_ema"]

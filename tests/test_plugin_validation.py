@@ -253,9 +253,12 @@ def test_allowed(caplog: pytest.LogCaptureFixture, row: str) -> None:
     assert warnings_of(caplog, **ALLOWED[row]) == ""
 
 
-def test_a_full_state_dict_under_fsdp_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    warned = warnings_of(caplog, fsdp_config={"state_dict_type": "FULL_STATE_DICT"}, fsdp_version=2, n_gpu=2)
-    assert "SHARDED_STATE_DICT alone" in warned
+def test_a_full_state_dict_under_fsdp_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    said = errors_of(fsdp_config={"state_dict_type": "FULL_STATE_DICT"}, fsdp_version=2, n_gpu=2)
+    assert "state_dict_type: FULL_STATE_DICT: a run that is resumed" in said and "set SHARDED_STATE_DICT" in said
+    final = {"state_dict_type": "SHARDED_STATE_DICT", "final_state_dict_type": "FULL_STATE_DICT"}
+    for config in (final, {"offload_params": False}):
+        assert warnings_of(caplog, fsdp_config=config, fsdp_version=2, n_gpu=2) == ""
 
 
 def test_expert_parallelism_is_refused() -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LinearLR, ReduceLROnPlateau, StepLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -24,17 +22,14 @@ from torch.optim.optimizer import (
 
 pytest.importorskip("expecttest", reason="torch's OptimizerInfo needs expecttest (pip install expecttest)")
 
+import test_torch_suite_states
 from torch.testing._internal.common_optimizers import (
-    ErrorOptimizerInput,
     OptimizerErrorEnum,
-    OptimizerInfo,
     OptimizerInput,
-    get_error_inputs_for_all_optims,
 )
+from torch_suite import EARLY, EVERY, INFO, INPUTS, build, equal, error_inputs, linear, trained, values
 
-from scao_hf import SCAO, options
-
-EARLY: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 3, "min_precond_updates": 1}
+from scao_hf import SCAO
 
 #: What PyTorch's suite asks of optimizers that have these, and SCAO has not.
 INAPPLICABLE = {
@@ -49,114 +44,18 @@ INAPPLICABLE = {
 }
 
 
-def inputs(device: Any = "cpu", dtype: Any = None) -> list[OptimizerInput]:
-    """Every rule and kind of state, with the general options that torch tries."""
-    given: list[tuple[str, dict[str, Any]]] = [
-        ("default", {}),
-        ("early curvature", dict(EARLY)),
-        ("learning rate", {"lr": 1e-2, **EARLY}),
-        ("tensor learning rate", {"lr": torch.tensor(1e-2), **EARLY}),
-        ("weight decay", {"weight_decay": 0.1, **EARLY}),
-        ("no weight decay", {"weight_decay": 0.0, **EARLY}),
-        ("betas", {"betas": (0.8, 0.95), **EARLY}),
-        ("published", {"rule": "published", **EARLY}),
-        ("int8 curvature", {"use_int8_ema": True, **EARLY}),
-        ("bounded natural gradient", {"tau": 1.0, **EARLY}),
-    ]
-    if "moment_dtype" in options.OPTIONS:
-        given += [(f"{kind} moments", {"moment_dtype": kind, **EARLY}) for kind in ("bfloat16", "int8")]
-    return [OptimizerInput(params=None, kwargs=kwargs, desc=words) for words, kwargs in given]
-
-
-def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
-    """Torch's own for all optimizers, and SCAO's options."""
-    found = []
-    for given in get_error_inputs_for_all_optims(torch.device(device), dtype):
-        if "Tensor lr must be 1-element" in given.error_regex:
-            given.error_regex = "lr is a tensor of 2 elements"
-        found.append(given)
-    for kwargs, words in (
-        ({"lr": -1e-2}, "lr=-0.01"),
-        ({"lr": float("nan")}, "lr=nan"),
-        ({"betas": (1.0, 0.9)}, r"betas\[0\]=1.0"),
-        ({"eps": -1e-8}, "eps=-1e-08"),
-        ({"weight_decay": -1}, "weight_decay=-1"),
-        ({"rule": "adam"}, "rule='adam'"),
-        ({"precond_freq": 0}, "precond_freq=0"),
-    ):
-        given = OptimizerInput(params=None, kwargs=kwargs, desc=words)
-        found.append(ErrorOptimizerInput(given, error_type=ValueError, error_regex=words))
-    sparse = Parameter(torch.ones(3, 2))
-    sparse.grad = torch.sparse_coo_tensor([[1]], [[1.0, 1.0]], (3, 2))
-    given = OptimizerInput(params=[sparse], kwargs={}, desc="sparse gradient")
-    found.append(
-        ErrorOptimizerInput(
-            given, error_on=OptimizerErrorEnum.STEP_ERROR, error_type=RuntimeError, error_regex="sparse gradients"
-        )
-    )
-    return found
-
-
-INFO = OptimizerInfo(
-    SCAO,
-    optim_inputs_func=inputs,
-    optim_error_inputs_func=error_inputs,
-    scheduler_inputs=(
-        [lambda opt: StepLR(opt, gamma=0.99, step_size=10)],
-        [lambda opt: ReduceLROnPlateau(opt)],
-        [lambda opt: LinearLR(opt, start_factor=0.4, total_iters=4)],
-        [lambda opt: StepLR(opt, gamma=0.99, step_size=10), lambda opt: ExponentialLR(opt, gamma=0.999)],
-        [lambda opt: ConstantLR(opt, factor=0.4, total_iters=4), lambda opt: ReduceLROnPlateau(opt)],
-    ),
-    supported_impls=(),
-    not_og_supported_flags=(),
-)
-INPUTS = INFO.optim_inputs_func("cpu")
-EVERY = pytest.mark.parametrize("given", INPUTS, ids=lambda given: given.desc.replace(" ", "-"))
-
-
 @pytest.fixture(autouse=True)
 def seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
 
 
-def build(params: Any, given: OptimizerInput, **changes: Any) -> SCAO:
-    return INFO.optim_cls(params, **{**copy.deepcopy(given.kwargs), **changes})
-
-
-def linear(contiguous: bool = True, dtype: torch.dtype = torch.float32) -> tuple[list[Parameter], Callable[[], Tensor]]:
-    """A weight and a bias that should map an input to zero, and the loss with gradients."""
-    if contiguous:
-        weight, bias = torch.randn(10, 5, dtype=dtype), torch.randn(10, dtype=dtype)
-    else:
-        weight, bias = torch.randn(10, 5, 2, dtype=dtype)[..., 0], torch.randn(10, 2, dtype=dtype)[..., 0]
-    params, point = [Parameter(weight), Parameter(bias)], torch.randn(5, dtype=dtype)
-
-    def loss() -> Tensor:
-        for param in params:
-            param.grad = None
-        value = (params[0].mv(point) + params[1]).square().sum()
-        value.backward()
-        return value
-
-    return params, loss
-
-
-def values(params: list[Parameter]) -> list[Tensor]:
-    """Copies with the same strides."""
-    return [torch.empty_strided(param.size(), param.stride()).copy_(param.detach()) for param in params]
-
-
-def equal(first: list[Any], second: list[Any]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
 def test_what_does_not_apply() -> None:
     print()
     for body, reason in INAPPLICABLE.items():
         print(f"inapplicable: {body}: {reason}")
-    bodies = [name for name, value in globals().items() if name.startswith("test_") and inspect.isfunction(value)]
+    everything = {**globals(), **vars(test_torch_suite_states)}
+    bodies = [name for name, value in everything.items() if name.startswith("test_") and inspect.isfunction(value)]
     print(f"{len(bodies) - 1} bodies, {len(INPUTS)} configurations, {len(INAPPLICABLE)} groups that do not apply")
     arguments = inspect.signature(SCAO.__init__).parameters
     # An argument that SCAO gains makes its bodies apply.
@@ -276,102 +175,6 @@ def test_it_can_be_printed(given: OptimizerInput) -> None:
     assert text.startswith("SCAO (") and "precond_freq" in text and repr(build(linear()[0], given)) == text
 
 
-def trained(given: OptimizerInput, steps: int, contiguous: bool = True) -> tuple[list[Parameter], SCAO, Any]:
-    params, loss = linear(contiguous)
-    optimizer = build(params, given)
-    for _ in range(steps):
-        optimizer.step(loss)
-    return params, optimizer, loss
-
-
-def same_state(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor):
-        return torch.equal(first, second) and first.dtype == second.dtype
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same_state(first[key], second[key]) for key in first)
-    return bool(first == second)
-
-
-def follow(params: list[Parameter], optimizer: Optimizer, twins: list[Parameter], other: Optimizer, loss: Any) -> None:
-    """Both take five steps with the same gradients and end at the same weights, to the bit."""
-    for _ in range(5):
-        loss()
-        for param, twin in zip(params, twins, strict=True):
-            twin.grad = None if param.grad is None else param.grad.clone()
-        optimizer.step()
-        other.step()
-        assert equal(params, twins)
-
-
-@EVERY
-@pytest.mark.parametrize("contiguous", [True, False])
-def test_state_dicts_are_deterministic(given: OptimizerInput, contiguous: bool) -> None:
-    params, optimizer, loss = trained(given, 8, contiguous)
-    twins = [Parameter(value) for value in values(params)]
-    other = build(twins, given)
-    saved = copy.deepcopy(optimizer.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    follow(params, optimizer, twins, other, loss)
-    assert same_state(optimizer.state_dict(), other.state_dict())
-    assert saved["param_groups"] == other.state_dict()["param_groups"]
-    # The same parameters twice have the same numbers.
-    other.param_groups.extend(other.param_groups)
-    assert optimizer.state_dict()["param_groups"][-1] == other.state_dict()["param_groups"][-1]
-
-
-@EVERY
-def test_older_state_dicts_without_newer_options_load(given: OptimizerInput) -> None:
-    _, optimizer, loss = trained(given, 8)
-    saved = copy.deepcopy(optimizer.state_dict())
-    for group in saved["param_groups"]:
-        for name in ("tau", "on_nonfinite"):
-            del group[name]
-    optimizer.load_state_dict(saved)
-    optimizer.step(loss)
-
-
-@EVERY
-@pytest.mark.parametrize("named", [(True, False), (False, True), (True, True)])
-def test_states_load_between_named_and_unnamed_parameters(given: OptimizerInput, named: tuple[bool, bool]) -> None:
-    def params_of(weights: list[Parameter], with_names: bool) -> Any:
-        return list(zip(("weight", "bias"), weights, strict=True)) if with_names else weights
-
-    params, loss = linear()
-    optimizer = build(params_of(params, named[0]), given)
-    for _ in range(8):
-        optimizer.step(loss)
-    twins = [Parameter(value) for value in values(params)]
-    other = build(params_of(twins, named[1]), given)
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    follow(params, optimizer, twins, other, loss)
-    # Once there are names, in the live groups or in the loaded ones, a saved state has them.
-    assert not named[0] or other.state_dict()["param_groups"][0]["param_names"] == ["weight", "bias"]
-
-
-@EVERY
-def test_saved_and_loaded_with_weights_only(given: OptimizerInput, tmp_path: Any) -> None:
-    params, optimizer, loss = trained(given, 8)
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    twins = [Parameter(value) for value in values(params)]
-    other = build(twins, given)
-    other.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
-    follow(params, optimizer, twins, other, loss)
-
-
-@EVERY
-def test_states_move_to_another_dtype_and_stay_exact(given: OptimizerInput) -> None:
-    params, optimizer, _ = trained(given, 8)
-    halves = [Parameter(value.bfloat16()) for value in values(params)]
-    other = build(halves, given)
-    other.load_state_dict(optimizer.state_dict())
-    for param, half in zip(params, halves, strict=True):
-        for name, value in optimizer.state[param].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[half][name])), name
-    for half in halves:
-        half.grad = torch.ones_like(half)
-    other.step()
-
-
 @EVERY
 def test_groups_have_weight_decay_and_learning_rate_of_their_own(given: OptimizerInput) -> None:
     weight, bias = Parameter(torch.ones(4, 6)), Parameter(torch.ones(4))
@@ -383,21 +186,6 @@ def test_groups_have_weight_decay_and_learning_rate_of_their_own(given: Optimize
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.full((4, 6), 0.95))
     assert torch.equal(bias, torch.ones(4))
-
-
-@EVERY
-def test_a_deep_copy_has_every_public_attribute(given: OptimizerInput) -> None:
-    _, optimizer, _ = trained(given, 8)
-    public = {name for name in vars(optimizer) if not name.startswith("_")}
-    assert public == {name for name in vars(copy.deepcopy(optimizer)) if not name.startswith("_")}
-
-
-@EVERY
-def test_an_optimizer_without_steps_has_no_state(given: OptimizerInput) -> None:
-    optimizer = build(linear()[0], given)
-    assert not optimizer.state_dict()["state"] and len(optimizer.state_dict()["param_groups"]) == 1
-    _, optimizer, _ = trained(given, 1)
-    assert all(entry for entry in optimizer.state.values()) and len(optimizer.state) == 2
 
 
 def test_step_hooks_run_and_can_change_arguments() -> None:
@@ -420,29 +208,6 @@ def test_step_hooks_run_and_can_change_arguments() -> None:
     optimizer.register_step_pre_hook(lambda _, args, kwargs: ((optimizer, loss), {}))
     before = values(params)
     assert optimizer.step() is not None and not equal(params, before)
-
-
-def test_state_dict_hooks_run_and_can_change_the_dict() -> None:
-    params, loss = linear()
-    optimizer = SCAO(params, lr=0.1, **EARLY)
-    optimizer.step(loss)
-    seen: list[str] = []
-    optimizer.register_state_dict_pre_hook(lambda *_: seen.append("save"))
-    handle = optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
-    first = optimizer.register_state_dict_post_hook(lambda _, state: seen.append("first"), prepend=True)
-    assert optimizer.state_dict()["note"] == 1 and seen == ["save", "first"]
-    handle.remove()
-    first.remove()
-    saved = copy.deepcopy(optimizer.state_dict())
-
-    def raise_lr(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        groups = [{**group, "lr": 0.5} for group in state["param_groups"]]
-        return {**state, "param_groups": groups}
-
-    optimizer.register_load_state_dict_pre_hook(raise_lr)
-    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
-    optimizer.load_state_dict(saved)
-    assert seen[-1] == "loaded" and optimizer.param_groups[0]["lr"] == 0.5 and saved["param_groups"][0]["lr"] == 0.1
 
 
 @EVERY
