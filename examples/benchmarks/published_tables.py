@@ -116,7 +116,7 @@ def runs_table(setting: Setting | None, scale: published.Scale | None, steps: in
                 state = max(r["state_bytes"] for r in records) / max(r["state_bytes"] for r in reference.values())
                 cells = [name_of(optimizer), f"{lr:.3g} ({word})", f"{_spread(values, 3)} ({len(values)})"]
                 cells += [
-                    _spread(apart, 1) + " %" if apart and not (optimizer == "adamw" and "best" in word) else "",
+                    _spread(apart, 1) + " %" if apart and (optimizer != "adamw" or word == "published") else "",
                     _spread([auc(r) for r in records], 3),
                 ]
                 cells += [f"{statistics.median(map(tokens_per_second, records)):,.0f}"]
@@ -241,6 +241,8 @@ def goals(found: Sequence[Setting], steps: int) -> str | None:
         means = {name: statistics.mean(map(perplexity, records)) for name, records in best.items()}
         gain = 100 * (means["scao"] / means["adamw"] - 1)
         seeds = f"{len(best['scao'])} seed{'s' if len(best['scao']) > 1 else ''}"
+        outside = [name for name in best if rates(setting, name, steps)[0][2] != "best"]
+        seeds += "".join(f", best rate of `{name}` at an edge" for name in outside)
         goal(f"{size}: perplexity at least 5 % below AdamW's best", f"{gain:+.1f} % ({seeds})", gain <= -5)
         pair = shared_best(setting, ["scao", "soap"], steps)
         if len(pair) == 2:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from faults import FAULTS
+from survival import COMPARED
 
 FILE = "survival.jsonl"
 Rows = dict[str, dict[str, dict[str, Any]]]
@@ -62,7 +63,7 @@ def tables(paths: Iterable[Path]) -> dict[str, str]:
     rows, missing = read(paths)
     if not rows:
         return {}
-    optimizers = list(rows)
+    optimizers = [name for name in COMPARED if name in rows]
     kinds = list(dict.fromkeys(fault.kind for fault in FAULTS.values()))
     head = [f"`{name}`" for name in optimizers]
     lines = []

@@ -21,151 +21,15 @@ import costs
 import moe_tables
 import published_tables
 import survival_tables
+import sweep_tables
 import verdict_tables
-from runs import Record, Setting, best_lr, crossing, loss_of, means, reversed_pairs, seconds, settings
+from runs import Setting, best_lr, loss_of, means, reversed_pairs, seconds, settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PAGES = ("benchmarks", "moe", "published-experiments", "survival")
 READMES = (ROOT / "README.md", HERE / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
-REFERENCE = "adamw"
 MARKER = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
-
-
-def spread(values: Sequence[float], digits: int, unit: str = "", sign: bool = False) -> str:
-    """Mean and standard deviation, as text."""
-    mean = statistics.mean(values)
-    text = f"{mean:{'+' if sign else ''}.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "") + unit
-
-
-def speed(setting: Setting, optimizer: str, lr: float, reference: dict[int, Record]) -> tuple[str, str]:
-    """How many times fewer steps and seconds to AdamW's final loss at a learning rate; shorter runs count as well."""
-    steps, times = [], []
-    for seed, record in reference.items():
-        runs = [r for r in setting.runs[optimizer] if r["cell"]["lr"] == lr and r["cell"]["seed"] == seed]
-        if not runs:
-            continue
-        found = crossing(runs, loss_of(record))
-        if found is None:
-            return "not reached", "not reached"
-        steps.append(setting.steps / found[0])
-        times.append(seconds(record, record["evals"][-1]) / found[1])
-    if not steps:
-        return "", ""
-    return f"{statistics.harmonic_mean(steps):.2f}x", f"{statistics.harmonic_mean(times):.2f}x"
-
-
-def fresh(runs: dict[int, Record], reference: dict[int, Record], seed: int) -> bool:
-    """Whether both have a training loss of the last third to compare."""
-    return seed in reference and bool(runs[seed]["fresh_loss"] and reference[seed]["fresh_loss"])
-
-
-def table(setting: Setting, variants: bool = True) -> str:
-    """The comparison of a setting, one row per optimizer, the lowest loss first; with or without options of one."""
-    if REFERENCE not in setting.runs or not setting.at(REFERENCE):
-        return "(no AdamW runs of this length yet: nothing to compare with)\n"
-    reference_lrs = setting.at(REFERENCE)
-    reference_lr = best_lr(reference_lrs)
-    reference = reference_lrs[reference_lr]
-    lines = []
-    for optimizer in list(setting.runs):
-        by_lr = setting.at(optimizer)
-        if not by_lr or (":" in optimizer and not variants):
-            continue
-        lr = best_lr(by_lr)
-        records = by_lr[lr]
-        lrs = list(by_lr)
-        inside = "" if lrs[0] < lr < lrs[-1] else " (edge)" if len(lrs) > 1 else " (only one)"
-        losses = [loss_of(record) for record in records.values()]
-        shared = [seed for seed in records if seed in reference]
-        gains = [100 * (loss_of(records[seed]) / loss_of(reference[seed]) - 1) for seed in shared]
-        moved = by_lr.get(reference_lr, {})
-        moved_gains = [100 * (loss_of(moved[s]) / loss_of(reference[s]) - 1) for s in moved if s in reference]
-        moved_fresh = [
-            100 * (moved[s]["fresh_loss"] / reference[s]["fresh_loss"] - 1) for s in moved if fresh(moved, reference, s)
-        ]
-        steps, times = speed(setting, optimizer, reference_lr, reference)
-        own_steps, own_times = speed(setting, optimizer, lr, reference)
-        everything = [record for seeds in by_lr.values() for record in seeds.values()]
-        diverged = [record for record in everything if record["diverged"]]
-        per_step = [
-            1000
-            * record["optimizer_cpu_seconds" if record["machine"]["threads"] == 1 else "optimizer_seconds"]
-            / len(record["train_loss"])
-            for record in records.values()
-        ]
-        lines.append(
-            (
-                statistics.mean(losses),
-                [
-                    f"`{optimizer}`",
-                    f"{lr:g}{inside}",
-                    f"{spread(losses, 4)} ({len(losses)})",
-                    spread(gains, 2, " %", sign=True) if gains and optimizer != REFERENCE else "",
-                    f"{own_steps} / {own_times}" if own_steps and optimizer != REFERENCE else "",
-                    spread(moved_gains, 2, " %", sign=True) if moved_gains and optimizer != REFERENCE else "",
-                    f"{steps} / {times}" if steps and optimizer != REFERENCE else "",
-                    spread(moved_fresh, 2, " %", sign=True) if moved_fresh and optimizer != REFERENCE else "",
-                    f"{statistics.median(per_step):.1f}",
-                    f"{max(record['state_bytes_per_parameter'] for record in records.values()):.2f}",
-                    f"{len(diverged)}/{len(everything)}",
-                ],
-            )
-        )
-    head = [
-        "optimizer",
-        "best lr",
-        "held-out loss (seeds)",
-        "against AdamW",
-        "steps / seconds to AdamW's loss",
-        f"at AdamW's lr {reference_lr:g}",
-        "steps / seconds there",
-        "training loss there",
-        "optimizer ms/step",
-        "state bytes/parameter",
-        "diverged",
-    ]
-    rows = [row for _, row in sorted(lines, key=lambda line: line[0])]
-    out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
-    notes = [f"Not run: `{name}`: {reason}." for name, reason in sorted(setting.unavailable.items())]
-    return "\n".join([*out, "", caption(setting), *(["", *notes] if notes else [])]) + "\n"
-
-
-def caption(setting: Setting) -> str:
-    """What was run, on what."""
-    cell = setting.cell
-    records = [record for runs in setting.runs.values() for record in runs]
-    rank = f", LoRA r={cell['rank']}, alpha={cell['alpha']}" if "rank" in cell else ""
-    cpus = sorted(
-        {f"{r['machine']['gpu'] or r['machine']['cpu']}, {r['machine']['threads']} thread(s)" for r in records}
-    )
-    torches = sorted({record["versions"]["torch"] for record in records})
-    return (
-        f"{cell['model']}{rank}; {cell['data']} ({cell['data_sha256']}), held out: {cell['held_out']}; "
-        f"{setting.steps} steps of {cell['batch']} rows of at most {cell['max_tokens']} tokens, {cell['schedule']} "
-        f"schedule after {cell['warmup']} warm-up steps, clipping at {cell['clip']:g}, no weight decay; "
-        f"{'; '.join(cpus)}; torch {', '.join(torches)}."
-    )
-
-
-def basin(setting: Setting) -> str:
-    """Mean held-out loss of each optimizer at each learning rate."""
-    grid = {optimizer: setting.at(optimizer) for optimizer in setting.runs}
-    lrs = sorted({lr for by_lr in grid.values() for lr in by_lr})
-    out = [f"| optimizer | {' | '.join(f'{lr:g}' for lr in lrs)} |", "|" + "---|" * (len(lrs) + 1)]
-    for optimizer, by_lr in grid.items():
-        if not by_lr:
-            continue
-        texts = []
-        for lr in lrs:
-            records = by_lr.get(lr, {}).values()
-            if any(record["diverged"] for record in records):
-                texts.append(f"diverged ({sum(record['diverged'] for record in records)}/{len(records)})")
-            else:
-                texts.append(f"{statistics.mean(map(loss_of, records)):.4f} ({len(records)})" if records else "")
-        out.append(f"| `{optimizer}` | {' | '.join(texts)} |")
-    return "\n".join(out) + "\n"
 
 
 def compare(found: Iterable[Setting], committed: Iterable[Setting]) -> int:
@@ -186,16 +50,6 @@ def compare(found: Iterable[Setting], committed: Iterable[Setting]) -> int:
     return status
 
 
-def tables(found: Iterable[Setting]) -> dict[str, str]:
-    """Every table by the name that a README asks for."""
-    result = {}
-    for setting in found:
-        result[setting.name] = table(setting)
-        result[f"{setting.name}:plain"] = table(setting, variants=False)
-        result[f"{setting.name}:basin"] = basin(setting)
-    return result
-
-
 def read(paths: Iterable[Path]) -> tuple[list[Setting], list[costs.Record]]:
     """The settings of the sweeps and the measurements of speed and memory in result files."""
     sweeps, measured = [], []
@@ -211,7 +65,7 @@ def everything(paths: Sequence[Path]) -> dict[str, str]:
     mixtures = moe_tables.tables(path for path in paths if path.name == moe_tables.FILE)
     survived = survival_tables.tables(path for path in paths if path.name == survival_tables.FILE)
     experiments = published_tables.tables(found, paths)
-    return {**tables(found), **costs.tables(cost), **mixtures, **survived, **experiments}
+    return {**sweep_tables.tables(found), **costs.tables(cost), **mixtures, **survived, **experiments}
 
 
 def fill(text: str, made: dict[str, str]) -> str:
@@ -286,13 +140,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"plot: {growth}")
     if arguments.compare and compare(found, read(committed)[0]):
         return 1
+    status = 0
     for path in READMES if arguments.write else ():
         try:
             path.write_text(fill(path.read_text(encoding="utf-8"), made), encoding="utf-8")
         except ValueError as error:
             print(f"error: {path.name}: {error}", file=sys.stderr)
-            return 1
-    return 0
+            status = 1  # the other pages are still brought up to date
+    return status
 
 
 if __name__ == "__main__":
