@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scao_hf import SCAO, create_scao_optimizer, options, reference
+from scao_hf import SCAO, create_scao_optimizer, curvature, options, reference
 from scao_hf.experts import Packing, find_experts, unpack
 
 transformers = pytest.importorskip("transformers")
@@ -160,6 +160,47 @@ def test_fewer_tokens_than_the_rank_take_bounded_steps() -> None:
         largest = max(largest, float((whole.detach() - before).square().mean().sqrt()))
     assert optimizer.metrics()["scao/phase"] == 2
     assert largest <= 1.05, "AdamW's steps have an RMS of one learning rate at most"
+
+
+@pytest.mark.parametrize(("dtype", "settled", "bound"), [(torch.float64, 0, 1e-6), (torch.float32, 10, 0.03)])
+def test_steps_do_not_depend_on_the_basis_of_directions_without_gradients(
+    dtype: torch.dtype, settled: int, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts that only ever see two directions of eight: any basis of the other six is an eigenbasis.
+
+    A decomposition may return another one each time. Momentum and second moments move along with it, so that nothing
+    jumps; in float32 but for the ramp, in which rounding errors of those directions still count.
+    """
+    right, random = curvature.eigh, torch.Generator().manual_seed(3)
+    turned: list[int] = []
+
+    def turning(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = right(factor, damping)
+        assert found is not None
+        values, vectors = found[0], found[1].clone()
+        for index, null in enumerate(values <= 1e-6 * values[:, :1]):
+            if (count := int(null.sum())) > 1:
+                rotation = torch.linalg.qr(torch.randn(count, count, generator=random, dtype=torch.float64))[0]
+                vectors[index][:, null] = vectors[index][:, null] @ rotation.to(vectors)
+                turned.append(count)
+        return values, vectors
+
+    paths = []
+    for decomposition in (right, turning):
+        monkeypatch.setattr(curvature, "eigh", decomposition)
+        draw = torch.Generator().manual_seed(0)
+        whole = torch.nn.Parameter(torch.randn(4 * 8, 40, generator=draw, dtype=torch.float64).to(dtype))
+        optimizer = SCAO([whole], lr=0.01, weight_decay=0, experts={whole: Packing("A", 4)}, **QUICK)
+        seen = torch.randn(4, 8, 2, generator=draw, dtype=torch.float64)
+        path = [whole.detach().clone()]
+        for _ in range(30):
+            whole.grad = (seen @ torch.randn(4, 2, 40, generator=draw, dtype=torch.float64)).flatten(0, 1).to(dtype)
+            optimizer.step()
+            path.append(whole.detach().clone())
+        paths.append(torch.stack(path).diff(dim=0)[settled:])
+    assert turned.count(6) >= 12, "there was nothing to turn"
+    difference = (paths[0] - paths[1]).flatten(1).norm(dim=1) / paths[0].flatten(1).norm(dim=1)
+    assert difference.max() <= bound
 
 
 def test_curvature_of_a_large_mixture_is_a_twentieth_of_its_adapter() -> None:

@@ -211,6 +211,17 @@ def test_disabled_and_merged_adapters_saving_and_undoing_are_pefts(tmp_path: Pat
             assert "forward" not in vars(module)
 
 
+def test_fusing_leaves_nothing_on_the_wrappers_but_what_is_called() -> None:
+    model = with_lora(base_model("qwen3"))
+    wrappers = [module for module in model.modules() if hasattr(module, "parameter_name")]
+    before = [set(vars(wrapper)) for wrapper in wrappers]
+    fuse_moe_lora(model)
+    added = [set(vars(wrapper)) - had for wrapper, had in zip(wrappers, before, strict=True)]
+    assert added == [{"forward", "merge"}, {"merge"}] * 2  # the outer wrapper of each of two layers, and the inner one
+    unfuse_moe_lora(model)
+    assert [set(vars(wrapper)) for wrapper in wrappers] == before
+
+
 def unfused(model: Any) -> Any:
     unfuse_moe_lora(model)
     return model
