@@ -128,12 +128,12 @@ def runs_table(setting: Setting | None, scale: published.Scale | None, steps: in
     return table(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
 
 
-def reach(records: Sequence[Record], target: float) -> tuple[float, float] | None:
-    """Mean steps and seconds at which runs first reach a perplexity; None if one of them does not."""
-    found = [crossing([record], math.log(target)) for record in records]
-    if not found or None in found:
-        return None
+def reach(records: Sequence[Record], losses: Sequence[float]) -> tuple[float, float] | None:
+    """Mean steps and seconds at which each run first reaches its loss; None if one of them does not."""
+    found = [crossing([record], loss) for record, loss in zip(records, losses, strict=True)]
     pairs = [pair for pair in found if pair is not None]
+    if not pairs or len(pairs) < len(found):
+        return None
     return statistics.mean(step for step, _ in pairs), statistics.mean(second for _, second in pairs)
 
 
@@ -144,34 +144,36 @@ def shared_best(setting: Setting, optimizers: Sequence[str], steps: int) -> dict
     return {name: [found[seed] for seed in sorted(seeds)] for name, found in best.items()}
 
 
-def targets_table(setting: Setting, steps: int, optimizers: Sequence[str] = ("adamw", "scao", "soap")) -> str | None:
-    """Time to a perplexity in the shape of the published table: targets are those that AdamW has on its way."""
-    best = shared_best(setting, optimizers, steps)
-    if len(best) < 2 or "adamw" not in best:
+def targets_table(setting: Setting, steps: int, optimizers: Sequence[str] = ("scao", "soap")) -> str | None:
+    """Time to a perplexity in the shape of the published table: targets are what AdamW has on its way, seed by seed."""
+    pairs = {name: shared_best(setting, ["adamw", name], steps) for name in optimizers}
+    pairs = {name: pair for name, pair in pairs.items() if pair.get(name) and "adamw" in pair}
+    if not pairs:
         return None
-    others = [name for name in best if name != "adamw"]
-    head = ["target perplexity", "`adamw`"]
-    for name in others:
-        head += [name_of(name), "times as fast, seconds"]
+    whole = shared_best(setting, ["adamw"], steps)["adamw"]
+    head = ["target perplexity", f"`adamw` ({len(whole)})"]
+    for name, pair in pairs.items():
+        head += [f"{name_of(name)} ({len(pair[name])})", "times as fast, seconds"]
     rows = []
     for at in range(100, steps + 1, 50):
-        evals = [entry for record in best["adamw"] for entry in record["evals"] if entry["step"] == at]
-        if not evals:
+        if any(after(record, at) is None for record in whole):
             continue
-        target = math.exp(max(entry["loss"] for entry in evals))
-        slow = reach(best["adamw"], target)
-        if slow is None:
-            continue
-        row = [f"<= {target:.2f}", f"{slow[1]:.1f} s (step {slow[0]:.0f})"]
-        for name in others:
-            quick = reach(best[name], target)
+        row = [f"<= {statistics.mean(math.exp(after(r, at)['loss']) for r in whole):.2f}"]  # type: ignore[index]
+        row += [f"{statistics.mean(seconds(r, after(r, at)) for r in whole):.1f} s (step {at})"]  # type: ignore[arg-type]
+        for name, pair in pairs.items():
+            entries = [entry for record in pair["adamw"] if (entry := after(record, at))]
+            quick = reach(pair[name], [entry["loss"] for entry in entries])
+            slow = statistics.mean(map(seconds, pair["adamw"], entries))
             row += (
-                [f"{quick[1]:.1f} s (step {quick[0]:.0f})", f"{slow[1] / quick[1]:.2f}"]
-                if quick
-                else ["not reached", ""]
+                [f"{quick[1]:.1f} s (step {quick[0]:.0f})", f"{slow / quick[1]:.2f}"] if quick else ["not reached", ""]
             )
         rows.append(row)
     return table(head, rows) if rows else None
+
+
+def after(record: Record, step: int) -> dict[str, float] | None:
+    """The measurement after a step."""
+    return next((entry for entry in record["evals"] if entry["step"] == step), None)
 
 
 def published_targets() -> str:
@@ -186,7 +188,7 @@ def published_targets() -> str:
 
 def curve_table(setting: Setting, steps: int) -> str | None:
     """Perplexity every 25 steps, published and ours."""
-    best = shared_best(setting, list(published.SCALE), steps)
+    best = {name: runs[name] for name in published.SCALE if (runs := shared_best(setting, [name], steps))}
     if "adamw" not in best:
         return None
     rows = []
@@ -194,10 +196,11 @@ def curve_table(setting: Setting, steps: int) -> str | None:
         step = published.EVERY * (at + 1)
         row = [str(step), f"{slow:.2f}", f"{quick:.2f}"]
         for records in best.values():
-            losses = [e["loss"] for record in records for e in record["evals"] if e["step"] == step]
+            losses = [entry["loss"] for record in records if (entry := after(record, step))]
             row.append(f"{statistics.mean(map(math.exp, losses)):.2f}" if losses else "")
         rows.append(row)
-    return table(["step", "published AdamW", "published SCAO", *map(name_of, best)], rows)
+    head = [f"{name_of(name)} ({len(records)})" for name, records in best.items()]
+    return table(["step", "published AdamW", "published SCAO", *head], rows)
 
 
 def ablations_table(found: Sequence[Setting]) -> str | None:
@@ -248,8 +251,7 @@ def goals(found: Sequence[Setting], steps: int) -> str | None:
         if len(pair) == 2:
             ours, theirs = (statistics.mean(map(perplexity, pair[name])) for name in ("scao", "soap"))
             goal(f"{size}: not above SOAP's best", f"{100 * (ours / theirs - 1):+.1f} %", ours <= theirs)
-        final = statistics.mean(map(perplexity, best["adamw"]))
-        quick, slow = reach(best["scao"], final), statistics.mean(map(spent, best["adamw"]))
+        quick, slow = reach(best["scao"], list(map(loss_of, best["adamw"]))), statistics.mean(map(spent, best["adamw"]))
         words = f"{size}: AdamW's final perplexity in 1/1.5 of its seconds"
         goal(words, f"1/{slow / quick[1]:.2f}" if quick else "not reached", bool(quick and slow / quick[1] >= 1.5))
         state = {name: max(r["state_bytes"] for r in records) for name, records in best.items()}
