@@ -77,7 +77,9 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
             for param, suffix, block in bucket.members
             if block is not None
             # Of a tensor without memory, as a sharded parameter has none between two steps.
-            for shape in [block.part(torch.empty(param.shape, device="meta")).shape[1:] if bucket.packed else param.shape]
+            for shape in [
+                block.part(torch.empty(param.shape, device="meta")).shape[1:] if bucket.packed else param.shape
+            ]
             for expert in range(block.size)
         ]
         for index, (name, shape) in enumerate(matrices):

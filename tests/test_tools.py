@@ -24,7 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
-from scao_hf import SCAO, options, reference
+from scao_hf import SCAO, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.tools import ToolError, doctor, matrices, run_log, run_report, settings, simulate
 from scao_hf.tools import plan as planning
@@ -589,6 +589,30 @@ def test_doctor_finds_both_rules_sound(rule: str) -> None:
     assert sound and text.count("ok") == 2
 
 
+def test_doctor_tests_every_native_kernel_of_the_cpu(monkeypatch: Any) -> None:
+    called: set[str] = set()
+
+    def counted(name: str) -> Any:
+        kernel = getattr(ops, name)
+        return lambda *arguments: (called.add(name), kernel(*arguments))[1]
+
+    for name in ops.DEFAULTS:
+        monkeypatch.setattr(ops, name, counted(name))
+    assert all(doctor.self_test(rule, "cpu")[1] for rule in options.RULES) and doctor.average_test("cpu")[1]
+    if "cpu" not in ops.NATIVE:
+        pytest.skip("needs the native kernels: the others were tested")
+    assert called == set(ops.KERNELS["cpu"])
+
+
+def test_doctor_finds_a_broken_average(monkeypatch: Any) -> None:
+    right = ops.int8_ema_
+    monkeypatch.setattr(
+        ops, "int8_ema_", lambda codes, scales, values, w, seed: right(codes, scales, values, w / 2, seed)
+    )
+    text, sound = doctor.average_test("cpu")
+    assert not sound and text.startswith("WRONG")
+
+
 def test_doctor_finds_a_broken_rule(monkeypatch: Any) -> None:
     right = reference.eigenbasis
     monkeypatch.setattr(reference, "eigenbasis", lambda w, g, o: [w * 1.5 for w in right(w, g, o)])
@@ -596,6 +620,19 @@ def test_doctor_finds_a_broken_rule(monkeypatch: Any) -> None:
     result = run("doctor")
     assert result.exit_code == 1
     assert "float32 WRONG" in result.output and "BROKEN: the eigenbasis rule is wrong on cpu" in result.output
+
+
+def test_doctor_tries_bitsandbytes(monkeypatch: Any) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    assert doctor.four_bit("cpu")[0].startswith("ok")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("libbitsandbytes_cuda999.so is\nmissing")
+
+    monkeypatch.setattr(functional, "quantize_4bit", broken)
+    assert doctor.four_bit("cpu") == ("fails: RuntimeError: libbitsandbytes_cuda999.so is missing", False)
+    monkeypatch.setattr(doctor, "_version", lambda _: "not installed")
+    assert doctor.four_bit("cpu") == ("not tried: bitsandbytes is not installed", True)
 
 
 def test_doctor_prints_a_block_for_bug_reports(monkeypatch: Any) -> None:

@@ -152,6 +152,8 @@ def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
 def test_the_reason_is_the_message_of_the_exception() -> None:
     log = "loading\nTraceback (most recent call last):\n  File x\nValueError: this config does not work with SCAO:\n  - a\n"
     assert arms.reason(log) == "ValueError: this config does not work with SCAO: - a"
+    log = "pydantic_core._core.ValidationError: 1 error for X\n  Value error, too short [type=value_error, input_value={}]"
+    assert arms.reason(log) == "ValidationError: 1 error for X Value error, too short"
     assert arms.reason("one\ntwo\n\n") == "two" and arms.reason("") == "it said nothing"
 
 

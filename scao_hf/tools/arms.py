@@ -266,7 +266,9 @@ def reason(log: str) -> str:
     starts = [index for index, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     if not starts:
         return lines[-1] if lines else "it said nothing"
-    return " ".join(" ".join(lines[starts[-1] :][:8]).split())[:600]
+    said = " ".join(" ".join(lines[starts[-1] :][:8]).split())
+    # What pydantic adds: the whole configuration, and a link.
+    return re.sub(r"^[\w.]+\.(?=\w)", "", said.partition(" [type=")[0])[:600]
 
 
 def run_arm(arm: Arm, progress: Callable[[int], None]) -> Outcome:

@@ -246,7 +246,8 @@ def doctor() -> None:
     """Is the installation sound? Versions, backend, self-test; a block to paste into a bug report."""
     from scao_hf.tools.doctor import examine
 
-    found = examine()
+    with _libraries_silent():
+        found = examine()
     print(found.text)
     raise typer.Exit(1 if found.broken else 0)
 

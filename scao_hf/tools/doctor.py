@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import math
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +16,18 @@ import torch
 from torch import Tensor
 
 import scao_hf
-from scao_hf import SCAO, options
+from scao_hf import SCAO, ops, options, quantization
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "axolotl", "bitsandbytes")
 
 #: (dtype, largest error relative to the distance covered). In float32 the long basis is kept in bfloat16: 2^-9 each.
 PRECISIONS = ((torch.float64, 1e-6), (torch.float32, 0.02))
+
+#: As much for an average in int8: each step rounds to one of 127 levels, up or down at random.
+INT8_ERROR = 0.03
+
+#: Rounding to the 16 levels of NF4 loses about a tenth.
+NF4_ERROR = 0.15
 
 _SHAPE, _STEPS = (6, 48), 30
 _OPTIONS = {"warmup_steps": 4, "blend_steps": 5, "precond_freq": 3, "min_precond_updates": 1, "k_min": 2, "k_max": 4}
@@ -39,18 +48,29 @@ def examine() -> Findings:
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((name, _version(name)) for name in PACKAGES),
         ("cuda", cuda_state()),
-        *((f"backend, {device}", text) for device, text in _backend().items()),
+        *((f"backend, {device}", text) for device, text in ops.backend().items()),
     ]
     problems = []
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    for rule in options.RULES:
+    tests: list[tuple[str, Callable[[str], tuple[str, bool]]]] = [
+        *((f"{rule} rule", functools.partial(self_test, rule)) for rule in options.RULES),
+        ("int8 average", average_test),
+    ]
+    for name, test in tests:
         for device in devices:
-            text, sound = self_test(rule, device)
-            lines.append((f"self-test, {rule}, {device}", text))
+            text, sound = test(device)
+            lines.append((f"self-test, {name}, {device}", text))
             if not sound:
                 problems.append(
-                    f"the {rule} rule is wrong on {device}: try SCAO_DISABLE_EXT=1, install scao-hf again, report it"
+                    f"the {name} is wrong on {device}: try SCAO_DISABLE_EXT=1, install scao-hf again, report it"
                 )
+    for device in devices:
+        text, sound = four_bit(device)
+        lines.append((f"bitsandbytes in 4 bit, {device}", text))
+        if not sound:
+            problems.append(
+                f"bitsandbytes does not work on {device}: see `python -m bitsandbytes`, and install the release for this CUDA"
+            )
     plugin, sound = axolotl_plugin()
     lines.append(("axolotl plugin", plugin))
     if not sound:
@@ -80,12 +100,6 @@ def cuda_state() -> str:
         memory, capability = device.total_memory / 2**30, f"{device.major}.{device.minor}"
         found.append(f"{device.name}, {memory:.1f} GiB, compute capability {capability}")
     return f"CUDA {torch.version.cuda}: {'; '.join(found)}"
-
-
-def _backend() -> dict[str, str]:
-    from scao_hf import ops
-
-    return ops.backend()
 
 
 def _gradients(device: str) -> list[Tensor]:
@@ -126,6 +140,49 @@ def self_test(rule: str, device: str) -> tuple[str, bool]:
         sound &= fits
         said.append(f"{str(dtype).removeprefix('torch.')} {'ok' if fits else 'WRONG'} ({error:.1e}, bound {bound:g})")
     return ", ".join(said), sound
+
+
+def average_test(device: str) -> tuple[str, bool]:
+    """The average in int8 (``use_int8_ema``) of one matrix over some steps against the same in float64.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        The error in words, and whether it is within bounds.
+    """
+    outers = [(grad @ grad.mT)[None] for grad in _gradients("cpu")]
+    shape, weight = tuple(outers[0].shape[1:]), 0.2
+    codes_shape, scales_shape = quantization.encoded_shapes(1, math.prod(shape))
+    codes = torch.zeros(codes_shape, dtype=torch.int8, device=device)
+    scales = torch.zeros(scales_shape, device=device)
+    expected = torch.zeros_like(outers[0])
+    for seed, outer in enumerate(outers):
+        ops.int8_ema_(codes, scales, outer.float().to(device), torch.tensor([weight], device=device), seed)
+        expected.lerp_(outer, weight)
+    found = quantization.decode(codes, scales, shape, torch.float32).cpu().double()
+    error = float((found - expected).norm() / expected.norm())
+    fits = error < INT8_ERROR  # False for NaN
+    return f"{'ok' if fits else 'WRONG'} ({error:.1e}, bound {INT8_ERROR:g})", fits
+
+
+def four_bit(device: str) -> tuple[str, bool]:
+    """Whether bitsandbytes quantises a matrix to NF4 and back on a device; in words, and whether that is as it should be.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    if _version("bitsandbytes") == "not installed":
+        return "not tried: bitsandbytes is not installed", True
+    weight = _gradients(device)[0].float().repeat(8, 8)
+    try:
+        from bitsandbytes import functional
+
+        back = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4"))
+    except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
+        return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}", False
+    lost = float((back - weight).norm() / weight.norm())
+    return f"{'ok' if lost < NF4_ERROR else 'WRONG'} ({lost:.1e}, bound {NF4_ERROR:g})", lost < NF4_ERROR
 
 
 def axolotl_plugin() -> tuple[str, bool]:
