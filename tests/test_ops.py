@@ -94,10 +94,11 @@ def test_eigenbasis_kernel_equals_pytorch(level: str, r: int, l: int, k: int) ->
     for dtype in DTYPES:
         for tall in (False, True):
             for basis in (torch.bfloat16, torch.float32):
-                params, grads = members(3, r, l, dtype, tall)
-                state = eigenbasis_state(3, r, l, k, basis)
-                cautious = tall == (dtype == torch.float32)
-                compare(ops.eigenbasis_step_, ops._eigenbasis, params, grads, state, NUMBERS[0], cautious)
+                # Float32 has loops of its own for each layout, and for each with and without the mask.
+                for cautious in (True, False) if dtype == torch.float32 else (not tall,):
+                    params, grads = members(3, r, l, dtype, tall)
+                    state = eigenbasis_state(3, r, l, k, basis)
+                    compare(ops.eigenbasis_step_, ops._eigenbasis, params, grads, state, NUMBERS[0], cautious)
 
 
 @native
@@ -380,7 +381,9 @@ def build(tmp_path: Path, choice: str, **environment: str) -> subprocess.Complet
 
 def test_a_build_that_was_asked_for_and_is_impossible_fails_clearly(tmp_path: Path) -> None:
     failed = build(tmp_path, "cpu", CXX="no-such-compiler")
-    assert failed.returncode and "SCAO_BUILD_EXT=cpu: building scao_hf._C_cpu failed: no C++ compiler" in failed.stderr
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10)
+    reason = f"the torch in {Path(torch.__file__).parent} has no stable ABI" if old else "no C++ compiler"
+    assert failed.returncode and f"SCAO_BUILD_EXT=cpu: building scao_hf._C_cpu failed: {reason}" in failed.stderr
     skipped = build(tmp_path, "auto", CXX="no-such-compiler", CUDA_HOME=str(tmp_path))
     assert skipped.returncode == 0 and skipped.stderr.count("left out: building scao_hf._C_c") == 2
     unknown = build(tmp_path, "yes")
