@@ -48,7 +48,7 @@ class Watch:
     def due(self) -> bool:
         """Count a step; whether this is one to look in."""
         self._steps += 1
-        return self._steps % PATIENCE == 1
+        return self._steps % PATIENCE == 0
 
     def problem(self, buckets: list[Bucket]) -> RuntimeError | None:
         """The error for the first such parameter, before a step; one synchronisation where there has been a look before."""

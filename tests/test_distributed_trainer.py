@@ -21,8 +21,9 @@ from axolotl_config import tiny_run
 pytestmark = pytest.mark.long
 
 WORKER = Path(__file__).with_name("distributed_trainer_worker.py")
-#: In float32; the order in which parts of a batch are summed up differs.
-CLOSE = 1e-4
+#: By the number of processes, in float32: the order in which parts of a batch are summed up differs. Measured at most
+#: 6.1e-5 and 1.5e-4, after eight steps at a learning rate of 1e-2; in float64 there is no difference (test_distributed.py).
+CLOSE = {2: 1e-4, 4: 3e-4}
 BASE = {"max_steps": 8, "seed": 3, "save_strategy": "no", "max_grad_norm": 1.0}
 
 
@@ -75,7 +76,7 @@ def test_ddp(tiny_llama: Path, tmp_path: Path, single: dict[str, Any], world: in
     assert not first["sharing"] and not single["sharing"], "refreshes are shared out on request alone"
     assert all(distance(first, other) == 0 for other in others)
     print(f"DDP through the Trainer on {world} processes: {distance(first, single):.1e} from one process")
-    assert distance(first, single) <= CLOSE
+    assert distance(first, single) <= CLOSE[world]
     assert first["phases"] == [1.0] * 3 + [2.0] * 5
 
 
@@ -86,7 +87,7 @@ def test_fsdp2_and_its_resume(tiny_llama: Path, tmp_path: Path, single: dict[str
     assert first["sharded"] == ["DTensor"] and not first["sharing"]
     assert distance(first, second) == 0
     print(f"FSDP2 through Accelerate: {distance(first, single):.1e} from one process")
-    assert distance(first, single) <= CLOSE
+    assert distance(first, single) <= CLOSE[2]
     checkpoint = str(tmp_path / "out" / "checkpoint-4")
     again, _ = run(tiny_llama, tmp_path / "again", "fsdp", 2, resume=checkpoint, **settings)
     assert again["phases"][-4:] == [2.0] * 4
@@ -134,4 +135,4 @@ def test_axolotl(tiny_llama: Path, tmp_path: Path) -> None:
         assert first["phases"] == [1.0] * 3 + [2.0] * 5
         assert all(distance(first, other) == 0 for other in others)
         print(f"Axolotl, {name}: {distance(first, single):.1e} from one process")
-        assert distance(first, single) <= CLOSE
+        assert distance(first, single) <= CLOSE[world]
