@@ -230,7 +230,7 @@ def test_the_aims_are_judged(results: Path) -> None:
         "-9.5 % (2 seeds, best rate of `scao` at an edge)",
         "yes",
     ]
-    assert found["838k: not above SOAP's best"][2] == "yes"
+    assert found["838k: not above SOAP's best"][2] == "open", "SOAP has run at one rate"
     assert found["838k: AdamW's final perplexity in 1/1.5 of its seconds"][2] == "**no**"
     assert found["838k: state at most 1.3 times AdamW's"][1:] == ["0.90 times", "yes"]
     better = [json.loads(row) for row in results.read_text().splitlines()]
@@ -242,7 +242,7 @@ def test_the_aims_are_judged(results: Path) -> None:
     results.write_text("".join(json.dumps(record) + "\n" for record in better))
     found = rows(tables.everything([results])["published-goals"])
     assert found["838k: perplexity at least 5 % below AdamW's best"][1:][1:2] == ["**no**"]
-    assert found["838k: not above SOAP's best"][1:] == ["+17.4 %", "**no**"]
+    assert found["838k: not above SOAP's best"][1:] == ["+17.4 % (1 seed(s); SOAP's rate: only one)", "**no**"]
 
 
 def test_every_ablation_is_an_optimizer_that_can_be_built() -> None:
