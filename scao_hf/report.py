@@ -102,7 +102,8 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
 def memory_report(groups: Groups) -> dict[str, int]:
     """Bytes of state by kind (moments, curvature, bases, counters) and in total in phase 2; allocates nothing.
 
-    ``peak`` is the larger of phase 1, which holds AdamW's second moment, and phase 2.
+    ``peak`` is the larger of phase 1, which holds AdamW's second moment, and phase 2. Beside the state, four bytes per
+    matrix remember how many gradients it had taken at the last look for gradients that are never finite.
     """
     sizes: Counter[str] = Counter()
     before = sum(
