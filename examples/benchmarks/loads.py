@@ -80,12 +80,12 @@ def shapes(model: nn.Module) -> int:
 
 
 class Gradients:
-    """Random gradients, a few sets of them in turn."""
+    """Random gradients of the trainable parameters, a few sets of them in turn."""
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
         device = next(model.parameters()).device
         generator = torch.Generator(device).manual_seed(seed)
-        self.params = list(model.parameters())
+        self.params = [param for param in model.parameters() if param.requires_grad]
         self.sets = [
             [torch.randn(param.shape, generator=generator, device=device).mul_(1e-3) for param in self.params]
             for _ in range(GRADIENT_SETS)
