@@ -481,8 +481,8 @@ ARROWS = {
     "state": {"experts", "options", "buckets", "rules", "ops", "storage"},
     "storage": {"buckets", "quantization", "rules"},
     "tools": {
-        *("tools", "optimizer", "options", "ops", "reference", "rules", "update", "report", "state"),
-        *("trainer", "__init__"),
+        *("tools", "optimizer", "options", "ops", "quantization", "reference", "rules", "update", "report"),
+        *("state", "trainer", "__init__"),
     },
     "trainer": {"distributed", "experts", "optimizer", "options", "report", "update"},
     "update": set(),
