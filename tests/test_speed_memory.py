@@ -229,7 +229,9 @@ def test_state_is_counted_per_shape(spec: str, expected: Callable[[int, int], in
     result = memory.state(cell, lambda _: None)
     model = memory.load(cell)
     if spec == "scao":
-        matrices = sum(1 for _ in model.parameters())  # the watch over gradients holds a counter of each beside the state
+        matrices = sum(
+            1 for _ in model.parameters()
+        )  # the watch over gradients holds a counter of each beside the state
         assert result["bytes"] == result["report"]["total"] + 4 * matrices
     elif spec == "polora":
         optimizer = peers.create(spec, model, 1e-3)
