@@ -23,6 +23,7 @@ import data  # noqa: E402
 import models  # noqa: E402
 import peers  # noqa: E402
 import polora  # noqa: E402
+import reproduce  # noqa: E402
 import runs  # noqa: E402
 import sweep  # noqa: E402
 import sweep_tables  # noqa: E402
@@ -173,6 +174,18 @@ def test_state_bytes_count_every_tensor_once() -> None:
             assert counted == 8 * sum(param.numel() for param in model.parameters()) + 2 * 4
         else:
             assert counted == optimizer.memory_report()["total"] + 2 * 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("command", "rest"), [(sweep, ["--task", "tiny", "--lrs", "1e-3", "--out", "never.jsonl"]), (reproduce, [])]
+)
+def test_an_unknown_optimizer_ends_the_command_before_anything_runs(
+    command: Any, rest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for spec, said in (("adamx", "'adamx' is not one of"), ("scao:k_maximum=3", "k_maximum")):
+        with pytest.raises(SystemExit) as ended:
+            command.main(["--optimizers", spec, *rest])
+        assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_rows_are_held_out_by_one_rule() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sweep
+import texts
 
 #: The result files that this module reads; all others are sweeps.
 FILES = ("speed.jsonl", "memory.jsonl", "gpu.jsonl")
@@ -25,12 +26,6 @@ def records(paths: Iterable[Path], reduced: bool = False) -> list[Record]:
     for path in paths:
         found += sweep.read(path)[0].values()
     return [record for record in found if record["cell"]["reduced"] == reduced]
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def clock(record: Record) -> str:
@@ -82,7 +77,7 @@ def step_table(by_place: dict[str, Record], what: str) -> str:
         "is the mean over a period of refreshes, of medians; processor time on one thread, wall time on several. "
         f"{origin(list(by_place.values()))}"
     )
-    return "\n".join([markdown(head, rows), "", caption, *notes]) + "\n"
+    return "\n".join([texts.table(head, rows), caption, *notes]) + "\n"
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -124,7 +119,7 @@ def growth_table(found: Sequence[Record]) -> str:
         f"Pairs of LoRA factors r x l, refreshes included. SCAO's step time grows with the number of parameters to the power "
         f"{', '.join(exponents)} (1 is linear). {origin(found)}"
     )
-    return f"{markdown(head, rows)}\n\n{caption}\n"
+    return f"{texts.table(head, rows)}\n{caption}\n"
 
 
 def roofline_table(found: Sequence[Record]) -> str:
@@ -160,7 +155,7 @@ def roofline_table(found: Sequence[Record]) -> str:
         "gradient, parameter and momentum and writes the last two. What SCAO's kernels move and compute is counted in "
         f"[csrc](../../csrc/README.md). {origin([*copies.values(), *loads.values()])}"
     )
-    return f"{markdown(head, rows)}\n\n{caption}\n"
+    return f"{texts.table(head, rows)}\n{caption}\n"
 
 
 def training_table(by_place: dict[str, Record]) -> str:
@@ -177,7 +172,7 @@ def training_table(by_place: dict[str, Record]) -> str:
     first = next(iter(by_place.values()))
     where = origin(list(by_place.values()))
     caption = f"{first['model']}; {first['parameters']:,} trained parameters, batches of 4 rows. {where}"
-    return f"{markdown(head, rows)}\n\n{caption}\n"
+    return f"{texts.table(head, rows)}\n{caption}\n"
 
 
 def state_table(found: Sequence[Record]) -> str:
@@ -198,7 +193,7 @@ def state_table(found: Sequence[Record]) -> str:
         f"LoRA r = {first['cell']['rank']} of Qwen2.5-3B on seven linear maps, {first['parameters']:,} parameters. Measured on "
         f"one matrix of each shape and summed. {origin(found)}"
     )
-    return f"{markdown(head, rows)}\n\n{caption}\n"
+    return f"{texts.table(head, rows)}\n{caption}\n"
 
 
 def scratch_table(found: Sequence[Record]) -> str:
@@ -229,7 +224,7 @@ def scratch_table(found: Sequence[Record]) -> str:
         "The same load; above what was held before the step, through torch's allocator. The native kernels use one matrix' "
         f"worth of memory per thread on top. {origin(found)}"
     )
-    return f"{markdown(head, rows)}\n\n{caption}\n"
+    return f"{texts.table(head, rows)}\n{caption}\n"
 
 
 def kernel_table(found: Sequence[Record]) -> str:
@@ -241,7 +236,7 @@ def kernel_table(found: Sequence[Record]) -> str:
             rows.append([record["cell"]["device"], f"`{name}`", str(record["calls"][name]), f"{value:.1e}", verdict])
         rows += [[record["cell"]["device"], f"`{name}`", "0", "", "NO"] for name in record["never_called"]]
     head = ["GPU", "kernel", "calls", "largest difference / largest entry", "within tolerance"]
-    return f"{markdown(head, rows)}\n\n{origin(found)}\n"
+    return f"{texts.table(head, rows)}\n{origin(found)}\n"
 
 
 def qlora_table(found: Sequence[Record]) -> str:
@@ -280,7 +275,7 @@ def qlora_table(found: Sequence[Record]) -> str:
         f"NF4 with double quantisation, LoRA r = {cell['rank']}, {cell['steps']} steps of {cell['batch']} rows of at most "
         f"{cell['max_tokens']} tokens, gradient checkpointing, lr {cell['lr']:g}. {origin(found)}"
     )
-    return "\n".join([markdown(head, rows), "", caption, *notes]) + "\n"
+    return "\n".join([texts.table(head, rows), caption, *notes]) + "\n"
 
 
 def tables(found: Sequence[Record]) -> dict[str, str]:

@@ -8,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import sweep
+from texts import spread, table
 
 #: The result file that this module reads.
 FILE = "moe.jsonl"
 MIB = 2**20
 
 Record = dict[str, Any]
-
-
-def markdown(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
 
 def origin(found: list[Record]) -> str:
@@ -60,13 +56,7 @@ def training(found: list[Record], what: str, digits: int) -> str:
         rows.append([f"`{name}`", f"{best[name]:g}{edge}", f"{spread(list(seeds.values()), digits)}", against, tried])
     seeds_of = sorted({len(rates[best[name]]) for name, rates in losses.items()})
     head = ["optimizer", "best lr", f"{what} ({' or '.join(map(str, seeds_of))} seeds)", "against AdamW, seed by seed"]
-    return markdown([*head, "all rates tried"], rows)
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    return table([*head, "all rates tried"], rows)
 
 
 def layer(found: list[Record]) -> str:
@@ -80,7 +70,7 @@ def layer(found: list[Record]) -> str:
             peak = f"{extra[name] / MIB:.0f} MiB" if name in extra else "not measured"
             rows.append([str(record["cell"]["experts"]), words, f"{ms[name]:.0f}", ratio, peak])
     head = ["experts", "forward", "ms, forward and backward", "against fused", "peak beyond what was held"]
-    return markdown(head, rows)
+    return table(head, rows)
 
 
 def coded(found: list[Record]) -> str:
@@ -96,7 +86,7 @@ def coded(found: list[Record]) -> str:
             f"{figures['gradient_difference']:.1e}",
         ],
     ]
-    return markdown(["16 experts, r = 8", ""], rows)
+    return table(["16 experts, r = 8", ""], rows)
 
 
 def tables(paths: Iterable[Path]) -> dict[str, str]:

@@ -13,7 +13,8 @@ import published
 import sweep
 import verdict_tables
 from runs import Record, Setting, best_lr, crossing, loss_of, seconds
-from verdict_tables import table, value
+from texts import spread, table
+from verdict_tables import value
 
 #: Names of the optimizers where a spec would be too long for a column.
 NAMES = {published.PUBLISHED: "`scao-published`", published.PYPI: "`scao-pypi`"}
@@ -23,10 +24,7 @@ Seeds = dict[int, Record]
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
-    mean = statistics.mean(values)
-    if not math.isfinite(mean):
-        return "diverged"
-    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return spread(values, digits) if math.isfinite(statistics.mean(values)) else "diverged"
 
 
 def perplexity(record: Record) -> float:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import models
-import peers
 import reference
 import runs
 import stability
@@ -167,11 +166,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, given, known in (("parts", arguments.parts, PARTS), ("sizes", arguments.sizes, models.GPT_SIZES)):
         if unknown := [value for value in given if value not in known]:
             parser.error(f"--{name}: {unknown[0]!r} is not one of {', '.join(known)}")
-    try:
-        for optimizer in arguments.optimizers:
-            peers.resolved(optimizer)
-    except ValueError as error:
-        parser.error(str(error))
+    sweep.check_optimizers(parser, arguments.optimizers)
     return arguments
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from faults import FAULTS
 from survival import COMPARED
+from texts import table
 
 FILE = "survival.jsonl"
 Rows = dict[str, dict[str, dict[str, Any]]]
@@ -26,11 +27,6 @@ def read(paths: Iterable[Path]) -> tuple[Rows, dict[str, str]]:
             else:
                 rows.setdefault(record["optimizer"], {})[record["fault"]] = record
     return rows, missing
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _count(found: dict[str, dict[str, Any]], names: Iterable[str]) -> str:
@@ -76,6 +72,6 @@ def tables(paths: Iterable[Path]) -> dict[str, str]:
         for name, fault in FAULTS.items()
     ]
     return {
-        "survival": _table(["faults survived", *head], lines) + _notes(rows, missing),
-        "survival-faults": _table(["fault", *head], faults),
+        "survival": table(["faults survived", *head], lines) + _notes(rows, missing),
+        "survival-faults": table(["fault", *head], faults),
     }

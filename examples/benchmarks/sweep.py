@@ -197,6 +197,15 @@ def numbers(kind: type) -> Any:
     return lambda text: [kind(part) for part in re.split(r",(?![^(]*\))", text) if part]
 
 
+def check_optimizers(parser: argparse.ArgumentParser, specs: list[str]) -> None:
+    """End with the parser's usage and the reason unless every optimizer and option is known."""
+    try:
+        for spec in specs:
+            peers.resolved(spec)
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,11 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.steps < 2:
         parser.error(f"--steps {arguments.steps} must be at least 2")
-    try:
-        for optimizer in arguments.optimizers:
-            peers.resolved(optimizer)
-    except ValueError as error:
-        parser.error(str(error))
+    check_optimizers(parser, arguments.optimizers)
     return arguments
 
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from runs import Record, Setting, best_lr, crossing, loss_of, seconds
+from texts import spread, table
 
 REFERENCE = "adamw"
-
-
-def spread(values: Sequence[float], digits: int, unit: str = "", sign: bool = False) -> str:
-    """Mean and standard deviation, as text."""
-    mean = statistics.mean(values)
-    text = f"{mean:{'+' if sign else ''}.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "") + unit
 
 
 def speed(setting: Setting, optimizer: str, lr: float, reference: dict[int, Record]) -> tuple[str, str]:
@@ -35,12 +29,27 @@ def speed(setting: Setting, optimizer: str, lr: float, reference: dict[int, Reco
     return f"{statistics.harmonic_mean(steps):.2f}x", f"{statistics.harmonic_mean(times):.2f}x"
 
 
-def fresh(runs: dict[int, Record], reference: dict[int, Record], seed: int) -> bool:
-    """Whether both have a training loss of the last third to compare."""
-    return seed in reference and bool(runs[seed]["fresh_loss"] and reference[seed]["fresh_loss"])
+def change(
+    runs: dict[int, Record], reference: dict[int, Record], loss: Callable[[Record], float | None]
+) -> list[float]:
+    """By how many per cent a loss differs from the reference's, seed by seed, where both have one."""
+    pairs = [(loss(runs[seed]), loss(reference[seed])) for seed in runs if seed in reference]
+    return [100 * (ours / theirs - 1) for ours, theirs in pairs if ours and theirs]
 
 
-def table(setting: Setting, variants: bool = True) -> str:
+def fresh_loss(record: Record) -> float | None:
+    """The training loss of the last third, None for a run that is not whole."""
+    found: float | None = record["fresh_loss"]
+    return found
+
+
+def rate(lr: float, lrs: Collection[float]) -> str:
+    """A best learning rate, with a mark where no worse one was tried on both sides."""
+    inside = "" if min(lrs) < lr < max(lrs) else " (edge)" if len(lrs) > 1 else " (only one)"
+    return f"{lr:g}{inside}"
+
+
+def comparison(setting: Setting, variants: bool = True) -> str:
     """The comparison of a setting, one row per optimizer, the lowest loss first; with or without options of one."""
     if REFERENCE not in setting.runs or not setting.at(REFERENCE):
         return "(no AdamW runs of this length yet: nothing to compare with)\n"
@@ -54,16 +63,11 @@ def table(setting: Setting, variants: bool = True) -> str:
             continue
         lr = best_lr(by_lr)
         records = by_lr[lr]
-        lrs = list(by_lr)
-        inside = "" if lrs[0] < lr < lrs[-1] else " (edge)" if len(lrs) > 1 else " (only one)"
         losses = [loss_of(record) for record in records.values()]
-        shared = [seed for seed in records if seed in reference]
-        gains = [100 * (loss_of(records[seed]) / loss_of(reference[seed]) - 1) for seed in shared]
+        gains = change(records, reference, loss_of)
         moved = by_lr.get(reference_lr, {})
-        moved_gains = [100 * (loss_of(moved[s]) / loss_of(reference[s]) - 1) for s in moved if s in reference]
-        moved_fresh = [
-            100 * (moved[s]["fresh_loss"] / reference[s]["fresh_loss"] - 1) for s in moved if fresh(moved, reference, s)
-        ]
+        moved_gains = change(moved, reference, loss_of)
+        moved_fresh = change(moved, reference, fresh_loss)
         steps, times = speed(setting, optimizer, reference_lr, reference)
         own_steps, own_times = speed(setting, optimizer, lr, reference)
         everything = [record for seeds in by_lr.values() for record in seeds.values()]
@@ -79,7 +83,7 @@ def table(setting: Setting, variants: bool = True) -> str:
                 statistics.mean(losses),
                 [
                     f"`{optimizer}`",
-                    f"{lr:g}{inside}",
+                    rate(lr, by_lr),
                     f"{spread(losses, 4)} ({len(losses)})",
                     spread(gains, 2, " %", sign=True) if gains and optimizer != REFERENCE else "",
                     f"{own_steps} / {own_times}" if own_steps and optimizer != REFERENCE else "",
@@ -106,9 +110,8 @@ def table(setting: Setting, variants: bool = True) -> str:
         "diverged",
     ]
     rows = [row for _, row in sorted(lines, key=lambda line: line[0])]
-    out = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
     notes = [f"Not run: `{name}`: {reason}." for name, reason in sorted(setting.unavailable.items())]
-    return "\n".join([*out, "", caption(setting), *(["", *notes] if notes else [])]) + "\n"
+    return "\n".join([table(head, rows), caption(setting), *(["", *notes] if notes else [])]) + "\n"
 
 
 def caption(setting: Setting) -> str:
@@ -132,7 +135,7 @@ def basin(setting: Setting) -> str:
     """Mean held-out loss of each optimizer at each learning rate."""
     grid = {optimizer: setting.at(optimizer) for optimizer in setting.runs}
     lrs = sorted({lr for by_lr in grid.values() for lr in by_lr})
-    out = [f"| optimizer | {' | '.join(f'{lr:g}' for lr in lrs)} |", "|" + "---|" * (len(lrs) + 1)]
+    rows = []
     for optimizer, by_lr in grid.items():
         if not by_lr:
             continue
@@ -143,8 +146,8 @@ def basin(setting: Setting) -> str:
                 texts.append(f"diverged ({sum(record['diverged'] for record in records)}/{len(records)})")
             else:
                 texts.append(f"{statistics.mean(map(loss_of, records)):.4f} ({len(records)})" if records else "")
-        out.append(f"| `{optimizer}` | {' | '.join(texts)} |")
-    return "\n".join(out) + "\n"
+        rows.append([f"`{optimizer}`", *texts])
+    return table(["optimizer", *(f"{lr:g}" for lr in lrs)], rows)
 
 
 def glance(found: Iterable[Setting], subject: str = "scao") -> str:
@@ -172,19 +175,14 @@ def glance(found: Iterable[Setting], subject: str = "scao") -> str:
             continue
         reference = {seed: theirs[lr][seed] for seed in shared}
         moved = ours[lr]
-        gains = [100 * (loss_of(moved[seed]) / loss_of(reference[seed]) - 1) for seed in shared]
-        trained = [
-            100 * (moved[seed]["fresh_loss"] / reference[seed]["fresh_loss"] - 1)
-            for seed in shared
-            if fresh(moved, reference, seed)
-        ]
+        gains, trained = change(moved, reference, loss_of), change(moved, reference, fresh_loss)
         steps, times = speed(setting, subject, lr, reference)
         own = best_lr(ours)
         rows.append(
             [
                 title(setting),
                 str(len(shared)),
-                f"{lr:g}" + ("" if min(theirs) < lr < max(theirs) else " (edge)" if len(theirs) > 1 else " (only one)"),
+                rate(lr, theirs),
                 spread([loss_of(reference[seed]) for seed in shared], 4),
                 spread([loss_of(moved[seed]) for seed in shared], 4),
                 spread(gains, 2, " %", sign=True),
@@ -193,10 +191,7 @@ def glance(found: Iterable[Setting], subject: str = "scao") -> str:
                 f"{statistics.mean(map(loss_of, ours[own].values())):.4f} at {own:g}",
             ]
         )
-    return (
-        "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)])
-        + "\n"
-    )
+    return table(head, rows)
 
 
 def title(setting: Setting) -> str:
@@ -211,8 +206,8 @@ def tables(found: Sequence[Setting]) -> dict[str, str]:
     """Every table by the name that a README asks for."""
     result = {}
     for setting in found:
-        result[setting.name] = table(setting)
-        result[f"{setting.name}:plain"] = table(setting, variants=False)
+        result[setting.name] = comparison(setting)
+        result[f"{setting.name}:plain"] = comparison(setting, variants=False)
         result[f"{setting.name}:basin"] = basin(setting)
     result["glance"] = glance(found)
     return result

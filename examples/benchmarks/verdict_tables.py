@@ -10,15 +10,10 @@ import reference
 import stability
 import sweep
 from runs import Record
+from texts import table
 
 FILES = (stability.FILE, reference.FILE)
 GB = 1024**3
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def value(number: float | None, form: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scao_hf.tools import ToolError
+from scao_hf.tools.settings import read_yaml
 
 ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
 #: Environment variables of a run: where its measurements go, and for a script what is to be run (JSON).
@@ -90,23 +91,6 @@ class Job:
             raise ToolError("arguments after -- are for a script: change keys of a YAML with --set KEY=VALUE")
         if not self.script and importlib.util.find_spec("axolotl") is None:
             raise ToolError("comparing with an Axolotl YAML needs axolotl: pip install 'scao-hf[axolotl]'")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        ToolError: it is no YAML mapping, or names no model.
-    """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ToolError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict) or not raw.get("base_model"):
-        raise ToolError(f"{path} has no base_model: add `base_model: Qwen/Qwen2.5-3B`, or another model")
-    return raw
 
 
 def parse_changes(pairs: list[str]) -> dict[str, Any]:

@@ -86,22 +86,32 @@ def parse_targets(text: str) -> str | tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def from_yaml(path: Path) -> Settings:
-    """Settings of an Axolotl configuration; keys that it leaves out take Axolotl's defaults.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
 
     Raises:
-        ToolError: the file is missing, is no YAML mapping, lacks ``base_model``, or asks for what cannot be planned.
+        ToolError: it is no YAML mapping, or names no model.
     """
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
-    if not path.is_file():
-        raise ToolError(f"there is no file {path}: pass the path of an Axolotl YAML, or --model NAME instead of a file")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ToolError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or not raw.get("base_model"):
         raise ToolError(f"{path} has no base_model: add `base_model: Qwen/Qwen2.5-3B`, or another model")
+    return raw
+
+
+def from_yaml(path: Path) -> Settings:
+    """Settings of an Axolotl configuration; keys that it leaves out take Axolotl's defaults.
+
+    Raises:
+        ToolError: the file is missing, is no YAML mapping, lacks ``base_model``, or asks for what cannot be planned.
+    """
+    if not path.is_file():
+        raise ToolError(f"there is no file {path}: pass the path of an Axolotl YAML, or --model NAME instead of a file")
+    raw = read_yaml(path)
     adapter = raw.get("adapter")
     if adapter not in (None, "lora", "qlora"):
         raise ToolError(f"{path}: adapter {adapter!r} cannot be planned: it must be lora, qlora or absent")
