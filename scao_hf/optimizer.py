@@ -107,11 +107,16 @@ class SCAO(Optimizer):
         self._buckets: list[Bucket] = []
         self._shards: Shards | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_passed": self._passed}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._passed = {}
-        self._sharing = None
-        self._had_matrices = []
+        if "defaults" in state:  # a copy or an unpickled one; torch's load_state_dict calls this too, with less
+            self._passed = dict(state.get("_passed", {}))
+            self._sharing = None
+            self._had_matrices = [any(map(is_matrix, group["params"])) for group in self.param_groups]
+            self._experts = {}
         self._watch = Watch()
         self._reset_plan()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from scao_hf import SCAO, options
 
@@ -118,6 +119,49 @@ def test_copies_of_the_optimizer_go_on(clone: Callable[[SCAO], SCAO]) -> None:
     train(params, optimizer, range(6, 9))
     for a, b in zip(params, twins, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "clone",
+    [
+        copy.deepcopy,
+        lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+        lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()) or optimizer,  # as Accelerate does
+    ],
+    ids=["copied", "pickled", "loaded"],
+)
+def test_groups_can_be_added_to_what_was_copied_or_loaded(clone: Callable[[SCAO], SCAO]) -> None:
+    def group(*shape: int) -> dict[str, Any]:
+        return {"params": [torch.nn.Parameter(torch.ones(shape))]}
+
+    optimizer = clone(SCAO([group(5)], precond_freq=3))
+    optimizer.add_param_group(group(4, 6))  # matrices, where the first group has none
+    optimizer.add_param_group({**group(4, 6), "rule": "published"})
+    assert optimizer.param_groups[2]["precond_freq"] == 3  # as passed, not the other rule's default
+    train([param for group in optimizer.param_groups for param in group["params"]], optimizer, range(3))
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda optimizer: optimizer.load_state_dict(optimizer.state_dict()) or optimizer]
+)
+def test_flattened_matrices_are_refused_after_a_copy_or_a_load_too(clone: Callable[[SCAO], SCAO]) -> None:
+    params, optimizer = make()
+    optimizer = clone(optimizer)
+    flat = [torch.nn.Parameter(param.detach().flatten()) for param in params]
+    optimizer.param_groups[0]["params"] = flat  # as DeepSpeed ZeRO-1 and 2 do
+    with pytest.raises(ValueError, match="replaced by flat vectors"):
+        train(flat, optimizer, range(1))
+
+
+def test_refreshes_are_still_shared_out_after_a_load() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        _, optimizer = make()
+        optimizer.share_refresh()
+        optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does too, when it prepares an optimizer
+        assert optimizer._sharing is not None
+    finally:
+        dist.destroy_process_group()
 
 
 def spoil(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
