@@ -299,16 +299,18 @@ class SCAO(Optimizer):
             fresh.update(restored(incoming, self.param_groups, shards))
             return {**incoming, "state": {}}
 
-        # The hook runs after those of the user, which may replace the dict, and before torch changes anything. Torch
-        # sees no state: it would cast every tensor to its parameter's dtype.
-        handle = self.register_load_state_dict_pre_hook(inspect)
+        # The first hook runs after those of the user, which may replace the dict, and before torch changes anything.
+        # Torch sees no state: it would cast every tensor to its parameter's dtype. The second one enters the state before
+        # the user's hooks look at it.
+        handles = (
+            self.register_load_state_dict_pre_hook(inspect),
+            self.register_load_state_dict_post_hook(lambda _: self.state.update(fresh), prepend=True),
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        self.state.update(fresh)
-        self._watch = Watch()
-        self._reset_plan()
+            for handle in handles:
+                handle.remove()
 
     def _all_buckets(self) -> list[Bucket]:
         """Buckets of every parameter with state, whether or not it has a gradient now."""

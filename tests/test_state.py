@@ -216,6 +216,17 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Any, w
     train(params, optimizer, range(6, 8))
 
 
+def test_hooks_after_a_load_see_the_state() -> None:
+    params, optimizer = make()
+    train(params, optimizer, range(6))
+    seen = []
+    optimizer.register_load_state_dict_post_hook(
+        lambda loaded: seen.append({p: e["step"] for p, e in loaded.state.items()})
+    )
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == [dict.fromkeys(params, 6)]
+
+
 def test_an_empty_state_loads() -> None:
     _, optimizer = make()
     optimizer.load_state_dict(optimizer.state_dict())
