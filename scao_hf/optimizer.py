@@ -121,7 +121,7 @@ class SCAO(Optimizer):
         self._reset_plan()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not name take the optimizer's, or its own rule's defaults.
+        """Add a group; options that it does not name are those that the optimizer was given, or its rule's defaults.
 
         A group with ``experts`` (as in the constructor) becomes one group for each kind of packing in it.
 
@@ -133,8 +133,7 @@ class SCAO(Optimizer):
         group, *others = split_group(group, experts)
         rule = group.get("rule", self.defaults["rule"])
         named = {name: group[name] for name in (*opt.OPTIONS, "betas") if name in group and name != "rule"}
-        if rule != self.defaults["rule"]:
-            group.update(opt.resolve(rule, {**self._passed, **named}))
+        group.update(opt.resolve(rule, {**self._passed, **named}))
         settings = {**self.defaults, **group}
         lr = settings["lr"]
         if isinstance(lr, Tensor) and lr.numel() != 1:
@@ -142,7 +141,6 @@ class SCAO(Optimizer):
         opt.check_torch_options(
             float(lr) if isinstance(lr, Tensor) else lr, settings["betas"], settings["eps"], settings["weight_decay"]
         )
-        opt.resolve(rule, {name: settings[name] for name in opt.RULE_DEFAULTS[rule]})
         super().add_param_group(group)
         for param in self.param_groups[-1]["params"]:
             check_placement(param)

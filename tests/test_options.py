@@ -92,6 +92,16 @@ def test_a_group_with_another_rule_takes_that_rule_s_defaults() -> None:
 def test_a_single_rank_bound_moves_the_other_default() -> None:
     assert SCAO([param()], k_max=2).param_groups[0]["k_min"] == 2
     assert SCAO([param()], k_min=40).param_groups[0]["k_max"] == 40
+    groups = SCAO([{"params": [param()], "k_max": 2}, {"params": [param()], "k_min": 40}]).param_groups
+    assert (groups[0]["k_min"], groups[1]["k_max"]) == (2, 40)
+    with pytest.raises(ValueError, match="k_min=8 must not exceed k_max=2"):
+        SCAO([{"params": [param()], "k_max": 2}], k_min=8)
+
+
+@pytest.mark.parametrize("name", sorted(set(options.RULE_DEFAULTS["eigenbasis"])))
+def test_none_in_a_group_is_the_rule_s_default(name: str) -> None:
+    optimizer = SCAO([{"params": [param()], name: None}])
+    assert optimizer.param_groups[0][name] == options.RULE_DEFAULTS["eigenbasis"][name]
 
 
 def test_every_option_of_the_table_is_an_argument_and_the_reverse() -> None:
