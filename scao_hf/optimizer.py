@@ -189,17 +189,21 @@ class SCAO(Optimizer):
         return loss
 
     def _plan(self) -> list[Bucket]:
-        """The buckets of the parameters that have a gradient now; built anew only when these have changed."""
-        signature = tuple(
-            (id(param), param.dtype, param.device)
+        """The buckets of the parameters that have a gradient now; built anew only when these or their states have changed."""
+        if self._present() != self._signature:
+            self._buckets = self._build(lambda param: param.grad is not None)
+            self._signature = self._present()
+        return self._buckets
+
+    def _present(self) -> tuple[Any, ...]:
+        """What a plan depends on: the parameters with a gradient, and whose state is where (users may take it away)."""
+        state = self.state
+        return tuple(
+            (id(param), param.dtype, param.device, grad.layout, (entry := state.get(param)) and id(entry))
             for group in self.param_groups
             for param in group["params"]
-            if param.grad is not None
+            if (grad := param.grad) is not None
         )
-        if signature != self._signature:
-            self._buckets = self._build(lambda param: param.grad is not None)
-            self._signature = signature
-        return self._buckets
 
     def _build(self, include: Callable[[Tensor], bool]) -> list[Bucket]:
         for group in self.param_groups:

@@ -40,21 +40,20 @@ def build_buckets(
     Raises:
         RuntimeError: a sparse gradient.
     """
+    for param in (param for group in groups for param in group["params"] if include(param)):
+        if param.grad is not None and param.grad.layout != torch.strided:
+            raise RuntimeError(
+                f"SCAO does not support sparse gradients (parameter of shape {tuple(param.shape)}): use "
+                "torch.optim.SparseAdam for it, or an embedding with sparse=False"
+            )
     buckets: dict[tuple[Any, ...], Bucket] = {}
     entries_of: Counter[tuple[Any, ...]] = Counter()
     for index, group in enumerate(groups):
         turns, cycle = turns_of(entry for param in group["params"] for entry in _members(param, group))
         for param in group["params"]:
-            if not include(param):
+            if not include(param) or param.numel() == 0:
                 continue
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"SCAO does not support sparse gradients (parameter of shape {tuple(param.shape)}): use "
-                    "torch.optim.SparseAdam for it, or an embedding with sparse=False"
-                )
-            if param.numel() == 0:
-                continue
-            step = state[param]["step"] if param in state else 0
+            step = state[param].get("step", 0) if param in state else 0
             dtype = arithmetic_dtype(param)
             entry = state.setdefault(param, {})
             whole: Tensor | None = param

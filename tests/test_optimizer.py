@@ -357,8 +357,34 @@ def test_gradients_and_the_global_generator_are_left_alone() -> None:
 def test_a_sparse_gradient_is_a_clear_error() -> None:
     embedding = nn.Embedding(5, 4, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
+    dense = fresh((4, 9))
+    dense[0].grad = torch.ones(4, 9)
+    optimizer = SCAO([*dense, *embedding.parameters()])
     with pytest.raises(RuntimeError, match="SparseAdam"):
-        SCAO(embedding.parameters()).step()
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_gradient_that_becomes_sparse_is_the_same_error_and_changes_nothing() -> None:
+    params = fresh((4, 9), (5,))
+    optimizer = SCAO(params, **QUICK)
+    steps(optimizer, 2)
+    before = [param.detach().clone() for param in params]
+    params[1].grad = torch.ones(5).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    assert [optimizer.state[param]["step"] for param in params] == [2, 2]
+    steps(optimizer, 2, first=2)
+    assert [optimizer.state[param]["step"] for param in params] == [4, 4]
+
+
+def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    build = SCAO._build
+    monkeypatch.setattr(SCAO, "_build", lambda *args: made.append(1) or build(*args))
+    steps(SCAO(fresh((4, 9), (9, 4), (5,)), **QUICK), 12)
+    assert len(made) == 1
 
 
 def test_a_failed_decomposition_keeps_the_last_basis(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -214,6 +215,50 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Any, w
         for name, value in entry.items():
             assert torch.equal(torch.as_tensor(after["state"][key][name]), torch.as_tensor(value))
     train(params, optimizer, range(6, 8))
+
+
+def renewed(optimizer: SCAO, params: list[torch.nn.Parameter]) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def cleared(optimizer: SCAO, params: list[torch.nn.Parameter]) -> None:
+    optimizer.state.clear()
+
+
+def taken_away(optimizer: SCAO, params: list[torch.nn.Parameter]) -> None:
+    for param in params:
+        del optimizer.state[param]
+
+
+def emptied(optimizer: SCAO, params: list[torch.nn.Parameter]) -> None:
+    for param in params:
+        optimizer.state[param].clear()
+
+
+@pytest.mark.parametrize("reset", [renewed, cleared, taken_away, emptied])
+def test_a_state_that_was_taken_away_begins_anew(reset: Callable[[SCAO, list[torch.nn.Parameter]], None]) -> None:
+    params, optimizer = make()
+    train(params, optimizer, range(9))
+    reset(optimizer, params)
+    others, fresh = make()
+    with torch.no_grad():
+        for a, b in zip(others, params, strict=True):
+            a.copy_(b)
+    train(params, optimizer, range(9, 18))
+    train(others, fresh, range(9, 18))
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(a, b)
+    saved, expected = optimizer.state_dict()["state"], fresh.state_dict()["state"]
+    assert {key: entry["checksum"] for key, entry in saved.items()} == {k: e["checksum"] for k, e in expected.items()}
+
+
+def test_a_part_of_the_state_may_begin_anew() -> None:
+    params, optimizer = make()
+    train(params, optimizer, range(9))
+    optimizer.state[params[0]].clear()
+    del optimizer.state[params[1]]
+    train(params, optimizer, range(9, 12))
+    assert [optimizer.state[param]["step"] for param in params] == [3, 3, 12, 12, 12, 12]
 
 
 def test_hooks_after_a_load_see_the_state() -> None:
