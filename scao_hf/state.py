@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def build_buckets(
                 bucket.entries.append(entry)
                 first = turns.get((id(param), member.suffix), 0)
                 bucket.turns.extend(first + index * shape[0] * shape[1] for index in range(member.size))
+    before = _storages(value for bucket in buckets.values() for entry in bucket.entries for value in entry.values())
     for bucket in buckets.values():
         bucket.native = ops.supports([member.param for member in bucket.members], bucket.shape, bucket.matrix)
         bucket.state = _stacked(bucket) if bucket.step else create(bucket, bucket.members[0].param.device)
@@ -79,7 +80,21 @@ def build_buckets(
             entry.clear()
     for bucket in buckets.values():
         publish(bucket)
+    _detach(state, before - _storages(value for bucket in buckets.values() for value in bucket.state.values()))
     return list(buckets.values())
+
+
+def _storages(values: Iterable[Any]) -> set[int]:
+    return {value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)}
+
+
+def _detach(state: State, left: set[int]) -> None:
+    """Copy what still lies in the stacks ``left``, whose other members have gone: a part would keep the whole alive."""
+    for entry in state.values() if left else ():
+        fields = entry.get("bytes", entry)
+        for name, value in fields.items():
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in left:
+                fields[name] = value.clone()
 
 
 def _members(param: Tensor, group: dict[str, Any]) -> list[tuple[tuple[int, int], Member]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,23 @@ def test_state_holds_tensors_and_numbers_only_and_every_name_once() -> None:
     assert report["total"] == held
     # Phase 1 holds two moments as large as the parameters, and L.
     assert report["peak"] >= max(held, 8 * report["parameters"])
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", "int8"])
+def test_parameters_that_stop_or_pause_do_not_keep_their_stacks(moment_dtype: str) -> None:
+    count = 12
+    params = [torch.nn.Parameter(torch.ones(4, 24)) for _ in range(count)]
+    optimizer = SCAO(params, moment_dtype=moment_dtype, **QUICK)
+    chance = random.Random(0)
+    freezing = [range(first, count) for first in range(count)]
+    dropping = [[index for index in range(count) if chance.random() < 0.7] for _ in range(20)]
+    for present in [*freezing, *dropping]:
+        for index, param in enumerate(params):
+            param.grad = torch.full_like(param, index + 1.0) if index in present else None
+        optimizer.step()
+        tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
+        storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors}
+        assert sum(storages.values()) == sum(value.numel() * value.element_size() for value in tensors)
 
 
 def test_a_meta_model_reports_the_same_bytes() -> None:
