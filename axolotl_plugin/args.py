@@ -8,8 +8,8 @@ from axolotl.utils.logging import get_logger
 from pydantic import BaseModel, Field, ModelWrapValidatorHandler, ValidationError, create_model, model_validator
 
 from axolotl_plugin.rules import check_config, check_sizes
-from axolotl_plugin.values import PREFIX, SWITCHES, Findings, read_raw
-from scao_hf.options import OPTIONS
+from axolotl_plugin.values import PREFIX, Findings, read_raw
+from scao_hf.options import OPTIONS, SWITCHES
 
 LOG = get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""Reading ``scao_*`` keys and ``optim_args``: types, ranges and spelling, before any rule looks at them."""
+"""Reading ``scao_*`` keys and ``optim_args``: spelling, types and ranges, before any rule looks at them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from scao_hf.options import OPTIONS, TORCH_OPTIONS, Option, check
+from scao_hf.options import OPTIONS, SWITCHES, TORCH_OPTIONS, read_value
 from scao_hf.trainer import did_you_mean
 
 PREFIX = "scao_"
-#: What the plugin does beside choosing the optimizer, with any optimizer.
-SWITCHES = {"fuse_moe": Option(bool, "compute LoRA on stacked experts beside their products (scao_hf.moe)")}
 #: Keys that optim_args may hold beside SCAO's options, and the config key that says the same.
 MOMENT_KEYS = {"betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon"}
 #: Keys of other optimizers that Axolotl accepts and SCAO does not read.
@@ -34,27 +32,6 @@ class Findings:
             log.warning("SCAO: %s", warning)
         if self.errors:
             raise ValueError("\n".join(["this config does not work with SCAO:", *(f"  - {e}" for e in self.errors)]))
-
-
-def read_value(name: str, value: Any, option: Option) -> Any:
-    """``value`` in the option's type. Text is converted, because YAML reads ``1e-3`` as text and ``optim_args`` all.
-
-    Raises:
-        ValueError: the value has the wrong type or lies outside the option's range.
-    """
-    if isinstance(value, str) and not option.choices:
-        text = value.strip()
-        words = {"true": True, "false": False} if option.kind is bool else {}
-        if option.optional and text.lower() in ("none", "null"):
-            return None
-        try:
-            value = words[text.lower()] if option.kind is bool else option.kind(text)
-        except (KeyError, ValueError):
-            value = text
-    if isinstance(value, str) and option.choices:
-        value = value.strip().lower()
-    check(name, value, option)
-    return value
 
 
 def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:

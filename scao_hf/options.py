@@ -126,6 +126,9 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Keys of a YAML beside the options: what the Axolotl plugin does with any optimizer.
+SWITCHES = {"fuse_moe": Option(bool, "compute LoRA on stacked experts beside their products (scao_hf.moe)")}
+
 TORCH_OPTIONS: dict[str, Option] = {
     "lr": Option(float, "learning rate", low=0),
     "beta": Option(float, "decay of an Adam moment", low=0, high=1, open_high=True),
@@ -138,6 +141,27 @@ def check(name: str, value: Any, option: Option) -> None:
     """Raise ``ValueError`` naming the option, the value and the legal range unless ``value`` is legal."""
     if not option.accepts(value):
         raise ValueError(f"{name}={value!r} is not valid: it must be {option.valid}")
+
+
+def read_value(name: str, value: Any, option: Option) -> Any:
+    """``value`` in the option's type. Text is converted, because YAML reads ``1e-3`` as text and ``optim_args`` all.
+
+    Raises:
+        ValueError: the value has the wrong type or lies outside the option's range.
+    """
+    if isinstance(value, str) and not option.choices:
+        text = value.strip()
+        words = {"true": True, "false": False} if option.kind is bool else {}
+        if option.optional and text.lower() in ("none", "null"):
+            return None
+        try:
+            value = words[text.lower()] if option.kind is bool else option.kind(text)
+        except (KeyError, ValueError):
+            value = text
+    if isinstance(value, str) and option.choices:
+        value = value.strip().lower()
+    check(name, value, option)
+    return value
 
 
 def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:

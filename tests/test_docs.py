@@ -18,7 +18,7 @@ import pytest
 from documents import DOCS, ROOT
 
 from scao_hf import SCAO
-from scao_hf.options import OPTIONS
+from scao_hf.options import OPTIONS, SWITCHES
 
 README = ROOT / "README.md"
 DOCUMENTS = sorted(
@@ -183,8 +183,6 @@ def test_example_yaml_is_valid_and_without_unknown_keys(path: Path) -> None:
     pytest.importorskip("axolotl")
     yaml = pytest.importorskip("yaml")
     from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    from axolotl_plugin.values import SWITCHES
 
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert validated(dict(config)).optimizer == "scao"

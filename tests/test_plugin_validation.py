@@ -22,9 +22,8 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_plugin import SCAOPlugin
 from axolotl_plugin.args import SCAOArgs
-from axolotl_plugin.values import SWITCHES
 from scao_hf import SCAO
-from scao_hf.options import OPTIONS, Option
+from scao_hf.options import OPTIONS, SWITCHES, Option
 
 PLUGIN = "axolotl_plugin.SCAOPlugin"
 EXAMPLES = Path(__file__).parent.parent / "examples" / "axolotl"

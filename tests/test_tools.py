@@ -299,10 +299,35 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
         ),
         (GOOD.replace("lora_target_linear: true", "lora_target_modules: '('"), "are no regular expression"),
         (GOOD + "lora_modules_to_save: [wte]", "lora_modules_to_save names wte"),
+        (GOOD + "lora_modules_to_save: lm_head", "lora_modules_to_save is 'lm_head': it must be a list"),
+        (
+            GOOD.replace("lora_target_linear: true", "lora_target_modules: 5"),
+            "lora_target_modules is 5: it must be a list",
+        ),
+        (GOOD + "plugins: axolotl_plugin.SCAOPlugin", "it must be a list"),
+        (GOOD + "bnb_config_kwargs: nf4", "bnb_config_kwargs is 'nf4': it must be a mapping"),
+        (GOOD + "lora_target_parameters: [mlp.experts.down_proj]", "LoRA on stacked experts would not be counted"),
+        (GOOD + "quantize_moe_experts: true", "stacked experts in 4 bit would not be counted"),
     ],
 )
 def test_mistakes_in_a_yaml(tmp_path: Path, text: str, words: str) -> None:
     assert words in mistake("plan", yaml_file(tmp_path, text))
+
+
+def test_a_yaml_is_read_as_the_plugin_reads_it(tmp_path: Path) -> None:
+    text = "scao_k_max: '8'\nscao_rho: 9e-1\nscao_tau: none\nscao_k_min:\nscao_fuse_moe: true\noptimizer: ' SCAO'\n"
+    found = settings.from_yaml(yaml_file(tmp_path, GOOD + text + "plugins: [axolotl_plugin.SCAOPlugin]"))
+    assert found.scao == {"k_max": 8, "rho": 0.9, "tau": None}
+    assert not found.notes
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "axolotl").glob("*.yml")), ids=lambda path: path.stem)
+def test_every_example_can_be_planned_or_says_why_not(path: Path) -> None:
+    if "moe" in path.stem:
+        with pytest.raises(ToolError, match="stacked experts would not be counted"):
+            settings.from_yaml(path)
+    else:
+        assert not settings.from_yaml(path).notes
 
 
 def test_a_yaml_without_the_plugin_is_planned_and_told(tmp_path: Path) -> None:
@@ -320,7 +345,9 @@ def test_a_yaml_without_the_plugin_is_planned_and_told(tmp_path: Path) -> None:
 def test_mistakes_of_the_plan(tmp_path: Path) -> None:
     assert "nothing to plan" in mistake("plan")
     assert "there is no file nowhere.yml" in mistake("plan", "nowhere.yml")
-    assert "--gpu is -1" in mistake("plan", REFERENCE, "--gpu", -1)
+    assert "nothing to plan" in mistake("plan", "--model", "")
+    for size in (-1, "nan", "inf", 1e300):
+        assert "--gpu is" in mistake("plan", REFERENCE, "--gpu", size)
     assert "batch is 0" in mistake("plan", "--model", "SmolLM2-135M", "--batch", 0)
     assert "holds no config.json" in mistake("plan", "--model", tmp_path)
     assert "./nowhere does not exist" in mistake("plan", "--model", "./nowhere")

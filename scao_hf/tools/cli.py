@@ -78,10 +78,10 @@ def plan(
         from scao_hf.tools import settings as asked
         from scao_hf.tools.plan import make_plan
 
-        if config is None and model is None:
+        if config is None and not model:
             raise ToolError("nothing to plan: pass an Axolotl YAML, or --model NAME (try --model Qwen/Qwen2.5-3B)")
-        if gpu is not None and not gpu > 0:
-            raise ToolError(f"--gpu is {gpu:g}: it must be above 0, for example --gpu 16")
+        if gpu is not None and not 0 < gpu < 2**20:
+            raise ToolError(f"--gpu is {gpu:g}: it must be above 0 and below {2**20}, for example --gpu 16")
         base = asked.from_yaml(config) if config is not None else asked.Settings(model or "")
         chosen = asked.with_overrides(
             base,

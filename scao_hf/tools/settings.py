@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scao_hf.options import OPTIONS
+from scao_hf.options import OPTIONS, SWITCHES, read_value
 from scao_hf.tools import ToolError
 from scao_hf.tools.shapes import SHAPES, builtin
 
+#: Keys of runs whose largest parts this cannot count, and what those are.
+STACKED = {"lora_target_parameters": "LoRA on stacked experts", "quantize_moe_experts": "stacked experts in 4 bit"}
 #: Targets that stand for every linear layer but the output layer.
 ALL_LINEAR = ("all", "all-linear")
 
@@ -117,15 +119,20 @@ def from_yaml(path: Path) -> Settings:
         raise ToolError(f"{path}: adapter {adapter!r} cannot be planned: it must be lora, qlora or absent")
     if raw.get("load_in_8bit"):
         raise ToolError(f"{path}: load_in_8bit cannot be planned: use load_in_4bit: true, or 16-bit weights")
+    for key, what in STACKED.items():
+        if raw.get(key):
+            raise ToolError(
+                f"{path}: {key} cannot be planned: {what} would not be counted; docs/moe.md has measured figures"
+            )
     try:
         return Settings(
             model=str(raw["base_model"]),
             adapter=adapter is not None,
             four_bit=bool(raw.get("load_in_4bit", False)),
-            double_quant=bool((raw.get("bnb_config_kwargs") or {}).get("bnb_4bit_use_double_quant", True)),
+            double_quant=bool(_read(raw, "bnb_config_kwargs", dict).get("bnb_4bit_use_double_quant", True)),
             rank=raw.get("lora_r") or 8,
             targets=_targets(raw) if adapter else "all",
-            modules_to_save=tuple(raw.get("lora_modules_to_save") or ()),
+            modules_to_save=tuple(map(str, _read(raw, "lora_modules_to_save", list))),
             dropout=float(raw.get("lora_dropout") or 0.0),
             batch=raw.get("micro_batch_size") or 1,
             sequence=raw.get("sequence_len") or 512,
@@ -133,8 +140,18 @@ def from_yaml(path: Path) -> Settings:
             scao=_scao_options(raw),
             notes=tuple(_notes(raw)),
         )
-    except (TypeError, ValueError, AttributeError) as error:  # ToolError among them
+    except (TypeError, ValueError) as error:  # ToolError among them
         raise ToolError(f"{path}: {error}") from error
+
+
+def _read(raw: dict[str, Any], key: str, kind: type) -> Any:
+    """The list or the mapping under a key, empty where there is none."""
+    value = raw.get(key)
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise ToolError(f"{key} is {value!r}: it must be a {'mapping' if kind is dict else 'list'}")
+    return value
 
 
 def _targets(raw: dict[str, Any]) -> str | tuple[str, ...]:
@@ -143,24 +160,28 @@ def _targets(raw: dict[str, Any]) -> str | tuple[str, ...]:
     targets = raw.get("lora_target_modules")
     if not targets:
         raise ToolError("there is no LoRA target: add `lora_target_linear: true`, or list lora_target_modules")
-    return targets if isinstance(targets, str) else tuple(map(str, targets))
+    return targets if isinstance(targets, str) else tuple(map(str, _read(raw, "lora_target_modules", list)))
 
 
 def _scao_options(raw: dict[str, Any]) -> dict[str, Any]:
-    options = {str(key).removeprefix("scao_"): value for key, value in raw.items() if str(key).startswith("scao_")}
-    for name in options:
+    options = {}
+    for key, value in raw.items():
+        name = str(key).removeprefix("scao_")
+        if name == str(key) or name in SWITCHES or value is None:
+            continue
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, n=1)
             hint = f"did you mean scao_{near[0]}?" if near else f"the options are {', '.join(OPTIONS)}"
             raise ToolError(f"scao_{name} is not an option of SCAO: {hint}")
+        options[name] = read_value(str(key), value, OPTIONS[name])
     return options
 
 
 def _notes(raw: dict[str, Any]) -> list[str]:
     notes = []
-    if not any("axolotl_plugin" in str(plugin) for plugin in raw.get("plugins") or ()):
+    if not any("axolotl_plugin" in str(plugin) for plugin in _read(raw, "plugins", list)):
         notes.append("the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`, without which Axolotl knows no scao")
-    if raw.get("optimizer") != "scao":
+    if str(raw.get("optimizer")).strip().lower() != "scao":
         notes.append(
             f"the YAML says `optimizer: {raw.get('optimizer', 'adamw_torch_fused')}`: planned as if it said scao"
         )
