@@ -1,21 +1,18 @@
-"""What the documentation is made of or checked against: options, records, equations and messages, from the code."""
+"""What the documentation is made of or checked against: options, equations and messages, from the code."""
 
 from __future__ import annotations
 
 import ast
-import json
 import re
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, TORCH_OPTIONS
 from scao_hf.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-RESULTS = sorted((ROOT / "examples" / "benchmarks" / "results").glob("*.jsonl"))
 #: Equations are read in this order: where a label is defined comes before where it is used.
 SOURCES = [
     *(ROOT / "scao_hf" / name for name in ("curvature.py", "update.py", "buckets.py", "experts.py")),
@@ -44,20 +41,6 @@ def options_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-def _cells() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(what was run, its whole record) of every run of SCAO's default rule in the result files."""
-    for path in RESULTS:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            cell = record.get("cell")
-            if cell and cell.get("optimizer", "").partition(":")[0] == "scao" and not record.get("diverged", True):
-                yield cell, record
-
-
-def _passed(cell: dict[str, Any]) -> dict[str, str]:
-    return dict(part.split("=", 1) for part in cell["optimizer"].split(":")[1:])
-
-
 def presets_table() -> str:
     """The recommended options by size, for each rule."""
     rows = ["| rule | trained parameters | options |", "|---|---|---|"]
@@ -69,40 +52,6 @@ def presets_table() -> str:
         rows.append(f"| `{preset.rule}` | {bounds} | {words} |")
         low = preset.below or 0
     return "\n".join(rows) + "\n"
-
-
-def records_table() -> str:
-    """For each option the runs that differ from the default's in that option alone: difference of held-out losses."""
-    plain, changed = {}, {}
-    for cell, record in _cells():
-        passed = _passed(cell)
-        same = {key: value for key, value in cell.items() if key not in ("optimizer", "options")}
-        key = json.dumps(same, sort_keys=True, default=str)
-        loss = record["eval_loss"]
-        if not passed:
-            plain[key] = (cell, loss)
-        elif len(passed) == 1:
-            (name, value) = next(iter(passed.items()))
-            changed[key, name, value] = loss
-    found: dict[tuple[str, ...], list[float]] = {}
-    for (key, name, value), loss in changed.items():
-        if key in plain:
-            cell, usual = plain[key]
-            setting = f"{cell['task']}, r = {cell['rank']}" if "rank" in cell else cell["task"]
-            place = (name, value, f"{setting}, {cell['steps']} steps", f"{cell['lr']:g}")
-            found.setdefault(place, []).append(100 * (loss / usual - 1))
-    rows = [
-        "| option | set to | task | learning rate | held-out loss against the default's (seeds) |",
-        "|---|---|---|---|---|",
-    ]
-    for (name, value, setting, rate), gains in sorted(found.items()):
-        spread = f" ± {statistics.stdev(gains):.2f}" if len(gains) > 1 else ""
-        rows.append(
-            f"| `{name}` | {value} | {setting} | {rate} | {statistics.mean(gains):+.2f}{spread} % ({len(gains)}) |"
-        )
-    without = [f"`{name}`" for name in ("betas", *OPTIONS) if name not in {key[0] for key in found}]
-    table = "\n".join(rows) + "\n\n" if found else ""
-    return f"{table}Without a record so far: {', '.join(without)}.\n" if without else table
 
 
 def equations() -> str:

@@ -437,15 +437,91 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_the_table_compares_at_the_best_learning_rates(results: Path) -> None:
-    rows = sweep_tables.tables(tables.settings([results]))["tiny-r8-cosine-100"].splitlines()
+    text = sweep_tables.tables(tables.settings([results]))["tiny-r8-cosine-100"]
+    rows = text.splitlines()
     scao, adamw = (row.split(" | ") for row in rows[2:4])
-    assert adamw[:3] == ["| `adamw`", "2", "2.5000 ± 0.7071 (2)"]
+    assert adamw == ["| `adamw`", "2 (enclosed)", "2.5000 ± 0.7071 (2)", "", "", "", "5.0", "8.00 |"]
     # At 2.0 within (2.5 after 50, 1.5 after 100): 75 steps, 1.33 times as fast, at seed 1 likewise; the grid ends at 2.
     assert scao[:3] == ["| `scao`", "2 (edge)", "2.0000 ± 0.7071 (2)"]
-    assert scao[3] == "-20.83 ± 5.89 %" and scao[4] == "1.33x / 1.33x" and scao[5:7] == scao[3:5]
-    assert scao[7] == "+0.00 ± 0.00 %" and adamw[7] == ""
-    assert scao[8:] == ["5.0", "8.00", "1/3 |"]
+    assert scao[3:] == ["-20.83 ± 5.89 %", "+0.00 ± 0.00 %", "1.33x / 1.33x", "5.0", "8.00 |"]
     assert rows[0].count("|") == rows[2].count("|") == rows[3].count("|")
+    assert "Diverged: `scao` at 4 (1 of 1)." in text
+
+
+def added(results: Path, *extra: dict[str, Any]) -> list[runs.Setting]:
+    """The settings of a result file with more runs in it."""
+    results.write_text(results.read_text() + "".join(json.dumps(run) + "\n" for run in extra))
+    return tables.settings([results])
+
+
+def test_rows_stand_by_the_difference_on_the_same_seeds(results: Path) -> None:
+    # Seed 0 is the easier one: a mean over it alone is lower than AdamW's over both, and yet the run is worse.
+    found = added(results, made_up("muon", 2, 0, [3.0, 2.1]))
+    rows = sweep_tables.comparison(found[0]).splitlines()[2:5]
+    assert [row.split("`")[1] for row in rows] == ["scao", "adamw", "muon"]
+    assert "| `muon` | 2 (only one) | 2.1000 (1) | +5.00 % |" in rows[2]
+
+
+def test_seconds_do_not_depend_on_what_else_the_machine_did(results: Path) -> None:
+    plain = tables.settings([results])[0]
+    reference = sweep_tables.reference_runs(plain)
+    assert sweep_tables.sooner(plain, "scao", 2, reference) == "1.33x / 1.33x"
+    for record in plain.runs["scao"]:  # a busy machine: each pass takes twice as long
+        for entry in record["evals"]:
+            entry["cpu_seconds"] *= 2
+    assert sweep_tables.sooner(plain, "scao", 2, reference) == "1.33x / 1.33x"
+    for record in plain.runs["scao"]:  # a slow optimizer: half a second a step beside a pass of one
+        record["optimizer_cpu_seconds"] = 50.0
+        for entry in record["evals"]:
+            entry["cpu_seconds"] = 1.5 * entry["step"]
+    assert sweep_tables.sooner(plain, "scao", 2, reference) == "1.33x / 0.89x"
+    for record in plain.runs["scao"]:
+        record["machine"] = {**record["machine"], "cpu": "another"}
+    assert sweep_tables.sooner(plain, "scao", 2, reference) == "1.33x / other machine"
+
+
+def test_a_best_rate_is_enclosed_by_worse_ones(results: Path) -> None:
+    def of(*found: tuple[float, int, float]) -> str:
+        by_lr: dict[float, dict[int, Any]] = {}
+        for lr, seed, loss in found:
+            by_lr.setdefault(lr, {})[seed] = made_up("adamw", lr, seed, [9.0, loss])
+        return runs.enclosure(by_lr)
+
+    assert of((1, 0, 2.0)) == "only one"
+    assert of((1, 0, 2.0), (2, 0, 3.0)) == "edge"
+    assert of((1, 0, 3.0), (2, 0, 2.0), (4, 0, 3.0)) == "enclosed"
+    # The rate with two seeds is the best one by its number of seeds, and worse than its neighbour on the seed of both.
+    assert of((1, 0, 3.0), (2, 0, 2.0), (2, 1, 1.0), (4, 0, 1.5)) == "open"
+
+
+def test_options_of_scao_stand_in_a_table_of_their_own(results: Path) -> None:
+    option = made_up("scao:k_max=8", 2, 0, [2.5, 1.2])
+    option["state_bytes_per_parameter"] = 6.0
+    several = made_up("scao:k_max=8:rho=0.9", 2, 1, [2.5, 2.75])
+    made = sweep_tables.tables(added(results, option, several, made_up("scao:rho=0.5", 8, 0, [2.5, 1.0])))
+    assert "k_max" not in made["tiny-r8-cosine-100"]
+    rows = made["options"].splitlines()
+    assert rows[2:4] == [
+        "| `k_max=8` | tiny, r = 8, 100 steps, rate 2 | -20.00 % (1) | 5.0 (5.0) | 6.00 (8.00) |",
+        "| `k_max=8`, `rho=0.9` | tiny, r = 8, 100 steps, rate 2 | +10.00 % (1) | 5.0 (5.0) | 8.00 (8.00) |",
+    ]
+    assert rows[4] == "", "an option at a rate at which the default has not run has nothing to be compared with"
+    assert "`rho`" in rows[5] and "`k_max`" not in rows[5]
+
+
+def test_the_summary_names_who_is_ahead(results: Path) -> None:
+    text = sweep_tables.tables(tables.settings([results]))["glance"]
+    assert "| 2 | 2 (SCAO: edge) | 2.5000 ± 0.7071 | 2.0000 ± 0.7071 | -20.83 ± 5.89 % |" in text
+    assert text.endswith("Ahead of SCAO, each at its own best rate: none of those that were run.\n")
+    found = added(
+        results, made_up("polora", 9, 1, [2.0, 2.0]), made_up("scao", 1, 0, [1, 1]), made_up("scao", 1, 1, [1, 1])
+    )
+    text = sweep_tables.glance(found)
+    assert "SCAO's own best rate is another one in m, LoRA r=8, d, cosine, 100 steps (1)." in text
+    found = [setting for setting in found if setting.runs["scao"].pop() and setting.runs["scao"].pop()]
+    assert "own best rate: `polora` in m, LoRA r=8, d, cosine, 100 steps (-20.00 %, seeds: 1)." in sweep_tables.glance(
+        found
+    )
 
 
 def test_a_shorter_run_counts_as_quicker(results: Path) -> None:
@@ -464,10 +540,12 @@ def test_a_shorter_run_counts_as_quicker(results: Path) -> None:
     assert runs.crossing(setting.runs["scao"], 0.1) is None
 
 
-def test_the_basin_shows_every_learning_rate(results: Path) -> None:
-    text = sweep_tables.tables(tables.settings([results]))["tiny-r8-cosine-100:basin"]
-    assert "| `adamw` | 3.0000 (2) | 2.5000 (2) | 2.7000 (2) |" in text
-    assert "| `scao` |  | 2.0000 (2) | diverged (1/1) |" in text
+def test_every_rate_that_was_tried_is_shown(results: Path) -> None:
+    found = added(results, made_up("scao:k_max=8", 2, 0, [2.5, 1.2]))
+    text = sweep_tables.tables(found)["tiny-r8-cosine-100:rates"]
+    assert "| `adamw` | 1: 3.0000 (2), **2: 2.5000 (2)**, 4: 2.7000 (2) |" in text
+    assert "| `scao` | **2: 2.0000 (2)**, 4: diverged (1/1) |" in text
+    assert "k_max" not in text, "a single rate of an option stands in the table of options"
 
 
 def test_changed_defaults_replace_older_runs(results: Path) -> None:
@@ -497,7 +575,7 @@ def test_the_order_is_compared_with_the_committed_one(
 
 def test_readme_markers_are_filled(results: Path) -> None:
     made = sweep_tables.tables(tables.settings([results]))
-    before = "a\n<!-- benchmark:tiny-r8-cosine-100:basin -->\nold\n<!-- /benchmark -->\nb\n"
+    before = "a\n<!-- benchmark:tiny-r8-cosine-100:rates -->\nold\n<!-- /benchmark -->\nb\n"
     after = tables.fill(before, made)
     assert after.startswith("a\n<!--") and after.endswith("<!-- /benchmark -->\nb\n") and "old" not in after
     assert tables.fill(after, made) == after
@@ -520,6 +598,14 @@ def test_the_readmes_hold_what_the_result_files_give() -> None:
         )
         filled += len(tables.MARKER.findall(text))
     assert filled, "no README shows a benchmark table"
+
+
+def test_every_lora_setting_has_its_tables_on_the_page_of_benchmarks() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    found = tables.read(sorted((ROOT / "examples" / "benchmarks" / "results").glob("*.jsonl")))[0]
+    for name in [setting.name for setting in found if setting.cell["task"] != "gpt"]:
+        for wanted in (name, f"{name}:rates"):
+            assert f"<!-- benchmark:{wanted} -->" in page, f"docs/benchmarks.md has no table {wanted}"
 
 
 def test_the_best_rate_is_one_with_all_seeds() -> None:

@@ -56,7 +56,7 @@ def part(found: Sequence[Record], name: str) -> dict[str, Record]:
 def step_table(by_place: dict[str, Record], what: str) -> str:
     """Step times of one set of parameters, one row per optimizer, one thread beside several."""
     first = next(iter(by_place.values()))
-    head = ["optimizer", "dispatched operations, least"]
+    head = ["optimizer", "PyTorch calls"]
     for words in by_place:
         head += [f"{words}: ms/step", "/ AdamW fused", "dearest / usual step"]
     rows = []
@@ -153,7 +153,7 @@ def roofline_table(found: Sequence[Record]) -> str:
     caption = (
         f"The reference load. Any optimizer with one float32 momentum moves {LEAST_BYTES} bytes per parameter: it reads "
         "gradient, parameter and momentum and writes the last two. What SCAO's kernels move and compute is counted in "
-        f"[csrc](../../csrc/README.md). {origin([*copies.values(), *loads.values()])}"
+        f"`csrc/README.md`. {origin([*copies.values(), *loads.values()])}"
     )
     return f"{texts.table(head, rows)}\n{caption}\n"
 

@@ -12,7 +12,7 @@ import models
 import published
 import sweep
 import verdict_tables
-from runs import Record, Setting, best_lr, crossing, loss_of, seconds
+from runs import Record, Setting, best_lr, crossing, enclosure, loss_of, seconds
 from texts import spread, table
 from verdict_tables import value
 
@@ -25,6 +25,14 @@ Seeds = dict[int, Record]
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
     return spread(values, digits) if math.isfinite(statistics.mean(values)) else "diverged"
+
+
+def _gains(ours: Sequence[Record], theirs: Sequence[Record]) -> list[float]:
+    return [100 * (perplexity(a) / perplexity(b) - 1) for a, b in zip(ours, theirs, strict=True)]
+
+
+def _apart(gains: Sequence[float]) -> str:
+    return spread(gains, 1, " %", sign=True) if math.isfinite(statistics.mean(gains)) else "diverged"
 
 
 def perplexity(record: Record) -> float:
@@ -74,8 +82,7 @@ def rates(setting: Setting, optimizer: str, steps: int) -> list[tuple[float, See
     if not by_lr:
         return []
     best = best_lr(by_lr)
-    word = "best" if min(by_lr) < best < max(by_lr) else "best, edge" if len(by_lr) > 1 else "only one"
-    rows = [(best, by_lr[best], word)]
+    rows = [(best, by_lr[best], enclosure(by_lr))]
     for lr in (published.ADAMW_RATE, published.SCAO_RATE):
         if lr in by_lr and lr != best:
             rows.append((lr, by_lr[lr], "published"))
@@ -109,12 +116,12 @@ def runs_table(setting: Setting | None, scale: published.Scale | None, steps: in
             for lr, seeds, word in rates(setting, optimizer, steps):
                 records = list(seeds.values())
                 shared = [seed for seed in seeds if seed in reference]
-                apart = [100 * (perplexity(seeds[s]) / perplexity(reference[s]) - 1) for s in shared]
+                apart = _gains([seeds[seed] for seed in shared], [reference[seed] for seed in shared])
                 values = [perplexity(record) for record in records]
                 state = max(r["state_bytes"] for r in records) / max(r["state_bytes"] for r in reference.values())
                 cells = [name_of(optimizer), f"{lr:.3g} ({word})", f"{_spread(values, 3)} ({len(values)})"]
                 cells += [
-                    _spread(apart, 1) + " %" if apart and (optimizer != "adamw" or word == "published") else "",
+                    _apart(apart) if apart and (optimizer != "adamw" or word == "published") else "",
                     _spread([auc(r) for r in records], 3),
                 ]
                 cells += [f"{statistics.median(map(tokens_per_second, records)):,.0f}"]
@@ -239,19 +246,18 @@ def goals(found: Sequence[Setting], steps: int) -> str | None:
         best = shared_best(setting, ["adamw", "scao"], steps) if setting else {}
         if setting is None or len(best) < 2:
             continue
-        means = {name: statistics.mean(map(perplexity, records)) for name, records in best.items()}
-        gain = 100 * (means["scao"] / means["adamw"] - 1)
+        gain = statistics.mean(_gains(best["scao"], best["adamw"]))
         seeds = f"{len(best['scao'])} seed{'s' if len(best['scao']) > 1 else ''}"
-        outside = [name for name in best if rates(setting, name, steps)[0][2] != "best"]
-        seeds += "".join(f", best rate of `{name}` at an edge" for name in outside)
+        outside = [name for name in best if rates(setting, name, steps)[0][2] != "enclosed"]
+        seeds += "".join(f", best rate of `{name}` not enclosed" for name in outside)
         goal(f"{size}: perplexity at least 5 % below AdamW's best", f"{gain:+.1f} % ({seeds})", gain <= -5)
         pair = shared_best(setting, ["scao", "soap"], steps)
         if len(pair) == 2:
-            ours, theirs = (statistics.mean(map(perplexity, pair[name])) for name in ("scao", "soap"))
+            above = statistics.mean(_gains(pair["scao"], pair["soap"]))
             word = rates(setting, "soap", steps)[0][2]
-            apart = f"{100 * (ours / theirs - 1):+.1f} % ({len(pair['soap'])} seed(s); SOAP's rate: {word})"
+            apart = f"{above:+.1f} % ({len(pair['soap'])} seed(s); SOAP's rate: {word})"
             # A rate that is not enclosed may not be SOAP's best: then only a defeat is certain.
-            goal(f"{size}: not above SOAP's best", apart, False if ours > theirs else True if word == "best" else None)
+            goal(f"{size}: not above SOAP's best", apart, False if above > 0 else True if word == "enclosed" else None)
         quick, slow = reach(best["scao"], list(map(loss_of, best["adamw"]))), statistics.mean(map(spent, best["adamw"]))
         words = f"{size}: AdamW's final perplexity in 1/1.5 of its seconds"
         goal(words, f"1/{slow / quick[1]:.2f}" if quick else "not reached", bool(quick and slow / quick[1] >= 1.5))

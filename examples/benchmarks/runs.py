@@ -112,10 +112,36 @@ def crossing(runs: Sequence[Record], target: float) -> tuple[float, float] | Non
     return min(reached, default=None)
 
 
+def enclosure(by_lr: dict[float, dict[int, Record]]) -> str:
+    """Whether the best learning rate lies between two worse ones: "enclosed", or what there is instead."""
+    best = best_lr(by_lr)
+    if len(by_lr) == 1:
+        return "only one"
+    for seeds in by_lr.values():
+        shared = [seed for seed in seeds if seed in by_lr[best]]
+        if sum(loss_of(seeds[seed]) for seed in shared) < sum(loss_of(by_lr[best][seed]) for seed in shared):
+            return "open"  # a rate with fewer seeds is the better one on those
+    return "enclosed" if min(by_lr) < best < max(by_lr) else "edge"
+
+
+def _alone(record: Record) -> bool:
+    return record["machine"]["threads"] == 1 and record["machine"]["gpu"] is None
+
+
 def seconds(record: Record, entry: dict[str, float]) -> float:
     """Training seconds at a measurement: processor time on one CPU thread, which other processes do not lengthen."""
-    alone = record["machine"]["threads"] == 1 and record["machine"]["gpu"] is None
-    return entry["cpu_seconds" if alone else "seconds"]
+    return entry["cpu_seconds" if _alone(record) else "seconds"]
+
+
+def optimizer_seconds(record: Record) -> float:
+    """Seconds of the optimizer's part of a step, by the same clock."""
+    total: float = record["optimizer_cpu_seconds" if _alone(record) else "optimizer_seconds"]
+    return total / len(record["train_loss"])
+
+
+def same_machine(record: Record, other: Record) -> bool:
+    """Whether two runs had the same kind of processor, GPU and number of threads."""
+    return all(record["machine"][name] == other["machine"][name] for name in ("cpu", "gpu", "threads"))
 
 
 def means(setting: Setting) -> dict[str, float]:

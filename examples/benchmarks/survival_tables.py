@@ -55,7 +55,9 @@ def _notes(rows: Rows, missing: dict[str, str]) -> str:
 
 
 def tables(paths: Iterable[Path]) -> dict[str, str]:
-    """``survival``: faults survived of those that apply, by kind; ``survival-faults``: every fault with the reasons."""
+    """``survival``: faults survived of those that apply, by kind; ``survival-total``: of all
+    kinds; ``survival-faults``: every fault with the reasons.
+    """
     rows, missing = read(paths)
     if not rows:
         return {}
@@ -66,12 +68,14 @@ def tables(paths: Iterable[Path]) -> dict[str, str]:
     for kind in kinds:
         names = [name for name, fault in FAULTS.items() if fault.kind == kind]
         lines.append([kind, *(_count(rows[optimizer], names) for optimizer in optimizers)])
-    lines.append(["**all**", *(f"**{_count(rows[optimizer], FAULTS)}**" for optimizer in optimizers)])
+    total = [_count(rows[optimizer], FAULTS) for optimizer in optimizers]
+    lines.append(["**all**", *(f"**{count}**" for count in total)])
     faults = [
         [f"{fault.kind}: {fault.title}", *(_cell(rows[optimizer].get(name)) for optimizer in optimizers)]
         for name, fault in FAULTS.items()
     ]
     return {
         "survival": table(["faults survived", *head], lines) + _notes(rows, missing),
+        "survival-total": table(head, [total]),
         "survival-faults": table(["fault", *head], faults),
     }

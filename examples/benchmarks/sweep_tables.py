@@ -1,32 +1,71 @@
-"""The tables of sweeps: one comparison and one learning-rate basin per setting, and a summary of all."""
+"""The tables of sweeps: optimizers against each other, SCAO's options, every rate that was tried, and a summary."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from runs import Record, Setting, best_lr, crossing, loss_of, seconds
+from runs import Record, Setting, best_lr, crossing, enclosure, loss_of, optimizer_seconds, same_machine, seconds
 from texts import spread, table
 
+from scao_hf.options import OPTIONS
+
 REFERENCE = "adamw"
+SUBJECT = "scao"
 
 
-def speed(setting: Setting, optimizer: str, lr: float, reference: dict[int, Record]) -> tuple[str, str]:
-    """How many times fewer steps and seconds to AdamW's final loss at a learning rate; shorter runs count as well."""
-    steps, times = [], []
+def of_subject(optimizer: str) -> bool:
+    """Whether it is SCAO with options of its own, which belongs into the table of options."""
+    return optimizer.startswith(f"{SUBJECT}:")
+
+
+def reference_runs(setting: Setting) -> dict[int, Record]:
+    """AdamW's runs at its best rate, by seed."""
+    by_lr = setting.at(REFERENCE)
+    return by_lr[best_lr(by_lr)] if by_lr else {}
+
+
+def pass_seconds(setting: Setting, reference: Record) -> float:
+    """Seconds of a forward and backward pass: the median over all runs of a setting on one machine.
+
+    It is the same work for every optimizer. What one run needs for it differs from what another needs by a fifth, by
+    what else the machine does: two runs' own seconds would compare that, and not the optimizers.
+    """
+    return statistics.median(
+        (seconds(record, last) - optimizer_seconds(record) * last["step"]) / last["step"]
+        for found in setting.runs.values()
+        for record in found
+        if record["evals"] and same_machine(record, reference)
+        for last in record["evals"][-1:]
+    )
+
+
+def slower(setting: Setting, ours: Iterable[Record], theirs: Sequence[Record]) -> float | None:
+    """How many times as long a whole step takes as the reference's; None where it ran on another machine."""
+    own = [optimizer_seconds(record) for record in ours if same_machine(record, theirs[0])]
+    if not own:
+        return None
+    shared = pass_seconds(setting, theirs[0])
+    return (shared + statistics.median(own)) / (shared + statistics.median(map(optimizer_seconds, theirs)))
+
+
+def sooner(setting: Setting, optimizer: str, lr: float, reference: dict[int, Record]) -> str:
+    """How many times sooner AdamW's final loss is reached, in steps and in seconds; shorter runs count as well."""
+    steps = []
     for seed, record in reference.items():
         runs = [r for r in setting.runs[optimizer] if r["cell"]["lr"] == lr and r["cell"]["seed"] == seed]
         if not runs:
             continue
         found = crossing(runs, loss_of(record))
         if found is None:
-            return "not reached", "not reached"
+            return "not reached"
         steps.append(setting.steps / found[0])
-        times.append(seconds(record, record["evals"][-1]) / found[1])
     if not steps:
-        return "", ""
-    return f"{statistics.harmonic_mean(steps):.2f}x", f"{statistics.harmonic_mean(times):.2f}x"
+        return ""
+    factor = statistics.harmonic_mean(steps)
+    ratio = slower(setting, setting.at(optimizer)[lr].values(), list(reference.values()))
+    return f"{factor:.2f}x / {factor / ratio:.2f}x" if ratio else f"{factor:.2f}x / other machine"
 
 
 def change(
@@ -43,75 +82,72 @@ def fresh_loss(record: Record) -> float | None:
     return found
 
 
-def rate(lr: float, lrs: Collection[float]) -> str:
-    """A best learning rate, with a mark where no worse one was tried on both sides."""
-    inside = "" if min(lrs) < lr < max(lrs) else " (edge)" if len(lrs) > 1 else " (only one)"
-    return f"{lr:g}{inside}"
+def percent(gains: Sequence[float]) -> str:
+    """Differences in per cent, seed by seed, as mean and deviation."""
+    return spread(gains, 2, " %", sign=True) if gains else ""
 
 
-def comparison(setting: Setting, variants: bool = True) -> str:
-    """The comparison of a setting, one row per optimizer, the lowest loss first; with or without options of one."""
-    if REFERENCE not in setting.runs or not setting.at(REFERENCE):
+def state(records: Iterable[Record]) -> str:
+    """Bytes of optimizer state for each trained parameter."""
+    return f"{max(record['state_bytes_per_parameter'] for record in records):.2f}"
+
+
+def milliseconds(records: Iterable[Record]) -> str:
+    """Of the optimizer's part of a step."""
+    return f"{1000 * statistics.median(map(optimizer_seconds, records)):.1f}"
+
+
+def comparison(setting: Setting) -> str:
+    """Every optimizer at its best rate, the largest gain on AdamW first; SCAO as it comes, without options."""
+    reference = reference_runs(setting)
+    if not reference:
         return "(no AdamW runs of this length yet: nothing to compare with)\n"
-    reference_lrs = setting.at(REFERENCE)
-    reference_lr = best_lr(reference_lrs)
-    reference = reference_lrs[reference_lr]
     lines = []
     for optimizer in list(setting.runs):
         by_lr = setting.at(optimizer)
-        if not by_lr or (":" in optimizer and not variants):
+        if not by_lr or of_subject(optimizer):
             continue
         lr = best_lr(by_lr)
         records = by_lr[lr]
         losses = [loss_of(record) for record in records.values()]
         gains = change(records, reference, loss_of)
-        moved = by_lr.get(reference_lr, {})
-        moved_gains = change(moved, reference, loss_of)
-        moved_fresh = change(moved, reference, fresh_loss)
-        steps, times = speed(setting, optimizer, reference_lr, reference)
-        own_steps, own_times = speed(setting, optimizer, lr, reference)
-        everything = [record for seeds in by_lr.values() for record in seeds.values()]
-        diverged = [record for record in everything if record["diverged"]]
-        per_step = [
-            1000
-            * record["optimizer_cpu_seconds" if record["machine"]["threads"] == 1 else "optimizer_seconds"]
-            / len(record["train_loss"])
-            for record in records.values()
+        usual = optimizer == REFERENCE
+        row = [
+            f"`{optimizer}`",
+            f"{lr:g} ({enclosure(by_lr)})",
+            f"{spread(losses, 4)} ({len(losses)})",
+            "" if usual else percent(gains),
+            "" if usual else percent(change(records, reference, fresh_loss)),
+            "" if usual else sooner(setting, optimizer, lr, reference),
+            milliseconds(records.values()),
+            state(records.values()),
         ]
-        lines.append(
-            (
-                statistics.mean(losses),
-                [
-                    f"`{optimizer}`",
-                    rate(lr, by_lr),
-                    f"{spread(losses, 4)} ({len(losses)})",
-                    spread(gains, 2, " %", sign=True) if gains and optimizer != REFERENCE else "",
-                    f"{own_steps} / {own_times}" if own_steps and optimizer != REFERENCE else "",
-                    spread(moved_gains, 2, " %", sign=True) if moved_gains and optimizer != REFERENCE else "",
-                    f"{steps} / {times}" if steps and optimizer != REFERENCE else "",
-                    spread(moved_fresh, 2, " %", sign=True) if moved_fresh and optimizer != REFERENCE else "",
-                    f"{statistics.median(per_step):.1f}",
-                    f"{max(record['state_bytes_per_parameter'] for record in records.values()):.2f}",
-                    f"{len(diverged)}/{len(everything)}",
-                ],
-            )
-        )
+        # By the difference on the same seeds: means over other seeds would not be comparable.
+        lines.append(((not gains, statistics.mean(gains or losses)), row))
     head = [
         "optimizer",
-        "best lr",
+        "best rate",
         "held-out loss (seeds)",
         "against AdamW",
-        "steps / seconds to AdamW's loss",
-        f"at AdamW's lr {reference_lr:g}",
-        "steps / seconds there",
-        "training loss there",
-        "optimizer ms/step",
-        "state bytes/parameter",
-        "diverged",
+        "training loss",
+        "AdamW's loss sooner: steps / seconds",
+        "ms/step",
+        "state, bytes/parameter",
     ]
     rows = [row for _, row in sorted(lines, key=lambda line: line[0])]
-    notes = [f"Not run: `{name}`: {reason}." for name, reason in sorted(setting.unavailable.items())]
-    return "\n".join([table(head, rows), caption(setting), *(["", *notes] if notes else [])]) + "\n"
+    notes = [diverged(setting)]
+    notes += [f"Not run: `{name}`: {reason}." for name, reason in sorted(setting.unavailable.items())]
+    return "\n".join([table(head, rows), caption(setting), "", *notes]) + "\n"
+
+
+def diverged(setting: Setting) -> str:
+    """Which runs of a setting diverged, at whatever rate."""
+    found = []
+    for optimizer in setting.runs:
+        for lr, seeds in setting.at(optimizer).items():
+            if count := sum(record["diverged"] for record in seeds.values()):
+                found.append(f"`{optimizer}` at {lr:g} ({count} of {len(seeds)})")
+    return f"Diverged: {', '.join(found)}." if found else "No run diverged, at any of the rates that were tried."
 
 
 def caption(setting: Setting) -> str:
@@ -131,67 +167,123 @@ def caption(setting: Setting) -> str:
     )
 
 
-def basin(setting: Setting) -> str:
-    """Mean held-out loss of each optimizer at each learning rate."""
-    grid = {optimizer: setting.at(optimizer) for optimizer in setting.runs}
-    lrs = sorted({lr for by_lr in grid.values() for lr in by_lr})
+def rates(setting: Setting) -> str:
+    """The mean held-out loss of each optimizer at each rate that was tried, the best one in bold."""
     rows = []
-    for optimizer, by_lr in grid.items():
-        if not by_lr:
-            continue
+    for optimizer in list(setting.runs):
+        by_lr = setting.at(optimizer)
+        if not by_lr or (of_subject(optimizer) and len(by_lr) == 1):
+            continue  # a single rate of an option stands in the table of options
         texts = []
-        for lr in lrs:
-            records = by_lr.get(lr, {}).values()
-            if any(record["diverged"] for record in records):
-                texts.append(f"diverged ({sum(record['diverged'] for record in records)}/{len(records)})")
-            else:
-                texts.append(f"{statistics.mean(map(loss_of, records)):.4f} ({len(records)})" if records else "")
-        rows.append([f"`{optimizer}`", *texts])
-    return table(["optimizer", *(f"{lr:g}" for lr in lrs)], rows)
+        for lr, seeds in by_lr.items():
+            bad = sum(record["diverged"] for record in seeds.values())
+            loss = "" if bad else f"{statistics.mean(map(loss_of, seeds.values())):.4f} ({len(seeds)})"
+            text = f"{lr:g}: " + (f"diverged ({bad}/{len(seeds)})" if bad else loss)
+            texts.append(f"**{text}**" if lr == best_lr(by_lr) else text)
+        rows.append([f"`{optimizer}`", ", ".join(texts)])
+    return table(["optimizer", "rate: held-out loss (seeds)"], rows)
 
 
-def glance(found: Iterable[Setting], subject: str = "scao") -> str:
-    """One row per setting: AdamW at its best learning rate against ``subject`` at the same rate, and at its own.
+def options(found: Iterable[Setting]) -> str:
+    """What options change: runs of SCAO with options against SCAO without, at one rate, on the same seeds.
+
+    ``scao`` and its options have to have run for the same number of steps; single options come first.
+    """
+    rows = []
+    alone = set()
+    for setting in found:
+        for optimizer in filter(of_subject, list(setting.runs)):
+            passed = optimizer.split(":")[1:]
+            for steps in sorted({record["cell"]["steps"] for record in setting.runs[optimizer]}):
+                usual = setting.at(SUBJECT, steps)
+                for lr, seeds in setting.at(optimizer, steps).items():
+                    gains = change(seeds, usual.get(lr, {}), loss_of)
+                    if not gains:
+                        continue
+                    if len(passed) == 1:
+                        alone.add(passed[0].partition("=")[0])
+                    shared = [usual[lr][seed] for seed in seeds if seed in usual[lr]]
+                    rows.append(
+                        [
+                            ", ".join(f"`{option}`" for option in passed),
+                            f"{brief(setting, steps)}, rate {lr:g}",
+                            f"{percent(gains)} ({len(gains)})",
+                            f"{milliseconds(seeds.values())} ({milliseconds(shared)})",
+                            f"{state(seeds.values())} ({state(shared)})",
+                        ]
+                    )
+    head = [
+        "set",
+        "in",
+        "held-out loss against the default's (seeds)",
+        "ms/step (default)",
+        "state, bytes/parameter (default)",
+    ]
+    rows.sort(key=lambda row: (row[0].count(","), row))
+    missing = [f"`{name}`" for name in ("betas", *OPTIONS) if name not in alone]
+    note = f"\nWithout a record of its own so far: {', '.join(missing)}.\n" if missing else ""
+    return table(head, rows) + note
+
+
+def brief(setting: Setting, steps: int) -> str:
+    """A setting in a few words."""
+    cell = setting.cell
+    rank = f", r = {cell['rank']}" if "rank" in cell else ""
+    shape = "" if cell["schedule"] == "cosine" else f", {cell['schedule']}"
+    return f"{cell['task']}{rank}{shape}, {steps} steps"
+
+
+def glance(found: Iterable[Setting]) -> str:
+    """One row per setting: AdamW at its best rate against SCAO at the same rate, and what has to be known about it.
 
     Only settings in which both have run at that rate are there, with the seeds that both have.
     """
     head = [
         "setting",
         "seeds",
-        "lr",
+        "rate",
         "AdamW",
-        f"`{subject}` at the same lr",
+        "SCAO",
         "difference",
-        "training loss",
-        "steps / seconds to AdamW's loss",
-        f"`{subject}` at its best lr",
+        "AdamW's loss sooner: steps / seconds",
+        "state, bytes/parameter: SCAO (AdamW)",
     ]
-    rows = []
+    rows, elsewhere, ahead = [], [], []
     for setting in sorted(found, key=lambda setting: (setting.cell["task"], setting.cell.get("rank", 0), setting.name)):
-        ours, theirs = setting.at(subject), setting.at(REFERENCE)
+        ours, theirs = setting.at(SUBJECT), setting.at(REFERENCE)
         lr = best_lr(theirs) if theirs else 0.0
         shared = sorted(set(ours.get(lr, {})) & set(theirs.get(lr, {})))
         if not shared:
             continue
         reference = {seed: theirs[lr][seed] for seed in shared}
-        moved = ours[lr]
-        gains, trained = change(moved, reference, loss_of), change(moved, reference, fresh_loss)
-        steps, times = speed(setting, subject, lr, reference)
-        own = best_lr(ours)
+        moved = {seed: ours[lr][seed] for seed in shared}
+        name = title(setting)
+        words = {"AdamW": enclosure(theirs), "SCAO": enclosure(ours)}
+        marks = ", ".join(f"{who}: {word}" for who, word in words.items() if word != "enclosed")
         rows.append(
             [
-                title(setting),
+                name,
                 str(len(shared)),
-                rate(lr, theirs),
-                spread([loss_of(reference[seed]) for seed in shared], 4),
-                spread([loss_of(moved[seed]) for seed in shared], 4),
-                spread(gains, 2, " %", sign=True),
-                spread(trained, 2, " %", sign=True) if trained else "",
-                f"{steps} / {times}",
-                f"{statistics.mean(map(loss_of, ours[own].values())):.4f} at {own:g}",
+                f"{lr:g}" + (f" ({marks})" if marks else ""),
+                spread([loss_of(record) for record in reference.values()], 4),
+                spread([loss_of(record) for record in moved.values()], 4),
+                percent(change(moved, reference, loss_of)),
+                sooner(setting, SUBJECT, lr, reference),
+                f"{state(moved.values())} ({state(reference.values())})",
             ]
         )
-    return table(head, rows)
+        if best_lr(ours) != lr:
+            elsewhere.append(f"{name} ({best_lr(ours):g})")
+        best = ours[best_lr(ours)]
+        for optimizer in list(setting.runs):
+            by_lr = setting.at(optimizer)
+            if by_lr and not of_subject(optimizer) and optimizer != SUBJECT:
+                gains = change(by_lr[best_lr(by_lr)], best, loss_of)
+                if gains and statistics.mean(gains) < 0:
+                    ahead.append(f"`{optimizer}` in {name} ({percent(gains)}, seeds: {len(gains)})")
+    notes = [f"SCAO's own best rate is another one in {', '.join(elsewhere)}."] if elsewhere else []
+    notes.append(f"Ahead of SCAO, each at its own best rate: {', '.join(ahead) or 'none of those that were run'}.")
+    return f"{table(head, rows)}\n{' '.join(notes)}\n"
 
 
 def title(setting: Setting) -> str:
@@ -207,7 +299,5 @@ def tables(found: Sequence[Setting]) -> dict[str, str]:
     result = {}
     for setting in found:
         result[setting.name] = comparison(setting)
-        result[f"{setting.name}:plain"] = comparison(setting, variants=False)
-        result[f"{setting.name}:basin"] = basin(setting)
-    result["glance"] = glance(found)
-    return result
+        result[f"{setting.name}:rates"] = rates(setting)
+    return {**result, "options": options(found), "glance": glance(found)} if found else {}

@@ -27,7 +27,7 @@ from runs import Setting, best_lr, loss_of, means, reversed_pairs, seconds, sett
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PAGES = ("benchmarks", "moe", "published-experiments", "survival")
+PAGES = ("benchmarks", "costs", "moe", "options", "published-experiments", "survival")
 READMES = (ROOT / "README.md", HERE / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
 MARKER = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 
