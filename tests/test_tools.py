@@ -719,7 +719,16 @@ def test_the_entry_points_lead_to_the_commands() -> None:
     assert {"plan", "compare", "report", "doctor"} <= set(command.commands)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("name", "card"), [("llama-3.1-8b-qlora-24gb.yml", 24), ("mistral-7b-qlora.yml", 16)])
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("llama-3.1-8b-qlora-24gb.yml", 24),
+        ("llama-3.2-3b-qlora.yml", 12),
+        ("mistral-7b-qlora.yml", 16),
+        ("qwen2.5-3b-dpo.yml", 16),
+        ("qwen2.5-3b-qlora.yml", 16),
+    ],
+)
 def test_example_fits_the_card_that_it_names(name: str, card: int) -> None:
     plan = planning.make_plan(settings.from_yaml(ROOT / "examples" / "axolotl" / name))
     assert plan.free(card) > plan.margin and not plan.notes
