@@ -395,6 +395,92 @@ def test_the_tiny_model_is_pretrained_once(
     assert "the first 10 of at most 128 tokens" in made[0]["cell"]["held_out"]
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--optimizers", "adamw:beta3=1"], "'adamw:beta3=1': got an unexpected keyword argument 'beta3'"),
+        (["--optimizers", "scao:k_mx=3"], "unexpected keyword argument 'k_mx'; did you mean k_max?"),
+        (["--optimizers", "scao:k_max"], "'k_max' in 'scao:k_max' is not option=value"),
+        (["--lrs", "1e-3,fast"], "'1e-3,fast' must be numbers with commas between them, each above 0"),
+        (["--lrs", "0"], "'0' must be numbers with commas between them, each above 0"),
+        (["--lrs", "nan"], "each above 0"),
+        (["--lrs", ""], "'' must be numbers with commas"),
+        (["--seeds", "a"], "'a' must be whole numbers with commas"),
+        (["--batch", "0"], "'0' must be a whole number of at least 1"),
+        (["--steps", "1.5"], "'1.5' must be a whole number of at least 2"),
+        (["--out", "."], "'.' cannot be written to: Is a directory"),
+        (["--out", "/dev/null/results.jsonl"], "cannot be written to: "),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named(
+    changed: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = {"--optimizers": "adamw", "--lrs": "1e-3", "--out": str(tmp_path / "new" / "x.jsonl")}
+    words = [word for pair in {**usual, changed[0]: changed[1]}.items() for word in pair]
+    with pytest.raises(SystemExit) as ended:
+        sweep.parse(["--task", "gpt", *words])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "new" / "x.jsonl").exists(), "a check leaves no file"
+
+
+@pytest.mark.parametrize(
+    ("where", "content", "said"),
+    [
+        ("nowhere.jsonl", None, "there is no file"),
+        ("./nowhere", None, "there is no file"),
+        ("rows.jsonl", '{"question": "a"', "line 1, is no JSON"),
+        ("rows.jsonl", '{"question": "a"}\n', "neither question and answer nor messages"),
+        ("rows.jsonl", "[1, 2]\n", "a row is [1, 2]: it must be an object"),
+        ("text.txt", " \n", "is empty"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named(
+    where: str, content: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / where if content is not None else where
+    if content is not None:
+        (tmp_path / where).write_text(content)
+    words = ["--task", "gpt", "--optimizers", "adamw", "--lrs", "1e-3", "--out", str(tmp_path / "x")]
+    assert sweep.main([*words, "--data", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error
+
+
+def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(data.Unusable, match="someone/rows is no file, and the hub does not give it: Couldn't reach"):
+        data.load("someone/rows")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(data.Unusable, match="pip install datasets"):
+        data.load("someone/rows")
+
+
+def test_an_option_that_shows_when_it_is_built_ends_the_sweep(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rule(model: nn.Module, lr: float, **options: Any) -> Any:
+        return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+    monkeypatch.setitem(peers.PEERS, "rule", (rule, ()))
+    words = command(text_file, tmp_path / "x.jsonl", "--optimizers", "rule:speed=3", "--lrs", "1e-3", "--seeds", "0")
+    assert sweep.main(words) == 1
+    assert "error: 'rule:speed=3': SGD.__init__() got an unexpected keyword argument 'speed'" in capsys.readouterr().err
+
+
+def test_result_files_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tables.main([str(tmp_path / "nothing.jsonl")])
+    assert "there is no result file" in capsys.readouterr().err
+    (tmp_path / "cut.jsonl").write_text('{"key": "a"')
+    assert tables.main([str(tmp_path / "cut.jsonl")]) == 1
+    assert "cut.jsonl, line 1, is no JSON" in capsys.readouterr().err
+
+
 def test_plain_text_is_refused_for_lora(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = command(text_file, tmp_path / "x", "--optimizers", "adamw", "--lrs", "1e-3")
     assert sweep.main(["--task", "tiny", *arguments[2:]]) == 1

@@ -28,6 +28,10 @@ HELD_OUT_TEXT = "the last tenth of the text"
 Tokens = tuple[list[int], list[int]]  # a prompt and the answer that is learned
 
 
+class Unusable(ValueError):
+    """Data that cannot be had or learned from; the message says why and what to give instead."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set.
@@ -78,18 +82,58 @@ def other_docstrings(answers: str) -> list[str]:
     return found
 
 
-def question_answer(row: dict[str, object]) -> tuple[str, str]:
+def question_answer(row: object) -> tuple[str, str]:
     """The question and the answer of one row, which has ``question``/``answer`` or ``messages``.
 
     Raises:
-        ValueError: the row has neither.
+        Unusable: the row has neither.
     """
+    if not isinstance(row, dict):
+        raise Unusable(f"a row is {row!r:.80}: it must be an object with question and answer, or with messages")
     if "question" in row and "answer" in row:
         return str(row["question"]), str(row["answer"])
     messages = row.get("messages")
     if isinstance(messages, list) and len(messages) >= 2:
         return str(messages[-2]["content"]), str(messages[-1]["content"])
-    raise ValueError(f"a row with the keys {sorted(row)} has neither question and answer nor messages")
+    raise Unusable(f"a row with the keys {sorted(row)} has neither question and answer nor messages")
+
+
+def json_lines(path: Path, content: str) -> list[object]:
+    """The rows of a .jsonl file.
+
+    Raises:
+        Unusable: a line is no JSON.
+    """
+    rows = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise Unusable(f"{path}, line {number}, is no JSON: {error}") from error
+    return rows
+
+
+def from_hub(where: str) -> tuple[list[tuple[str, str]], str]:
+    """The rows, or the text, of a data set of the Hugging Face hub.
+
+    Raises:
+        Unusable: ``where`` can only be a file, which is not there; or the hub does not have it, or cannot be reached.
+    """
+    if Path(where).suffix in (".jsonl", ".json", ".txt", ".csv", ".parquet") or where.startswith((".", "/", "~")):
+        raise Unusable(f"there is no file {where}: give a .jsonl of question/answer rows, a text file, or a hub name")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise Unusable(f"{where} is no file, and the hub's data sets need a package: pip install datasets") from error
+    name, _, part = where.partition(":")
+    try:
+        found = load_dataset(name, part or None, split="train")
+    except (OSError, ValueError) as error:  # no such data set, no such part of it, no network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Unusable(f"{where} is no file, and the hub does not give it: {reason}") from error
+    if "text" in found.column_names:
+        return [], "".join(found["text"])
+    return [question_answer(row) for row in found], ""
 
 
 def load(where: str | None) -> Source:
@@ -102,7 +146,7 @@ def load(where: str | None) -> Source:
         Its rows (empty for plain text) and its text.
 
     Raises:
-        ValueError: no row or no text in it.
+        Unusable: it cannot be had, or has no row and no text.
     """
     path = docstrings() if where is None else Path(where)
     rows: list[tuple[str, str]] = []
@@ -110,18 +154,13 @@ def load(where: str | None) -> Source:
         content = path.read_text(encoding="utf-8")
         name = path.name
         if path.suffix == ".jsonl":
-            rows = [question_answer(json.loads(line)) for line in content.splitlines() if line.strip()]
+            rows = [question_answer(row) for row in json_lines(path, content)]
     else:
-        from datasets import load_dataset
-
-        name, _, part = str(where).partition(":")
-        found = load_dataset(name, part or None, split="train")
-        plain = "text" in found.column_names
-        content = "".join(found["text"]) if plain else ""
-        rows = [] if plain else [question_answer(row) for row in found]
+        name = str(where).partition(":")[0]
+        rows, content = from_hub(str(where))
     text = "\n\n".join(f"{question}\n{answer}" for question, answer in rows) if rows else content
     if not text.strip():
-        raise ValueError(f"{where} is empty: give a .jsonl of question/answer rows or a text file")
+        raise Unusable(f"{where} is empty: give a .jsonl of question/answer rows or a text file")
     base = other_docstrings(text) if where is None else [question for question, _ in rows[: len(rows) - held_out(rows)]]
     return Source(name, rows, text, base, hashlib.sha256(text.encode()).hexdigest()[:12])
 

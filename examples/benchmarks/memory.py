@@ -26,6 +26,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of ev
 import loads
 import peers
 import speed
+import sweep
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", type=speed.words(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--reduced", action="store_true", help="a small load, for a test of the script")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="result file, added to (default: results/memory.jsonl)"
+        "--out", type=sweep.writable, default=RESULTS, help="result file, added to (default: results/memory.jsonl)"
     )
     parser.add_argument("--redo-stale", action="store_true", help="measure again what other code has measured")
     arguments = parser.parse_args(argv)

@@ -76,7 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=PARTS)
-    parser.add_argument("--out", type=Path, default=OUT, help="result file, added to (default: results/moe.jsonl)")
+    parser.add_argument(
+        "--out", type=sweep.writable, default=OUT, help="result file, added to (default: results/moe.jsonl)"
+    )
     parser.add_argument("--redo-stale", action="store_true", help="time again what other code has been timed with")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ A peer whose package is absent, or that does not run here, is ``Unavailable`` wi
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import hashlib
 import importlib
@@ -24,12 +25,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scao_hf import SCAO, curvature
+from scao_hf.options import OPTIONS
 
 Builder = Callable[..., Optimizer]
 
 
 class Unavailable(Exception):
     """The optimizer cannot run here; the message says why."""
+
+
+class UnknownOption(ValueError):
+    """An option that the optimizer does not have; the message names it."""
 
 
 class Several(Optimizer):
@@ -264,7 +270,13 @@ def resolved(spec: str) -> dict[str, Any]:
         try:
             return {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())))}
         except TypeError as error:
-            raise ValueError(f"{spec!r}: {error}") from error
+            near = [match for option in options for match in difflib.get_close_matches(option, OPTIONS, n=1)]
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UnknownOption(f"{spec!r}: {error}{hint}") from error
+    try:
+        inspect.signature(PEERS[name][0]).bind(None, 0.0, **options)
+    except TypeError as error:
+        raise UnknownOption(f"{spec!r}: {error}") from error
     defaults = {
         key: parameter.default
         for key, parameter in inspect.signature(PEERS[name][0]).parameters.items()
@@ -278,13 +290,14 @@ def create(spec: str, model: nn.Module, lr: float) -> Optimizer:
 
     Raises:
         Unavailable: its package is absent or it cannot run here.
-        ValueError: an unknown optimizer or option.
+        UnknownOption: an option that it does not have.
+        ValueError: an unknown optimizer.
     """
     name, options = parse(spec)
     try:
         return PEERS[name][0](model, lr, **options)
     except TypeError as error:
-        raise ValueError(f"{spec!r}: {error}") from error
+        raise UnknownOption(f"{spec!r}: {error}") from error
 
 
 def versions(spec: str) -> dict[str, str]:

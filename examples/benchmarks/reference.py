@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import data
 import gpu
 import peers
 import provenance
@@ -74,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", default=gpu.MODEL, help="default: %(default)s")
     parser.add_argument("--data", help="as for sweep.py (default: the demo's docstrings)")
     parser.add_argument("--steps", type=int, help="default: 100, without a GPU 6")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks") / FILE, help="result file, added to")
+    parser.add_argument(
+        "--out", type=sweep.writable, default=Path("runs/benchmarks") / FILE, help="result file, added to"
+    )
     arguments = parser.parse_args(argv)
     if arguments.steps is not None and arguments.steps < 3:
         parser.error(f"--steps {arguments.steps} must be at least 3: the first two are not timed")
@@ -89,6 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         except peers.Unavailable as reason:
             print(f"unavailable: {cell['optimizer']}: {reason}")
             continue
+        except data.Unusable as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         origin = {"versions": provenance.versions(cell["optimizer"]), "machine": provenance.machine()}
         sweep.append(
             arguments.out, {"key": sweep.key(cell), "cell": cell, "device": cell["device"], **result, **origin}

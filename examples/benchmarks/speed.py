@@ -236,15 +236,13 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=words(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--threads", type=sweep.numbers(int), default=[1, 2], help="default: 1,2")
+    parser.add_argument("--threads", type=sweep.numbers(int, 0), default=[1, 2], help="default: 1,2")
     parser.add_argument("--reduced", action="store_true", help="small shapes, for a test of the script")
     parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="result file, added to (default: results/speed.jsonl)"
+        "--out", type=sweep.writable, default=RESULTS, help="result file, added to (default: results/speed.jsonl)"
     )
     parser.add_argument("--redo-stale", action="store_true", help="measure again what other code has measured")
     arguments = parser.parse_args(argv)
-    if min(arguments.threads, default=0) < 1:
-        parser.error(f"--threads {arguments.threads} must be numbers of at least 1")
     command = shlex.join(["python", "examples/benchmarks/speed.py", *(sys.argv[1:] if argv is None else argv)])
     return run(list(cells(arguments)), measure, arguments.out, arguments.redo_stale, command)
 

@@ -214,13 +214,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=sweep.numbers(str), default=list(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--data", help="as for sweep.py (default: the demo's docstrings)")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks") / FILE, help="result file, added to")
+    parser.add_argument(
+        "--out", type=sweep.writable, default=Path("runs/benchmarks") / FILE, help="result file, added to"
+    )
     arguments = parser.parse_args(argv)
     if unknown := [part for part in arguments.parts if part not in PARTS]:
         parser.error(f"--parts: {unknown[0]!r} is not one of {', '.join(PARTS)}")
     failed = False
     for part in arguments.parts:
-        task = task_of(part, arguments.data)
+        try:
+            task = task_of(part, arguments.data)
+        except data.Unusable as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         done, _ = sweep.read(arguments.out)
         for cell in cells(part, task.definition):
             result = done.get(sweep.key(cell))

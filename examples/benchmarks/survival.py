@@ -183,7 +183,12 @@ def keep_others(path: Path, names: list[str], faults: list[str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the battery."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/survival.jsonl"))
+    parser.add_argument(
+        "--out",
+        type=sweep.writable,
+        default=Path("runs/benchmarks/survival.jsonl"),
+        help="result file, added to (default: %(default)s)",
+    )
     parser.add_argument("--optimizers", default=",".join(COMPARED), help="of: " + ", ".join(COMPARED))
     parser.add_argument("--faults", default=",".join(FAULTS), help="all, or of: " + ", ".join(FAULTS))
     arguments = parser.parse_args(argv)

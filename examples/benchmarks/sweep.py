@@ -84,8 +84,8 @@ def eval_steps(task: str, steps: int, every: int | None = None) -> list[int]:
 
 def read(path: Path) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
     """The runs of a result file, by key (of two with one key the later one), and the optimizers that could not run."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    records = [json.loads(line) for line in lines if line.strip()]
+    lines = data.json_lines(path, path.read_text(encoding="utf-8")) if path.is_file() else []
+    records = [line for line in lines if isinstance(line, dict)]
     runs = {record["key"]: record for record in records if "key" in record}
     return runs, [record for record in records if "unavailable" in record]
 
@@ -192,9 +192,51 @@ def run(task: tasks.Task, cell: dict[str, Any], bar: tqdm[Any]) -> dict[str, Any
     }
 
 
-def numbers(kind: type) -> Any:
-    """A command-line type: values separated by commas; those in parentheses belong to a value."""
-    return lambda text: [kind(part) for part in re.split(r",(?![^(]*\))", text) if part]
+def numbers(kind: type, above: float | None = None) -> Any:
+    """A command-line type: values separated by commas; those in parentheses belong to a value.
+
+    Args:
+        kind: of the values.
+        above: what each of them has to be larger than.
+    """
+    words = {int: "whole numbers", float: "numbers", str: "names"}[kind] + " with commas between them"
+    words += "" if above is None else f", each above {above:g}"
+
+    def read_values(text: str) -> list[Any]:
+        try:
+            found = [kind(part) for part in re.split(r",(?![^(]*\))", text) if part]
+        except ValueError:
+            found = []
+        if not found or (above is not None and not all(above < value < math.inf for value in found)):
+            raise argparse.ArgumentTypeError(f"{text!r} must be {words}")
+        return found
+
+    return read_values
+
+
+def at_least(least: int) -> Any:
+    """A command-line type: a whole number of at least so much."""
+
+    def read_value(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
+        return int(text)
+
+    return read_value
+
+
+def writable(text: str) -> Path:
+    """A command-line type: a file that can be added to, which is found out before anything is run."""
+    path = Path(text)
+    there = path.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written to: {error.strerror}") from error
+    if not there:
+        path.unlink()
+    return path
 
 
 def check_optimizers(parser: argparse.ArgumentParser, specs: list[str]) -> None:
@@ -211,22 +253,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=("qlora", "tiny", "gpt"), required=True)
     parser.add_argument("--optimizers", type=numbers(str), required=True, help=f"of {', '.join(peers.PEERS)}")
-    parser.add_argument("--lrs", type=numbers(float), required=True, help="learning rates")
-    parser.add_argument("--seeds", type=numbers(int), default=[0, 1, 2], help="default: 0,1,2")
-    parser.add_argument("--steps", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--lrs", type=numbers(float, 0), required=True, help="learning rates, with commas between them")
+    parser.add_argument("--seeds", type=numbers(int, -1), default=[0, 1, 2], help="default: 0,1,2")
+    parser.add_argument("--steps", type=at_least(2), default=60, help="default: %(default)s")
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="default: %(default)s")
-    parser.add_argument("--rank", type=int, default=16, help="of the LoRA factors (default: %(default)s)")
-    parser.add_argument("--batch", type=int, help="rows per step (default: 4, 4 and 16 for qlora, tiny and gpt)")
-    parser.add_argument("--max-tokens", type=int, help="longest row that is used (default: 128, or the size's context)")
+    parser.add_argument("--rank", type=at_least(1), default=16, help="of the LoRA factors (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=at_least(1), help="rows per step (default: 4, 4 and 16 for qlora, tiny and gpt)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=at_least(1), help="longest row that is used (default: 128, or the size's context)"
+    )
     parser.add_argument("--size", choices=models.GPT_SIZES, default="838k", help="of gpt (default: %(default)s)")
     parser.add_argument("--clip", type=float, default=CLIP, help="norm of a step's gradient, 0: none (default: 1)")
-    parser.add_argument("--eval-every", type=int, help="steps between held-out losses (default: parts of the run)")
+    parser.add_argument(
+        "--eval-every", type=at_least(1), help="steps between held-out losses (default: parts of the run)"
+    )
     parser.add_argument("--data", help="a .jsonl or text file, or a hub name (default: the demo's docstrings)")
-    parser.add_argument("--out", type=Path, required=True, help="result file, added to")
+    parser.add_argument("--out", type=writable, required=True, help="result file, added to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     arguments = parser.parse_args(argv)
-    if arguments.steps < 2:
-        parser.error(f"--steps {arguments.steps} must be at least 2")
     check_optimizers(parser, arguments.optimizers)
     return arguments
 
@@ -264,6 +310,9 @@ def main(argv: list[str] | None = None) -> int:
                 unavailable[cell["optimizer"]] = str(reason)
                 bar.total -= arguments.steps * sum(cell["optimizer"] == other["optimizer"] for other in missing)
                 continue
+            except peers.UnknownOption as error:  # of an optimizer whose package is asked only when it is built
+                print(f"error: {error}", file=sys.stderr)
+                return 1
             origin = {"versions": provenance.versions(cell["optimizer"]), "machine": provenance.machine()}
             append(arguments.out, {"key": key(cell), "cell": cell, **result, **origin})
     for optimizer, reason in unavailable.items():

@@ -128,9 +128,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plots", type=Path, help="folder for plots")
     parser.add_argument("--compare", action="store_true", help="with the order of the committed tables")
     arguments = parser.parse_args(argv)
+    for path in arguments.results:
+        if not path.is_file():
+            parser.error(f"there is no result file {path}")
     committed = sorted((HERE / "results").glob("*.jsonl"))
-    found, cost = read(arguments.results or committed)
-    made = everything(arguments.results or committed)
+    try:
+        found, cost = read(arguments.results or committed)
+        made = everything(arguments.results or committed)
+    except ValueError as error:  # a line that is no JSON, two settings of one name
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     for name, text in made.items():
         print(f"## {name}\n\n{text}")
     if arguments.plots:
