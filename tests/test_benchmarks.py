@@ -605,8 +605,9 @@ def test_the_summary_names_who_is_ahead(results: Path) -> None:
     text = sweep_tables.glance(found)
     assert "SCAO's own best rate is another one in m, LoRA r=8, d, cosine, 100 steps (1)." in text
     found = [setting for setting in found if setting.runs["scao"].pop() and setting.runs["scao"].pop()]
-    assert "own best rate: `polora` in m, LoRA r=8, d, cosine, 100 steps (-20.00 %, seeds: 1)." in sweep_tables.glance(
-        found
+    assert (
+        "own best rate: `polora` in m, LoRA r=8, d, cosine, 100 steps (loss -20.00 %, seeds: 1)."
+        in sweep_tables.glance(found)
     )
 
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import sweep
 from runs import Record, Setting, best_lr, crossing, enclosure, loss_of, optimizer_seconds, same_machine, seconds
 from texts import spread, table
 
@@ -249,7 +250,8 @@ def glance(found: Iterable[Setting]) -> str:
         "state, bytes/parameter: SCAO (AdamW)",
     ]
     rows, elsewhere, ahead = [], [], []
-    for setting in sorted(found, key=lambda setting: (setting.cell["task"], setting.cell.get("rank", 0), setting.name)):
+    order = list(sweep.BATCH)  # fine-tuning, what SCAO is meant for, before training from scratch
+    for setting in sorted(found, key=lambda it: (order.index(it.cell["task"]), it.cell.get("rank", 0), it.name)):
         ours, theirs = setting.at(SUBJECT), setting.at(REFERENCE)
         lr = best_lr(theirs) if theirs else 0.0
         shared = sorted(set(ours.get(lr, {})) & set(theirs.get(lr, {})))
@@ -280,7 +282,7 @@ def glance(found: Iterable[Setting]) -> str:
             if by_lr and not of_subject(optimizer) and optimizer != SUBJECT:
                 gains = change(by_lr[best_lr(by_lr)], best, loss_of)
                 if gains and statistics.mean(gains) < 0:
-                    ahead.append(f"`{optimizer}` in {name} ({percent(gains)}, seeds: {len(gains)})")
+                    ahead.append(f"`{optimizer}` in {name} (loss {percent(gains)}, seeds: {len(gains)})")
     notes = [f"SCAO's own best rate is another one in {', '.join(elsewhere)}."] if elsewhere else []
     notes.append(f"Ahead of SCAO, each at its own best rate: {', '.join(ahead) or 'none of those that were run'}.")
     return f"{table(head, rows)}\n{' '.join(notes)}\n"
