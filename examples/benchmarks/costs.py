@@ -177,23 +177,23 @@ def training_table(by_place: dict[str, Record]) -> str:
 
 def state_table(found: Sequence[Record]) -> str:
     """Bytes of state on the load."""
-    rows = []
+    rows, notes = [], []
     for record in found:
         name = f"`{record['cell']['optimizers'][0]}`"
         if "unavailable_here" in record:
-            rows.append([name, "", "", "", record["unavailable_here"]])
+            notes.append(f"Not run: {name}: {record['unavailable_here']}.")
             continue
         count = record["parameters"]
         report = record.get("report", {})
         after = f"{report['peak'] / count:.2f}" if report else ""
-        rows.append([name, f"{record['bytes'] / count:.2f}", f"{record['bytes'] / MIB:,.0f}", after, ""])
-    head = ["optimizer", "bytes/parameter", "MiB", "largest at any time, bytes/parameter", ""]
+        rows.append([name, f"{record['bytes'] / count:.2f}", f"{record['bytes'] / MIB:,.0f}", after])
+    head = ["optimizer", "bytes/parameter", "MiB", "largest at any time, bytes/parameter"]
     first = found[0]
     caption = (
         f"LoRA r = {first['cell']['rank']} of Qwen2.5-3B on seven linear maps, {first['parameters']:,} parameters. Measured on "
         f"one matrix of each shape and summed. {origin(found)}"
     )
-    return f"{texts.table(head, rows)}\n{caption}\n"
+    return "\n".join([texts.table(head, rows), caption, *notes]) + "\n"
 
 
 def scratch_table(found: Sequence[Record]) -> str:

@@ -230,7 +230,9 @@ def ablations_table(found: Sequence[Setting]) -> str | None:
             row += ["not applicable" if change is None else value(ours, ".3f")]
             row += ["" if ours is None or usual is None else f"{ours - usual:+.3f}"]
         rows.append(row)
-    head = ["", "changed", "published", "", "`scao-published` here", "", "`scao` here", ""]
+    head = ["", "changed"]
+    for whose in ("published", "`scao-published` here", "`scao` here"):
+        head += [whose, "above full"]
     return table(head, rows)
 
 

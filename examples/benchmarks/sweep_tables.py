@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -160,11 +161,15 @@ def caption(setting: Setting) -> str:
         {f"{r['machine']['gpu'] or r['machine']['cpu']}, {r['machine']['threads']} thread(s)" for r in records}
     )
     torches = sorted({record["versions"]["torch"] for record in records})
+    backends = [json.loads(r["versions"]["scao_hf backend"]) for r in records if "scao_hf backend" in r["versions"]]
+    device = "cuda" if any(r["machine"]["gpu"] for r in records) else "cpu"
+    kernels = sorted({backend[device] for backend in backends})
     return (
         f"{cell['model']}{rank}; {cell['data']} ({cell['data_sha256']}), held out: {cell['held_out']}; "
         f"{setting.steps} steps of {cell['batch']} rows of at most {cell['max_tokens']} tokens, {cell['schedule']} "
         f"schedule after {cell['warmup']} warm-up steps, clipping at {cell['clip']:g}, no weight decay; "
-        f"{'; '.join(cpus)}; torch {', '.join(torches)}."
+        f"{'; '.join(cpus)}; torch {', '.join(torches)}"
+        + (f"; SCAO's kernels: {', '.join(kernels)}." if kernels else ".")
     )
 
 
