@@ -6,7 +6,8 @@ Without arguments it makes a tiny random Qwen3-MoE over bytes and trains it on i
 
 With a model of the Hugging Face hub, on a GPU (not run by us on one yet):
 
-    python examples/train_moe.py --model Qwen/Qwen3-30B-A3B --text my.txt --steps 300 --length 1024 --rank 16
+    python examples/train_moe.py --model Qwen/Qwen3-30B-A3B --text my.txt --steps 300 --length 1024 --rank 16 \\
+        --lr 2e-4
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=2e-3, help="default: %(default)s")
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if arguments.model:
         ids = AutoTokenizer.from_pretrained(arguments.model)(text)["input_ids"]
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16 if bf16 else torch.float32)

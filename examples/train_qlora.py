@@ -7,7 +7,7 @@ On a CPU, with the model and the data that `make demo-inputs` prepares (a minute
 On a GPU, with any causal model of the Hugging Face hub and a JSON-lines file of chats
 (``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}``):
 
-    python examples/train_qlora.py --model Qwen/Qwen2.5-3B-Instruct --data chats.jsonl --steps 300 --length 1024
+    python examples/train_qlora.py --model Qwen/Qwen2.5-3B-Instruct --data chats.jsonl --steps 300 --length 1024 --lr 2e-4
 """
 
 from __future__ import annotations
@@ -71,6 +71,13 @@ def load_model(name: str, rank: int, dtype: torch.dtype) -> Any:
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR, task_type="CAUSAL_LM"))
 
 
+def precision() -> torch.dtype:
+    """bfloat16 where the GPU has it, float16 on others (a T4 would emulate bfloat16, slowly), float32 on a CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def main() -> int:
     """Train the adapter and save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,9 +100,7 @@ def main() -> int:
             print(f"error: {path} is missing; `make demo-inputs` prepares the defaults", file=sys.stderr)
             return 1
 
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    fp16 = torch.cuda.is_available() and not bf16
-    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+    dtype = precision()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     trainer = SCAOTrainer(
@@ -109,8 +114,8 @@ def main() -> int:
             weight_decay=0.0,
             logging_steps=1,
             save_strategy="no",
-            bf16=bf16,
-            fp16=fp16,
+            bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
             report_to=arguments.report_to,
             dataloader_pin_memory=torch.cuda.is_available(),
             seed=42,

@@ -281,6 +281,23 @@ def test_train_qlora_trains_a_4_bit_model(chat_model: Path, harvested: Path, tmp
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
+def test_train_qlora_takes_float16_on_a_card_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4: PyTorch says that it supports bfloat16, unless it is asked whether it does so by emulation."""
+    pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    spec = importlib.util.spec_from_file_location("train_qlora", ROOT / "examples" / "train_qlora.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert script.precision() == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert script.precision() == torch.float16
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert script.precision() == torch.bfloat16
+
+
 def test_train_qlora_says_what_is_missing(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     done = run("train_qlora.py", cwd=tmp_path)
