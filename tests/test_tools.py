@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 from typer.testing import CliRunner
 
+import scao_hf
 from scao_hf import SCAO, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.tools import ToolError, doctor, matrices, run_log, run_report, settings, simulate
@@ -707,6 +708,17 @@ def test_axolotl_serves_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.exit_code == 0 and "The training loss fell" in done.output, done.output
     wrong = ClickRunner().invoke(cli, ["scao", "report", str(tmp_path / "nowhere")])
     assert wrong.exit_code == 2 and "does not exist: pass the output_dir" in wrong.output + wrong.stderr
+
+
+def test_help_says_what_each_argument_is() -> None:
+    for command, words in (
+        ("plan", "CONFIG is an Axolotl YAML"),
+        ("compare", "CONFIG is an Axolotl YAML, or a Python script"),
+        ("report", "RUN_DIR is the output folder"),
+    ):
+        assert words in " ".join(run(command, "--help").output.split())
+    assert run("--version").output == f"scao-hf {scao_hf.__version__}\n"
+    assert "what fills the card" in " ".join(run("--help").output.split())
 
 
 def test_the_entry_points_lead_to_the_commands() -> None:

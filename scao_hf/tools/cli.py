@@ -17,18 +17,36 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from scao_hf import __version__
 from scao_hf.tools import ToolError
 
 if TYPE_CHECKING:
     from scao_hf.tools.plan import Plan
 
 app = typer.Typer(
-    help="Plan, watch and check fine-tuning with SCAO.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+# What arguments mean stands in the commands' own texts: with some releases of click, typer does not show their help.
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"scao-hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Plan, watch and check fine-tuning with SCAO."""
 
 
 @contextmanager
@@ -59,7 +77,7 @@ def _mib(size: int) -> str:
 
 @app.command()
 def plan(
-    config: Annotated[Path | None, typer.Argument(help="An Axolotl YAML.", show_default=False)] = None,
+    config: Annotated[Path | None, typer.Argument(show_default=False)] = None,
     model: Annotated[str | None, typer.Option(help="Instead of a YAML: a folder or a name on the hub.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     targets: Annotated[str | None, typer.Option(help='Layers with LoRA: "all", or names with commas.')] = None,
@@ -73,7 +91,10 @@ def plan(
     gpu: Annotated[float | None, typer.Option(help="Your card's memory in GB, beside 8, 12, 16 and 24.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON instead of a table.")] = False,
 ) -> None:
-    """Will it fit? Shows what fills the card's memory before anything is downloaded or trained."""
+    """Will it fit? Shows what fills the card's memory before anything is downloaded or trained.
+
+    CONFIG is an Axolotl YAML; without one, --model names a model. An option stands for the YAML's value.
+    """
     with _mistakes_in_one_line():
         from scao_hf.tools import settings as asked
         from scao_hf.tools.plan import make_plan
@@ -161,10 +182,8 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
 
 @app.command()
 def compare(
-    config: Annotated[
-        Path, typer.Argument(help="An Axolotl YAML, or a script that trains with a transformers Trainer.")
-    ],
-    arguments: Annotated[list[str] | None, typer.Argument(help="After --: arguments of the script.")] = None,
+    config: Path,
+    arguments: Annotated[list[str] | None, typer.Argument()] = None,
     steps: Annotated[int, typer.Option(help="Length of each run.")] = 100,
     lr: Annotated[
         str,
@@ -179,6 +198,8 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/compare"),
 ) -> None:
     """Is it better for my run? The same data in the same order with AdamW and with SCAO; a table and a plot.
+
+    CONFIG is an Axolotl YAML, or a Python script that trains with a transformers Trainer; ARGUMENTS after -- are the script's.
 
     Repeat the command to go on where it was stopped: finished runs are kept, the others continue from their checkpoints.
     """
@@ -228,10 +249,13 @@ def _progress(console: Console) -> Progress:
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="Output folder of a Trainer or Axolotl, or a checkpoint in it.")],
+    run_dir: Path,
     out: Annotated[Path | None, typer.Option(help="Where the report goes; the run's folder if not given.")] = None,
 ) -> None:
-    """What did the run do? Writes one HTML page and one PNG from a run's trainer_state.json."""
+    """What did the run do? Writes one HTML page and one PNG from a run's trainer_state.json.
+
+    RUN_DIR is the output folder of a Trainer or of Axolotl, or a checkpoint in it.
+    """
     with _mistakes_in_one_line():
         from scao_hf.tools.run_report import write_report
 
