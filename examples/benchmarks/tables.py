@@ -2,7 +2,7 @@
 
     python examples/benchmarks/tables.py                          # print every table
     python examples/benchmarks/tables.py --write                  # bring the READMEs up to date
-    python examples/benchmarks/tables.py --plots runs/benchmarks  # loss curves and learning-rate basins as PNG
+    python examples/benchmarks/tables.py --plots runs/benchmarks  # loss curves, and losses by learning rate, as PNG
 
 A README asks with ``<!-- benchmark:NAME -->`` and ``<!-- /benchmark -->`` on lines of their own; what stands between
 them is replaced. The names are printed above the tables.
@@ -84,18 +84,21 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def plot(setting: Setting, folder: Path) -> Path:
-    """Loss against steps and seconds (each optimizer at its best learning rate) and the basin, in one PNG."""
+    """Loss against steps and seconds (each optimizer at its best learning rate) and by learning rate, in one PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5), constrained_layout=True)
+    drawn = 0
     for optimizer in setting.runs:
         by_lr = setting.at(optimizer)
-        if not by_lr:
+        if not by_lr or sweep_tables.of_subject(optimizer):  # its options have a table
             continue
         lr = best_lr(by_lr)
+        color = pyplot.get_cmap("tab20")(2 * drawn % 20 + drawn // 10)
+        drawn += 1
         runs = [record for record in by_lr[lr].values() if not record["diverged"]]
         if runs:
             points = [list(entries) for entries in zip(*(record["evals"] for record in runs), strict=True)]
@@ -103,16 +106,16 @@ def plot(setting: Setting, folder: Path) -> Path:
             step = sweep_tables.pass_seconds(setting, runs[0]) + statistics.median(map(optimizer_seconds, runs))
             times = [entries[0]["step"] * step for entries in points]
             label = f"{optimizer} (lr {lr:g})"
-            axes[0].plot([entries[0]["step"] for entries in points], losses, marker=".", label=label)
-            axes[1].plot(times, losses, marker=".", label=label)
+            axes[0].plot([entries[0]["step"] for entries in points], losses, marker=".", color=color, label=label)
+            axes[1].plot(times, losses, marker=".", color=color)
         finite = [(lr, [loss_of(r) for r in seeds.values()]) for lr, seeds in by_lr.items()]
         finite = [(lr, values) for lr, values in finite if max(values) < float("inf")]
-        axes[2].plot(*zip(*((lr, statistics.mean(v)) for lr, v in finite), strict=True), marker=".", label=optimizer)
+        axes[2].plot(*zip(*((lr, statistics.mean(v)) for lr, v in finite), strict=True), marker=".", color=color)
     for axis, label in zip(axes, ("step", "training seconds", "learning rate"), strict=True):
         axis.set(xlabel=label, ylabel="held-out loss")
         axis.grid(alpha=0.3)
     axes[2].set_xscale("log")
-    axes[0].legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(setting.name)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{setting.name}.png"
