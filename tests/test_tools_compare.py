@@ -109,8 +109,26 @@ def test_mistakes_of_compare(tmp_path: Path) -> None:
     assert "has no base_model" in mistake("compare", path)
     path.write_text("base_model: x", encoding="utf-8")
     assert "has no learning_rate" in mistake("compare", path)
+    path.write_text("base_model: any/model\nlearning_rate: fast", encoding="utf-8")
+    assert "has no learning_rate above 0 ('fast')" in mistake("compare", path)
+    path.write_text("base_model: any/model\nlearning_rate: 5e-4\nplugins: one.Plugin", encoding="utf-8")
+    assert "plugins is 'one.Plugin': it must be a list" in mistake("compare", path)
     path.write_text("{", encoding="utf-8")
     assert "is not a YAML file" in mistake("compare", path)
+
+
+def test_a_folder_that_cannot_be_made_and_a_script_in_another_encoding(tmp_path: Path) -> None:
+    script, taken = tmp_path / "train.py", tmp_path / "taken"
+    script.write_bytes("# -*- coding: latin-1 -*-\nname = 'é'\n".encode("latin-1"))
+    taken.write_text("a file")
+    said = mistake("compare", script, "--out", taken)
+    assert "cannot be written to" in said and "choose another with --out" in said
+
+
+def test_seed_zero_is_a_seed(tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
+    for seed, expected in ({}, 42), ({"seed": 0}, 0):
+        assert Arm(job(tmp_path, **seed), "scao", Rate(1e-3)).config()["seed"] == expected
 
 
 def test_a_yaml_needs_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from scao_hf.tools import ToolError
-from scao_hf.tools.settings import read_yaml
+from scao_hf.tools.settings import collection, read_yaml
 
 ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
 #: Environment variables of a run: where its measurements go, and for a script what is to be run (JSON).
@@ -115,6 +115,14 @@ def baseline_of(job: Job) -> str:
     return "adamw_torch" if named.strip().lower() in ("", "scao") else named
 
 
+def _number(value: Any) -> float:
+    """A number in a YAML, NaN where there is none; YAML reads 5e-4 as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 @dataclass(frozen=True)
 class Arm:
     """One run: an optimizer at a learning rate."""
@@ -133,16 +141,18 @@ class Arm:
         raw = {**read_yaml(self.job.source), **self.job.changes}
         own = str(raw.get("optimizer") or "adamw_torch").strip().lower()
         kept = {key: value for key, value in raw.items() if key not in DROPPED and not key.startswith(SERVICES)}
-        plugins = [plugin for plugin in raw.get("plugins") or () if plugin not in (ARM_PLUGIN, SCAO_PLUGIN)]
+        plugins = [plugin for plugin in collection(raw, "plugins", list) if plugin not in (ARM_PLUGIN, SCAO_PLUGIN)]
         if self.optimizer == "scao" or raw.get("scao_fuse_moe"):  # the latter acts with any optimizer
             plugins.append(SCAO_PLUGIN)
         if self.optimizer != "scao":
             kept = {key: value for key, value in kept.items() if not key.startswith("scao_") or key == "scao_fuse_moe"}
         if self.optimizer != own:
             kept.pop("optim_args", None)
-        base = float(raw.get("learning_rate") or 0)
+        base = _number(raw.get("learning_rate"))
         if self.rate.relative and not base > 0:
-            raise ToolError(f"{self.job.source} has no learning_rate: add one, or pass --lr NUMBER")
+            raise ToolError(
+                f"{self.job.source} has no learning_rate above 0 ({raw.get('learning_rate')!r}): add one, or pass --lr NUMBER"
+            )
         kept |= {
             "plugins": [*plugins, ARM_PLUGIN],
             "optimizer": self.optimizer,
@@ -151,7 +161,7 @@ class Arm:
             "logging_steps": 1,
             "save_steps": save,
             "save_total_limit": 1,
-            "seed": raw.get("seed") or 42,
+            "seed": 42 if raw.get("seed") is None else raw["seed"],
             "auto_resume_from_checkpoints": True,
         }
         kept.setdefault("dataset_prepared_path", str(self.job.out / "prepared"))
@@ -166,7 +176,10 @@ class Arm:
         """Its name holds a digest of everything that defines the run, so that another run never goes on in it."""
         text = json.dumps(self.config(), sort_keys=True, default=str)
         if self.job.script:
-            text += "\0".join([self.job.source.read_text(encoding="utf-8"), *self.job.arguments])
+            source = self.job.source.read_text(
+                encoding="utf-8", errors="backslashreplace"
+            )  # it may say its own encoding
+            text += "\0".join([source, *self.job.arguments])
         name = re.sub(r"[^\w.-]", "_", f"{self.optimizer}-{self.rate.text}")
         return self.job.out / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -264,6 +277,9 @@ def run_arm(arm: Arm, progress: Callable[[int], None]) -> Outcome:
 
     Returns:
         The outcome; ``failure`` says what went wrong and where the log is.
+
+    Raises:
+        ToolError: its folder cannot be made.
     """
     folder, steps = arm.folder, arm.job.steps
     measurements, log = folder / "measurements.jsonl", folder / "log.txt"
@@ -271,7 +287,10 @@ def run_arm(arm: Arm, progress: Callable[[int], None]) -> Outcome:
     if done.failure is None:
         progress(steps)
         return done
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ToolError(f"{folder} cannot be written to ({error.strerror}): choose another with --out") from error
     # A run goes on only where both are there: its checkpoint and what it has written down until then.
     if not measurements.exists():
         shutil.rmtree(folder / "run", ignore_errors=True)

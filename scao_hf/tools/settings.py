@@ -129,10 +129,10 @@ def from_yaml(path: Path) -> Settings:
             model=str(raw["base_model"]),
             adapter=adapter is not None,
             four_bit=bool(raw.get("load_in_4bit", False)),
-            double_quant=bool(_read(raw, "bnb_config_kwargs", dict).get("bnb_4bit_use_double_quant", True)),
+            double_quant=bool(collection(raw, "bnb_config_kwargs", dict).get("bnb_4bit_use_double_quant", True)),
             rank=raw.get("lora_r") or 8,
             targets=_targets(raw) if adapter else "all",
-            modules_to_save=tuple(map(str, _read(raw, "lora_modules_to_save", list))),
+            modules_to_save=tuple(map(str, collection(raw, "lora_modules_to_save", list))),
             dropout=float(raw.get("lora_dropout") or 0.0),
             batch=raw.get("micro_batch_size") or 1,
             sequence=raw.get("sequence_len") or 512,
@@ -144,7 +144,7 @@ def from_yaml(path: Path) -> Settings:
         raise ToolError(f"{path}: {error}") from error
 
 
-def _read(raw: dict[str, Any], key: str, kind: type) -> Any:
+def collection(raw: dict[str, Any], key: str, kind: type) -> Any:
     """The list or the mapping under a key, empty where there is none."""
     value = raw.get(key)
     if value is None:
@@ -160,7 +160,7 @@ def _targets(raw: dict[str, Any]) -> str | tuple[str, ...]:
     targets = raw.get("lora_target_modules")
     if not targets:
         raise ToolError("there is no LoRA target: add `lora_target_linear: true`, or list lora_target_modules")
-    return targets if isinstance(targets, str) else tuple(map(str, _read(raw, "lora_target_modules", list)))
+    return targets if isinstance(targets, str) else tuple(map(str, collection(raw, "lora_target_modules", list)))
 
 
 def _scao_options(raw: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _scao_options(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _notes(raw: dict[str, Any]) -> list[str]:
     notes = []
-    if not any("axolotl_plugin" in str(plugin) for plugin in _read(raw, "plugins", list)):
+    if not any("axolotl_plugin" in str(plugin) for plugin in collection(raw, "plugins", list)):
         notes.append("the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`, without which Axolotl knows no scao")
     if str(raw.get("optimizer")).strip().lower() != "scao":
         notes.append(
