@@ -587,6 +587,44 @@ def test_mistakes_of_the_report(tmp_path: Path) -> None:
     assert "cannot be written to" in mistake("report", tmp_path, "--out", tmp_path / "notes.txt")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"log_history": [{"step": None, "loss": 1.0}]},
+        {"log_history": [{"step": "soon", "loss": 1.0}]},
+        {"log_history": [{"step": 1, "loss": 10**400}]},
+        {"log_history": 5},
+        {"global_step": "many"},
+        {"max_steps": math.inf},
+    ],
+)
+def test_a_damaged_state_file_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    run_folder(tmp_path, history(30))
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    assert "trainer_state.json is damaged or no Trainer's" in mistake("report", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "record"),
+    [
+        ({}, {"rank": [1.0]}),
+        ({}, {"rank": [None, 1.0]}),
+        ({}, {"optimizer_ms": ["fast"]}),
+        ({"options": {}}, {}),
+        ({"options": {"rule": "eigenbasis", "k_max": "many"}}, {}),
+        ({"options": None}, {}),
+    ],
+)
+def test_a_damaged_file_of_statistics_is_named(tmp_path: Path, header: dict[str, Any], record: dict[str, Any]) -> None:
+    run_folder(tmp_path, history(30))
+    first = {"from": 0, "matrices": ["a", "b"], "options": {"rule": "eigenbasis"}, **header}
+    figures = {key: [0.0, 0.0] for key in ("rank", "captured_mass", "curvature_norm", "damped", "skipped")}
+    lines = [first, {"step": 1, **figures, "optimizer_ms": [1.0], **record}]
+    (tmp_path / "scao_statistics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    assert "scao_statistics.jsonl is damaged" in mistake("report", tmp_path)
+
+
 def test_report_of_a_real_trainer(tmp_path: Path) -> None:
     from scao_hf import SCAOTrainer
 

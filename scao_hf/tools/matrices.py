@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from scao_hf.options import OPTIONS, resolve
 from scao_hf.report import METRICS, STATISTICS_NAME
 from scao_hf.tools import ToolError
 from scao_hf.update import curvature_start
@@ -96,14 +97,18 @@ def read_matrices(folder: Path) -> Matrices | None:
                 found.cut(row["from"])
                 if row["matrices"] != found.names:
                     found.cut(0)  # other matrices: what came before cannot be drawn in the same rows
-                found.names, found.options = row["matrices"], row["options"]
+                known = {name: value for name, value in row["options"].items() if name in OPTIONS and name != "rule"}
+                found.names, found.options = list(map(str, row["matrices"])), resolve(row["options"]["rule"], known)
                 continue
-            found.steps.append(row["step"])
+            figures = {
+                key: [float(value) for _, value in zip(found.names, row[key], strict=True)] for key in found.figures
+            }
+            found.steps.append(int(row["step"]))
             for key, rows in found.figures.items():
-                rows.append(row[key])
-            first = row["step"] - len(row["optimizer_ms"]) + 1
-            found.milliseconds.update(enumerate(row["optimizer_ms"], first))
-    except (ValueError, KeyError, TypeError) as error:
+                rows.append(figures[key])
+            first = int(row["step"]) - len(row["optimizer_ms"]) + 1
+            found.milliseconds.update(enumerate(map(float, row["optimizer_ms"]), first))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ToolError(f"{path} is damaged: delete it to have the report without its heat maps") from error
     return found if found.steps and found.names else None
 

@@ -71,18 +71,18 @@ def read_run(run_dir: Path) -> Run:
         ToolError: there is none, it cannot be read, or it holds no training loss.
     """
     path = find_state(run_dir)
+    series: dict[str, tuple[list[int], list[float]]] = {}
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        history = [row for row in state["log_history"] if isinstance(row, dict) and "step" in row]
-    except (ValueError, KeyError, TypeError) as error:
+        for row in state["log_history"]:
+            for key, value in row.items() if isinstance(row, dict) and "step" in row else ():
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    steps, values = series.setdefault(key, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(value))
+        length, planned = int(state.get("global_step") or 0), int(state.get("max_steps") or 0)
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ToolError(f"{path} is damaged or no Trainer's: take that of an earlier checkpoint") from error
-    series: dict[str, tuple[list[int], list[float]]] = {}
-    for row in history:
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                steps, values = series.setdefault(key, ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(value))
     if "loss" not in series:
         raise ToolError(f"{path} holds no training loss: the run ended before its first log (logging_steps)")
     found = matrices.read_matrices(path.parent)
@@ -91,8 +91,7 @@ def read_run(run_dir: Path) -> Run:
             sorted(found.milliseconds),
             [found.milliseconds[s] for s in sorted(found.milliseconds)],
         )
-    last = int(state.get("global_step") or series["loss"][0][-1])
-    return Run(run_dir.resolve().name, series, last, int(state.get("max_steps") or 0), found)
+    return Run(run_dir.resolve().name, series, length or series["loss"][0][-1], planned, found)
 
 
 def findings(run: Run) -> list[str]:
