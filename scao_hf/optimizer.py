@@ -368,6 +368,20 @@ def _idle_experts_kept(bucket: Bucket) -> Iterator[None]:
         bucket.state[name].copy_(torch.where(kept, field, bucket.state[name]))
 
 
+def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model that are to be trained, with their names.
+
+    Raises:
+        ValueError: there are none.
+    """
+    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    if not trainable:
+        raise ValueError(
+            "the model has no trainable parameter: add an adapter (peft.get_peft_model) or unfreeze some weights first"
+        )
+    return trainable
+
+
 def create_scao_optimizer(
     model: nn.Module, lr: float | Tensor = 1e-3, weight_decay: float = 0.01, **scao_kwargs: Any
 ) -> SCAO:
@@ -384,11 +398,7 @@ def create_scao_optimizer(
     Raises:
         ValueError: nothing in the model is trainable.
     """
-    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    if not trainable:
-        raise ValueError(
-            "the model has no trainable parameter: add an adapter (peft.get_peft_model) or unfreeze some weights first"
-        )
+    trainable = trainable_parameters(model)
     groups = [
         {"params": [pair for pair in trainable if pair[1].ndim >= 2], "weight_decay": weight_decay},
         {"params": [pair for pair in trainable if pair[1].ndim < 2], "weight_decay": 0.0},

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from scao_hf.distributed.exchange import WAYS_OUT
 from scao_hf.experts import find_experts, without_gradient
-from scao_hf.optimizer import SCAO
+from scao_hf.optimizer import SCAO, trainable_parameters
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, resolve
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.update import curvature_start
@@ -53,6 +53,8 @@ def check_scao_kwargs(scao_kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: an unknown option, one that TrainingArguments owns, or a value outside its legal range.
     """
+    if not isinstance(scao_kwargs, dict):
+        raise ValueError(f"scao_kwargs={scao_kwargs!r} is not valid: it must be a dict of options, as {{'k_max': 32}}")
     for name in scao_kwargs:
         if name in TRAINING_ARGUMENTS:
             raise ValueError(f"scao_kwargs: {name!r} belongs to the training arguments: set {TRAINING_ARGUMENTS[name]}")
@@ -208,18 +210,21 @@ class SCAOTrainerMixin(_AnyTrainer):
         **kwargs: keyword arguments of the Trainer.
 
     Raises:
-        ValueError: an option that is unknown or outside its range; a second optimizer; DeepSpeed or FSDP1.
+        ValueError: an option that is unknown or outside its range; a second optimizer; ``optim_args``; DeepSpeed or
+            FSDP1.
     """
 
     args: TrainingArguments
     optimizer: Optimizer | None
 
     def __init__(self, *args: Any, scao_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        check_scao_kwargs({} if scao_kwargs is None else scao_kwargs)
         self.scao_kwargs = dict(scao_kwargs or {})
-        check_scao_kwargs(self.scao_kwargs)
         super().__init__(*args, **kwargs)
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             raise ValueError("this trainer builds SCAO itself: pass neither optimizers nor optimizer_cls_and_kwargs")
+        if self.args.optim_args:
+            raise ValueError(f"optim_args={self.args.optim_args!r} is not read here: pass its options in scao_kwargs")
         refuse_parallelism(self)
         self.args = copy.copy(self.args)
         self.args.optim = "scao"
@@ -234,7 +239,7 @@ class SCAOTrainerMixin(_AnyTrainer):
 
     def _build_scao(self, model: nn.Module) -> SCAO:
         decayed = set(self.get_decay_parameter_names(model))
-        trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        trainable = trainable_parameters(model)
         groups: list[dict[str, Any]] = [
             {"params": [pair for pair in trainable if pair[0] in decayed], "weight_decay": self.args.weight_decay},
             {"params": [pair for pair in trainable if pair[0] not in decayed], "weight_decay": 0.0},

@@ -216,6 +216,24 @@ def test_bad_options_are_refused_before_the_trainer_is_built(own: dict[str, Any]
         SCAOTrainer(model=None, scao_kwargs=own)
 
 
+@pytest.mark.parametrize("own", ["k_max=7", ["k_max"], 7])
+def test_options_that_are_no_dict_are_refused(own: Any) -> None:
+    with pytest.raises(ValueError, match=r"scao_kwargs=.* it must be a dict"):
+        SCAOTrainer(model=None, scao_kwargs=own)
+
+
+def test_optim_args_would_have_no_effect_and_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="optim_args='k_max=7' is not read here"):
+        scao_trainer(tiny_llama, tmp_path, optim_args="k_max=7")
+
+
+def test_a_model_without_an_adapter_and_all_frozen_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = scao_trainer(tiny_llama, tmp_path)
+    trainer.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter: add an adapter"):
+        trainer.create_optimizer()
+
+
 def test_a_second_optimizer_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model, args = lora_model(tiny_llama), arguments(tmp_path)
     with pytest.raises(ValueError, match="pass neither optimizers nor optimizer_cls_and_kwargs"):
