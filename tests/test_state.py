@@ -23,7 +23,7 @@ QUICK: dict[str, Any] = {"warmup_steps": 4, "blend_steps": 3, "precond_freq": 2,
 def make(dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[list[torch.nn.Parameter], SCAO]:
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-    return params, SCAO(params, lr=0.01, max_precond_dim=8, **{**QUICK, **kwargs})
+    return params, SCAO(params, **{"lr": 0.01, "max_precond_dim": 8, **QUICK, **kwargs})
 
 
 def train(params: list[torch.nn.Parameter], optimizer: SCAO, steps: range) -> None:
@@ -288,6 +288,21 @@ def test_hooks_after_a_load_see_the_state() -> None:
     )
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen == [dict.fromkeys(params, 6)]
+
+
+def test_options_come_from_the_checkpoint() -> None:
+    params, optimizer = make(use_int8_ema=True, moment_dtype="int8")  # of all kinds that change the shape of the state
+    others, other = make(k_max=2, precond_freq=5, max_precond_dim=6)
+    train(params, optimizer, range(9))
+    with torch.no_grad():
+        for a, b in zip(others, params, strict=True):
+            a.copy_(b)
+    other.load_state_dict(through_file(optimizer.state_dict()))
+    assert {**other.param_groups[0], "params": []} == {**optimizer.param_groups[0], "params": []}
+    train(params, optimizer, range(9, 14))
+    train(others, other, range(9, 14))
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_an_empty_state_loads() -> None:
