@@ -212,7 +212,7 @@ class Bucket:
 
 def as_real(tensor: Tensor) -> Tensor:
     """Complex numbers count as two reals, as in torch's AdamW."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def members_of(

@@ -379,6 +379,21 @@ def test_a_gradient_that_becomes_sparse_is_the_same_error_and_changes_nothing() 
     assert [optimizer.state[param]["step"] for param in params] == [4, 4]
 
 
+def test_gradients_that_autograd_leaves_conjugated() -> None:
+    weight, plain = fresh((3, 4), (3, 4), dtype=torch.complex64)
+    with torch.no_grad():
+        plain.copy_(weight)
+    optimizers = SCAO([weight], lr=0.1), SCAO([plain], lr=0.1)
+    for _ in range(3):
+        weight.grad = None
+        (weight.conj() * torch.full((3, 4), 1 + 2j)).sum().abs().backward()
+        assert weight.grad is not None and weight.grad.is_conj()
+        plain.grad = weight.grad.resolve_conj()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.equal(weight, plain)
+
+
 def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     build = SCAO._build
