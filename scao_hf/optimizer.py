@@ -283,6 +283,11 @@ class SCAO(Optimizer):
         """
         saved = super().state_dict()
         saved["state"] = integrity.sealed(saved["state"])
+        # A schedule in NumPy leaves a learning rate that torch.load(weights_only=True) refuses.
+        saved["param_groups"] = [
+            {name: float(value) if isinstance(value, float) else value for name, value in group.items()}
+            for group in saved["param_groups"]
+        ]
         shards = Shards.of(self.param_groups)
         return saved if shards is None else shards.to_bytes(saved, self.param_groups)
 
