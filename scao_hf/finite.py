@@ -11,6 +11,8 @@ from scao_hf.state import Groups, Wholes
 
 #: Steps in a row without a finite gradient that end a run.
 PATIENCE = 10
+#: For so many looks a bucket is remembered that has no gradient in the steps in which they fall.
+MEMORY = 10
 
 
 def nonfinite(groups: Groups, wholes: Wholes) -> RuntimeError | None:
@@ -36,34 +38,40 @@ def nonfinite(groups: Groups, wholes: Wholes) -> RuntimeError | None:
 class Watch:
     """Notices matrices that were skipped ``PATIENCE`` times in a row.
 
-    It looks in every ``PATIENCE``-th step alone, as the answer of a GPU has to be waited for: a run ends after 10 to 20
-    such steps.
+    It looks in every ``PATIENCE``-th step alone, as the answer of a GPU has to be waited for: a run ends after 10 to 21
+    such steps. Every third time it looks a step later, as parameters may have gradients in every other step, or every fifth.
     """
 
     def __init__(self) -> None:
-        self._steps = 0
-        #: Of each bucket, by the places of its members: its step and its counters at the last look.
-        self._seen: dict[tuple[tuple[int, str], ...], tuple[int, Tensor]] = {}
+        self._steps = self._looks = 0
+        self._next = PATIENCE
+        #: Of each bucket, by the places of its members: the last look at it, its step and its counters then.
+        self._seen: dict[tuple[tuple[int, str], ...], tuple[int, int, Tensor]] = {}
 
     def due(self) -> bool:
         """Count a step; whether this is one to look in."""
         self._steps += 1
-        return self._steps % PATIENCE == 0
+        if self._steps < self._next:
+            return False
+        self._looks += 1
+        self._next += PATIENCE + (self._looks % 3 == 2)
+        return True
 
     def problem(self, buckets: list[Bucket]) -> RuntimeError | None:
         """The error for the first such parameter, before a step; one synchronisation where there has been a look before."""
         late: list[tuple[Bucket, Tensor]] = []
-        seen = {}
+        look = self._looks
+        seen = {key: last for key, last in self._seen.items() if last[0] > look - MEMORY}
         for bucket in buckets:
             places = zip(bucket.entries, bucket.members, strict=True)
             key, taken = tuple((id(entry), member.suffix) for entry, member in places), bucket.state["taken"]
-            if key in self._seen:
-                step, before = self._seen[key]
+            if key in seen and bucket.step >= seen[key][1]:  # lower where its state was taken away
+                _, step, before = seen[key]
                 if bucket.step - step < PATIENCE:
-                    seen[key] = step, before  # it has not had a gradient in every step
+                    seen[key] = look, step, before  # it has not had a gradient in every step
                     continue
                 late.append((bucket, before == taken))
-            seen[key] = bucket.step, taken.clone()
+            seen[key] = look, bucket.step, taken.clone()
         self._seen = seen
         if not late:
             return None

@@ -157,6 +157,17 @@ def test_ten_non_finite_gradients_in_a_row_are_an_error(dtype: torch.dtype, logg
     assert not torch.equal(params[1], held)
 
 
+@pytest.mark.parametrize("first", range(2))
+def test_parameters_in_turn_are_watched_too(first: int) -> None:
+    params = fresh((4, 9), (6, 5))
+    optimizer = SCAO(params, lr=0.1, **QUICK)
+    with pytest.raises(RuntimeError, match=r"of shape \(6, 5\) has had a gradient with NaN or Inf in at least 10"):
+        for step in range(first, 100):
+            params[0].grad = torch.ones_like(params[0]) if step % 2 else None
+            params[1].grad = None if step % 2 else torch.full_like(params[1], float("nan"))
+            optimizer.step()
+
+
 def test_nine_non_finite_gradients_in_a_row_and_again_are_none() -> None:
     params = fresh((4, 9), (5,))
     optimizer = SCAO(params, lr=0.1, **QUICK)
