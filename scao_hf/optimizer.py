@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from scao_hf import integrity, report
 from scao_hf import options as opt
@@ -98,6 +99,7 @@ class SCAO(Optimizer):
         self._passed = {name: value for name, value in passed.items() if value is not None}
         self._sharing: Sharing | None = None
         self._had_matrices: list[bool] = []
+        self._given = WeakIdKeyDictionary()
         self._experts = experts or {}
         super().__init__(params, defaults)
         self._experts = {}
@@ -115,8 +117,11 @@ class SCAO(Optimizer):
         if "defaults" in state:  # a copy or an unpickled one; torch's load_state_dict calls this too, with less
             self._passed = dict(state.get("_passed", {}))
             self._sharing = None
-            self._had_matrices = [any(map(is_matrix, group["params"])) for group in self.param_groups]
+            self._had_matrices = []
             self._experts = {}
+            self._given = WeakIdKeyDictionary()
+            for group in self.param_groups:
+                self._remember(group["params"])
         self._watch = Watch()
         self._reset_plan()
 
@@ -144,10 +149,15 @@ class SCAO(Optimizer):
         super().add_param_group(group)
         for param in self.param_groups[-1]["params"]:
             check_placement(param)
-        self._had_matrices.append(any(map(is_matrix, self.param_groups[-1]["params"])))
+        self._remember(self.param_groups[-1]["params"])
         self._reset_plan()
         for other in others:
             self.add_param_group(other)
+
+    def _remember(self, params: list[Tensor]) -> None:
+        """What a group was given, to know flattened matrices by."""
+        self._had_matrices.append(any(map(is_matrix, params)))
+        self._given.update({param: is_matrix(param) for param in params})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -210,7 +220,8 @@ class SCAO(Optimizer):
             for param in group["params"]:
                 check_placement(param)
         for group, had in zip(self.param_groups, self._had_matrices, strict=False):
-            check_flattened(group["params"], had)
+            # Users may take matrices out of a group: vectors that it was given are no flattened ones.
+            check_flattened(group["params"], had and any(self._given.get(param, True) for param in group["params"]))
         self._shards = Shards.of(self.param_groups)
         return storage.build_buckets(
             self.param_groups, self.state, include, self._shards.wholes if self._shards is not None else None

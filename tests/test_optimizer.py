@@ -405,6 +405,17 @@ def test_gradients_that_autograd_leaves_conjugated() -> None:
     assert torch.equal(weight, plain)
 
 
+def test_parameters_and_groups_can_be_taken_out() -> None:
+    matrix, vector, other = fresh((4, 9), (5,), (7,))
+    optimizer = SCAO([{"params": [matrix, vector]}, {"params": [other]}], **QUICK)
+    steps(optimizer, 2)
+    optimizer.param_groups[0]["params"].pop(0)
+    steps(optimizer, 2)
+    optimizer.param_groups.pop(0)
+    steps(optimizer, 2)
+    assert [optimizer.state[param]["step"] for param in (matrix, vector, other)] == [2, 4, 6]
+
+
 def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     build = SCAO._build

@@ -170,6 +170,11 @@ def test_flattened_matrices_are_refused_after_a_copy_or_a_load_too(clone: Callab
     optimizer.param_groups[0]["params"] = flat  # as DeepSpeed ZeRO-1 and 2 do
     with pytest.raises(ValueError, match="replaced by flat vectors"):
         train(flat, optimizer, range(1))
+    for param in params:
+        param.data = param.detach().flatten()
+    optimizer.param_groups[0]["params"] = params  # the same ones, flattened in place
+    with pytest.raises(ValueError, match="replaced by flat vectors"):
+        train(params, optimizer, range(1))
 
 
 def test_refreshes_are_still_shared_out_after_a_load() -> None:
