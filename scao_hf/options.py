@@ -132,7 +132,8 @@ SWITCHES = {"fuse_moe": Option(bool, "compute LoRA on stacked experts beside the
 TORCH_OPTIONS: dict[str, Option] = {
     "lr": Option(float, "learning rate", low=0),
     "beta": Option(float, "decay of an Adam moment", low=0, high=1, open_high=True),
-    "eps": Option(float, "Adam's epsilon", low=0, open_low=True),
+    # A smaller one, times a bias correction, is zero in float32, and a step 0 / 0.
+    "eps": Option(float, "Adam's epsilon", low=1e-30),
     "weight_decay": Option(float, "decoupled weight decay", low=0),
 }
 

@@ -24,7 +24,8 @@ def param() -> torch.nn.Parameter:
         ({"lr": torch.zeros(2)}, ["2 elements", "one element"]),
         ({"betas": (0.9, 1.0)}, ["betas[1]=1.0", "[0, 1)"]),
         ({"betas": (0.9,)}, ["betas=(0.9,)", "two numbers"]),
-        ({"eps": 0}, ["eps=0", "(0, inf)"]),
+        ({"eps": 0}, ["eps=0", "[1e-30, inf)"]),
+        ({"eps": 1e-46}, ["eps=1e-46", "[1e-30, inf)"]),
         ({"weight_decay": -0.1}, ["weight_decay=-0.1", "[0, inf)"]),
         ({"rule": "shampoo"}, ["rule='shampoo'", "'eigenbasis', 'published'"]),
         ({"warmup_steps": -1}, ["warmup_steps=-1", "[0, inf)"]),
@@ -54,6 +55,17 @@ def test_an_illegal_option_of_one_group_is_an_error_and_leaves_the_optimizer_alo
     with pytest.raises(ValueError, match="precond_freq=0"):
         optimizer.add_param_group({"params": [param()], "precond_freq": 0})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("rule", options.RULES)
+def test_the_smallest_eps_is_none_too_small(rule: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(4, 24))
+    optimizer = SCAO([weight], rule=rule, eps=1e-30, warmup_steps=2, precond_freq=2, min_precond_updates=1)
+    for step in range(12):
+        weight.grad = torch.randn(4, 24, generator=torch.Generator().manual_seed(step))
+        weight.grad[0] = 0
+        optimizer.step()
+    assert torch.isfinite(weight).all()
 
 
 @pytest.mark.parametrize("rule", options.RULES)

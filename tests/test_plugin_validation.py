@@ -157,7 +157,7 @@ ERRORS = {
     "weight decay": ({"weight_decay": -0.1}, "weight_decay: -0.1 must be a number in [0, inf)"),
     "beta1": ({"adam_beta1": 1.0}, "adam_beta1: 1.0 must be a number in [0, 1)"),
     "beta2": ({"adam_beta2": -0.5}, "adam_beta2: -0.5 must be a number in [0, 1)"),
-    "epsilon": ({"adam_epsilon": 0.0}, "adam_epsilon: 0.0 must be a number in (0, inf)"),
+    "epsilon": ({"adam_epsilon": 0.0}, "adam_epsilon: 0.0 must be a number in [1e-30, inf)"),
     "DeepSpeed": ({"deepspeed": "x.json"}, "deepspeed: x.json: ZeRO flattens the matrices"),
     "FSDP1": ({"fsdp_config": {"offload_params": False}, "fsdp_version": 1}, "FSDP1 flattens the matrices"),
     "FSDP2 in host memory": (
