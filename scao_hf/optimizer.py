@@ -136,6 +136,7 @@ class SCAO(Optimizer):
         group = dict(param_group)
         experts = group.pop("experts", None) or self._experts
         group, *others = split_group(group, experts)
+        opt.check_foreign(group)
         rule = group.get("rule", self.defaults["rule"])
         named = {name: group[name] for name in (*opt.OPTIONS, "betas") if name in group and name != "rule"}
         group.update(opt.resolve(rule, {**self._passed, **named}))

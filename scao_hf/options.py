@@ -204,3 +204,10 @@ def check_torch_options(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> Non
         check(f"betas[{index}]", beta, TORCH_OPTIONS["beta"])
     check("eps", eps, TORCH_OPTIONS["eps"])
     check("weight_decay", weight_decay, TORCH_OPTIONS["weight_decay"])
+
+
+def check_foreign(group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for what other optimizers read in a parameter group and SCAO would do otherwise."""
+    for name, instead in {"maximize": "negate the loss", "amsgrad": "leave it out"}.items():
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]!r} in a parameter group is not an option of SCAO: {instead}")

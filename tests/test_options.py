@@ -50,6 +50,13 @@ def test_illegal_value_is_named_with_its_range(kwargs: dict[str, Any], words: li
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["maximize", "amsgrad"])
+def test_what_adamw_would_do_otherwise_in_a_group_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=True in a parameter group is not an option of SCAO"):
+        SCAO([{"params": [param()], name: True}])
+    SCAO(torch.optim.AdamW([param()]).param_groups)  # has both, as False
+
+
 def test_an_illegal_option_of_one_group_is_an_error_and_leaves_the_optimizer_alone() -> None:
     optimizer = SCAO([param()])
     with pytest.raises(ValueError, match="precond_freq=0"):
