@@ -104,7 +104,7 @@ test-oldest:
 	@test -x .cache/oldest/bin/pytest || $(PYTHON) -m venv .cache/oldest
 	@.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check 'torch==2.6.*' numpy pytest hypothesis expecttest 'setuptools>=77'
 	PYTHONPATH=. OMP_NUM_THREADS=1 .cache/oldest/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,reference \
-		optimizer state storage curvature quantization options ops properties released_states torch_suite torch_suite_states))
+		optimizer precision state storage curvature quantization options ops properties released_states torch_suite torch_suite_states))
 
 # pip-audit in an environment of its own: it must not change what it looks at.
 audit: $(VENV)/.dev

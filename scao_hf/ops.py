@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from scao_hf import curvature, quantization, update
+from scao_hf.precision import full_precision
 from scao_hf.update import (
     adam_direction,
     adam_moments,
     eigenbasis_direction,
-    full_precision,
     moment_schedule,
     sanitize,
     turn,

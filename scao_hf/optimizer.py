@@ -20,9 +20,10 @@ from scao_hf.distributed.shards import Shards, restored
 from scao_hf.distributed.sharing import Sharing
 from scao_hf.experts import Packing, find_experts, split_group
 from scao_hf.finite import Watch, nonfinite
+from scao_hf.precision import full_precision
 from scao_hf.rules import Tick, rule_of
 from scao_hf.storage import opened
-from scao_hf.update import full_precision, sanitize
+from scao_hf.update import sanitize
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -12,17 +9,6 @@ from torch import Tensor
 LARGEST_GRADIENT = 1e15
 #: A gradient may be this many times as large as the level of those before it, which fades by the second factor a step.
 LARGEST_JUMP, LEVEL_DECAY = 10.0, 0.95
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 matrices in float32: TF32, which training frameworks switch on, is too coarse for Gram matrices."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def curvature_start(warmup_steps: int, min_precond_updates: int, precond_freq: int) -> int:

@@ -508,16 +508,6 @@ def test_a_step_inside_autocast_is_the_same_step(rule: str) -> None:
     assert torch.equal(plain[0], lowered[0])
 
 
-def test_precision_settings_are_put_back() -> None:
-    params = fresh((4, 9))
-    torch.set_float32_matmul_precision("high")
-    try:
-        steps(SCAO(params, **QUICK), 2)
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-
-
 ROOT = Path(__file__).parent.parent
 #: Which modules of scao_hf each one may import; a name not listed may import none of them.
 ARROWS = {
@@ -530,12 +520,13 @@ ARROWS = {
     "finite": {"buckets", "distributed", "state"},
     "integrity": set(),
     "moe": {"moe", "experts"},
-    "ops": {"curvature", "update", "quantization"},
+    "ops": {"curvature", "precision", "update", "quantization"},
     "optimizer": {
         *("buckets", "distributed", "experts", "finite", "integrity", "options", "ops"),
-        *("report", "rules", "state", "storage", "update"),
+        *("precision", "report", "rules", "state", "storage", "update"),
     },
     "options": set(),
+    "precision": set(),
     "presets": {"options"},
     "quantization": set(),
     "reference": set(),
