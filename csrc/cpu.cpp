@@ -162,6 +162,20 @@ Tensor eigenbasis_turn_(Tensor exp_avg, Tensor long_vectors, Tensor row, Tensor 
   return norms;
 }
 
+std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
+  STD_TORCH_CHECK(matrices.dim() == 3, "scao: matrices must be [N, n, n]");
+  const int64_t count = matrices.size(0), n = matrices.size(1);
+  const float* from = floats(matrices, "matrices", matrices, {count, n, n});
+  Tensor values = torch::stable::new_empty(matrices, {count, n}), vectors = torch::stable::new_empty(matrices, {count, n, n});
+  const EighTask task{from, static_cast<float*>(values.data_ptr()), static_cast<float*>(vectors.data_ptr()), n};
+  const int64_t lanes = chosen->eigh_lanes;
+  torch::stable::parallel_for(0, (count + lanes - 1) / lanes, 1, [&](int64_t first, int64_t last) {
+    const auto memory = scratch(chosen->eigh_scratch(n));
+    chosen->eigh(task, first * lanes, last * lanes < count ? last * lanes : count, memory.get());
+  });
+  return {values, vectors};
+}
+
 void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64_t seed) {
   STD_TORCH_CHECK(scales.dim() == 2 && values.dim() >= 1, "scao: scales must be [N, blocks] and values [N, ...]");
   const int64_t matrices = scales.size(0), blocks = scales.size(1);
@@ -186,6 +200,7 @@ STABLE_TORCH_LIBRARY_IMPL(scao, CPU, m) {
   m.impl("eigenbasis_step_", TORCH_BOX(&eigenbasis_step_));
   m.impl("eigenbasis_gram", TORCH_BOX(&eigenbasis_gram));
   m.impl("eigenbasis_turn_", TORCH_BOX(&eigenbasis_turn_));
+  m.impl("symmetric_eigh", TORCH_BOX(&eigh));
   m.impl("int8_ema_", TORCH_BOX(&int8_ema_));
 }
 

@@ -1,5 +1,6 @@
 // The table of the kernels of one instruction set.
 #include "cpu_table.h"
+#include "cpu_vector.h"
 
 #define NAME_(x) #x
 #define NAME(x) NAME_(x)
@@ -9,7 +10,8 @@ namespace SCAO_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {NAME(SCAO_ISA), adamw_scratch, adamw,        eigenbasis_scratch, eigenbasis, gram_scratch,
-                         gram_of,        turn_scratch,  turn,         int8_ema};
+                         gram_of,        turn_scratch,  turn,         VL,                 eigh_scratch,
+                         eigh,           int8_ema};
 
 }  // namespace SCAO_ISA
 }  // namespace scao

@@ -59,6 +59,14 @@ struct TurnTask {
   long r, l, k;
 };
 
+// Eigendecompositions of symmetric matrices; NaN where one is not finite or does not converge.
+struct EighTask {
+  const float* matrices;  // [N, n, n]
+  float* values;          // [N, n], rising
+  float* vectors;         // [N, n, n]
+  long n;
+};
+
 struct Kernels {
   const char* isa;
   // Scratch bytes that one call needs; the caller allocates once per thread.
@@ -70,6 +78,9 @@ struct Kernels {
   void (*gram)(const GramTask&, void* scratch);
   unsigned long (*turn_scratch)(long r, long l, long k);
   void (*turn)(const TurnTask&, void* scratch);
+  long eigh_lanes;  // matrices that are decomposed together
+  unsigned long (*eigh_scratch)(long n);
+  void (*eigh)(const EighTask&, long first, long last, void* scratch);  // of matrices [first, last)
   // Blocks [first, last) of an int8 EMA: see int8.h. values holds numel entries for each of the matrices.
   void (*int8_ema)(signed char* codes, float* scales, const float* values, const float* weights, long numel,
                    long blocks_per_matrix, unsigned seed_key, long first, long last);

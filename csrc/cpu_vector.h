@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu_kernels.h"
+
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")

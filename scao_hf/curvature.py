@@ -7,6 +7,7 @@ a truncated basis ``[N, d, k]`` whose columns beyond a matrix's own rank are zer
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,11 @@ def damped_above(values: Tensor, tail: Tensor, side: int, eps: float) -> Tensor:
     return ((values[:, 0] > 0) & (mean > eps * (1 + 1 / TIKHONOV))).to(values.dtype)
 
 
-def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
+#: What decomposes a stack ``[N, d, d]``, as ``torch.linalg.eigh`` does; it raises LinAlgError where it cannot.
+Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def eigh(factor: Tensor, damping: Tensor, solver: Solver | None = None) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues of ``L + damping I`` in falling order, at least ``damping``, and eigenvectors; None if it fails.
 
     Each matrix is scaled to a trace of d first, so that float32 neither over- nor underflows. A stack on which the
@@ -78,14 +83,19 @@ def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
     Args:
         factor: L, symmetric, ``[N, d, d]``.
         damping: ``[N]``, not negative.
+        solver: None for ``torch.linalg.eigh``, which the second attempt takes in any case.
     """
     side = factor.shape[-1]
     mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(factor.dtype).tiny)[:, None, None]
     scaled = factor / mean
     for last in (False, True):
         try:
-            attempt = scaled.cpu().double() + 1e-3 * torch.eye(side, dtype=torch.float64) if last else scaled
-            values, vectors = (part.flip(-1).to(factor) for part in torch.linalg.eigh(attempt))
+            if last or solver is None:
+                attempt = scaled.cpu().double() + 1e-3 * torch.eye(side, dtype=torch.float64) if last else scaled
+                found = torch.linalg.eigh(attempt)
+            else:
+                found = solver(scaled)
+            values, vectors = (part.flip(-1).to(factor) for part in found)
         except (torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:  # type: ignore[attr-defined]
             # Python shows a warning once for each place and text: not at every refresh.
             warnings.warn(
@@ -143,7 +153,9 @@ def gram(moments: Tensor, long_basis: Tensor) -> Tensor:
     return rows @ rows.mT
 
 
-def sketch(gram: Tensor, values: Tensor, lift: Tensor, decay: float) -> tuple[Tensor, Tensor, Tensor] | None:
+def sketch(
+    gram: Tensor, values: Tensor, lift: Tensor, decay: float, solver: Solver | None = None
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """(E6) Top-k eigenbasis of ``decay * U S U^T + X^T X``, as coefficients of the rows of Z: no l x l matrix, no pass over l.
 
     Args:
@@ -151,6 +163,7 @@ def sketch(gram: Tensor, values: Tensor, lift: Tensor, decay: float) -> tuple[Te
         values: S, ``[N, k]``.
         lift: what makes X of Z, ``X = lift Z``, ``[N, r, k + r]``.
         decay: what the old basis is worth.
+        solver: as in ``eigh``.
 
     Returns:
         A with ``A Z`` the new U^T, ``[N, k, k + r]`` (a row without mass is zero), values ``[N, k]`` falling, and the mass
@@ -158,7 +171,7 @@ def sketch(gram: Tensor, values: Tensor, lift: Tensor, decay: float) -> tuple[Te
     """
     width = values.shape[-1]
     rows = torch.cat([torch.nn.functional.pad((decay * values).sqrt().diag_embed(), (0, lift.shape[1])), lift], 1)
-    decomposition = eigh(rows @ gram @ rows.mT, torch.zeros_like(values[:, 0]))
+    decomposition = eigh(rows @ gram @ rows.mT, torch.zeros_like(values[:, 0]), solver)
     if decomposition is None:
         return None
     spectrum, mixing = decomposition

@@ -7,6 +7,7 @@ Each operation steps one bucket in place. The default kernels are made of the eq
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,9 +31,11 @@ from scao_hf.update import (
 LARGEST_SIDE = {"cpu": 128, "cuda": 64}
 #: The operations that have a native kernel.
 KERNELS = {
-    "cpu": ("adamw_step_", "eigenbasis_step_", "eigenbasis_gram", "eigenbasis_turn_", "int8_ema_"),
+    "cpu": ("adamw_step_", "eigenbasis_step_", "eigenbasis_gram", "eigenbasis_turn_", "symmetric_eigh", "int8_ema_"),
     "cuda": ("eigenbasis_step_", "int8_ema_"),
 }
+#: Largest side of matrices that are decomposed natively.
+LARGEST_DECOMPOSED = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TORCH = (2, 10)
 #: Compute capability below which there is no device code.
@@ -55,6 +58,7 @@ _LIBRARY.define(
     "eigenbasis_turn_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor(c!) row, Tensor(d!) col, Tensor coefficients, "
     "Tensor plain_row, Tensor inside_sq, Tensor bias1, Tensor bias2, Tensor finite, float least, float eps) -> Tensor"
 )
+_LIBRARY.define("symmetric_eigh(Tensor matrices) -> (Tensor, Tensor)")
 _LIBRARY.define("int8_ema_(Tensor(a!) codes, Tensor(b!) scales, Tensor values, Tensor weights, int seed) -> ()")
 
 
@@ -306,6 +310,22 @@ def _turn(
         return turn(exp_avg, long_vectors, row, col, coefficients, plain_row, inside_sq, (one, two), taken, least, eps)
 
 
+def _eigh_fake(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    size, side = matrices.shape[0], matrices.shape[-1]
+    _check(matrices, "matrices", (size, side, side), (torch.float32, torch.float64))
+    return matrices.new_empty(size, side), torch.empty_like(matrices, memory_format=torch.contiguous_format)
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh``; NaN for all matrices of a stack in which one cannot be decomposed."""
+    _eigh_fake(matrices)
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return matrices.new_full(matrices.shape[:2], math.nan), torch.full_like(matrices, math.nan)
+    return values, vectors.contiguous()
+
+
 def _int8_fake(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
     size = values.shape[0]
     shapes = quantization.encoded_shapes(size, values.numel() // max(size, 1))
@@ -332,6 +352,7 @@ DEFAULTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "eigenbasis_step_": (_eigenbasis, _eigenbasis_fake),
     "eigenbasis_gram": (_gram, _gram_fake),
     "eigenbasis_turn_": (_turn, _turn_fake),
+    "symmetric_eigh": (_eigh, _eigh_fake),
     "int8_ema_": (_int8, _int8_fake),
 }
 for _name, (_default, _fake) in DEFAULTS.items():
@@ -342,6 +363,7 @@ adamw_step_ = torch.ops.scao.adamw_step_
 eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
 eigenbasis_gram = torch.ops.scao.eigenbasis_gram
 eigenbasis_turn_ = torch.ops.scao.eigenbasis_turn_
+symmetric_eigh = torch.ops.scao.symmetric_eigh
 int8_ema_ = torch.ops.scao.int8_ema_
 
 
@@ -431,3 +453,22 @@ def has(name: str, moments: Tensor, long_basis: Tensor | None = None) -> bool:
     if long_basis is None:
         return True
     return max(moments.shape[1], long_basis.shape[1]) <= LARGEST_SIDE[device] and long_basis.dtype != torch.float16
+
+
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` of ``[N, d, d]``, with the native kernel where there is one.
+
+    Returns:
+        Eigenvalues ``[N, d]``, rising, and eigenvectors in columns, as exact as LAPACK's (``test_eigh_kernel``).
+
+    Raises:
+        torch.linalg.LinAlgError: a matrix is not finite, or its decomposition does not converge.
+    """
+    if not has("symmetric_eigh", matrices) or matrices.shape[-1] > LARGEST_DECOMPOSED:
+        found: tuple[Tensor, Tensor] = torch.linalg.eigh(matrices)
+        return found
+    values, vectors = symmetric_eigh(matrices.contiguous())
+    if not bool(values.isfinite().all()):
+        message = "a matrix is not finite, or its decomposition does not converge"
+        raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
+    return values, vectors

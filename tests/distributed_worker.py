@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from scao_hf import SCAO, create_scao_optimizer
+from scao_hf import SCAO, create_scao_optimizer, ops
 from scao_hf.experts import Packing, unpack
 
 #: Curvature from step 3 on, a refresh of every matrix within 2 steps.
@@ -192,7 +192,7 @@ def alone(
 def counted() -> Iterator[dict[str, int]]:
     """Counts, for this process, the bytes that SCAO's collectives send to others, and the decomposed matrices."""
     counts = {"sent": 0, "received": 0, "decomposed": 0}
-    exchange, broadcast, eigh = dist.all_to_all_single, dist.broadcast, torch.linalg.eigh
+    exchange, broadcast, eigh, native = dist.all_to_all_single, dist.broadcast, torch.linalg.eigh, ops.symmetric_eigh
 
     def all_to_all(output: Tensor, input: Tensor, out: list[int], sent: list[int], group: Any = None) -> Any:
         rank = dist.get_rank(group)
@@ -209,11 +209,17 @@ def counted() -> Iterator[dict[str, int]]:
         counts["decomposed"] += matrices.numel() // matrices.shape[-1] ** 2
         return eigh(matrices, *args, **kwargs)
 
+    def decompose_natively(matrices: Tensor) -> Any:
+        counts["decomposed"] += len(matrices)
+        return native(matrices)
+
     dist.all_to_all_single, dist.broadcast, torch.linalg.eigh = all_to_all, broadcast_counted, decompose
+    ops.symmetric_eigh = decompose_natively
     try:
         yield counts
     finally:
         dist.all_to_all_single, dist.broadcast, torch.linalg.eigh = exchange, broadcast, eigh
+        ops.symmetric_eigh = native
 
 
 def held(optimizer: SCAO) -> int:

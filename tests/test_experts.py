@@ -174,8 +174,10 @@ def test_steps_do_not_depend_on_the_basis_of_directions_without_gradients(
     right, random = curvature.eigh, torch.Generator().manual_seed(3)
     turned: list[int] = []
 
-    def turning(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
-        found = right(factor, damping)
+    def turning(
+        factor: Tensor, damping: Tensor, solver: curvature.Solver | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        found = right(factor, damping, solver)
         assert found is not None
         values, vectors = found[0], found[1].clone()
         for index, null in enumerate(values <= 1e-6 * values[:, :1]):

@@ -13,7 +13,7 @@ import torch
 from kernel_states import eigenbasis_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scao_hf import SCAO, ops, quantization
+from scao_hf import SCAO, curvature, ops, quantization
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = (0.01, 0.9, 0.99, 1e-8, 0.05, 0.95)
@@ -124,6 +124,72 @@ def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> No
             close(a, b, 2e-6 if a.dtype == torch.float32 else 2**-8, name)
             assert torch.equal(a[1], old[1]), name
         assert (found[3] > fields[3]).any() and (found[3] == fields[3]).any()
+
+
+def symmetric(kind: str, count: int, n: int) -> torch.Tensor:
+    """Stacks that are hard to decompose, each in its way."""
+    x = torch.randn(count, n, n)
+    if kind == "indefinite":
+        return x + x.mT
+    if kind == "rank deficient":
+        x = x[:, :, : max(1, n // 4)]
+    if kind == "rising":
+        x = x * torch.logspace(-12, 0, n)[:, None]
+    if kind == "falling":
+        x = x * torch.logspace(0, -12, n)[:, None]
+    if kind == "repeated":
+        return torch.eye(n) + (x[:, :, :1] @ x[:, :, :1].mT) * (torch.arange(count) % 3)[:, None, None]
+    return x @ x.mT * {"zero": 0.0, "tiny": 1e-38, "huge": 1e34}.get(kind, 1.0)
+
+
+KINDS = ("indefinite", "random", "rank deficient", "rising", "falling", "repeated", "zero", "tiny", "huge")
+
+
+@native
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 32, 33, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_eigh_kernel(level: str, kind: str, n: int) -> None:
+    """As exact as LAPACK in float32: values and residuals within 1e-6 of the norm, orthonormal to 4e-6."""
+    torch.manual_seed(n)
+    matrices = symmetric(kind, 21, n)
+    values, vectors = ops.symmetric_eigh(matrices)
+    assert torch.equal(values, values.sort(1)[0])
+    exact, q = matrices.double(), vectors.double()
+    norm = torch.linalg.matrix_norm(exact).clamp_min(1e-300)
+    assert ((values.double() - torch.linalg.eigvalsh(exact)).abs().amax(1) / norm).max() <= 1e-6
+    assert ((exact @ q - q * values.double()[:, None, :]).abs().amax((1, 2)) / norm).max() <= 1e-6
+    assert (q.mT @ q - torch.eye(n)).abs().max() <= 4e-6
+
+
+@native
+def test_eigh_does_not_depend_on_neighbours_or_threads(level: str) -> None:
+    torch.manual_seed(0)
+    matrices = torch.cat([symmetric(kind, 4, 16) for kind in KINDS])
+    matrices[7] = float("nan")
+    whole = ops.symmetric_eigh(matrices)
+    threads = torch.get_num_threads()
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        for cut in (1, 3, 17, len(matrices)):
+            parts = [ops.symmetric_eigh(part) for part in matrices.split(cut)]
+            for index, found in enumerate(map(torch.cat, zip(*parts, strict=True))):
+                assert found.numpy().tobytes() == whole[index].numpy().tobytes()
+    torch.set_num_threads(threads)
+
+
+@native
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_eigh_marks_matrices_that_are_not_finite(level: str, bad: float) -> None:
+    matrices = torch.eye(9).repeat(20, 1, 1)
+    matrices[11, 8, 3] = matrices[11, 3, 8] = bad
+    values, vectors = ops.symmetric_eigh(matrices)
+    good = torch.arange(20) != 11
+    assert values[good].isfinite().all() and vectors[good].isfinite().all()
+    assert values[11].isnan().all() and vectors[11].isnan().all()
+    with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
+        ops.eigh(matrices)
+    with pytest.warns(RuntimeWarning, match="side 9 failed"):
+        curvature.eigh(matrices, torch.zeros(20), ops.eigh)
 
 
 @native
@@ -255,6 +321,7 @@ def test_opcheck(test: str) -> None:
     moments, basis = torch.randn(2, 4, 12), torch.randn(2, 3, 12)
     turned = torch.rand(2, 4, 1), torch.rand(2, 1, 12), torch.randn(2, 11, 7), torch.rand(2, 4, 1), torch.rand(2, 1, 3)
     calls = [
+        (ops.symmetric_eigh, (torch.eye(5).repeat(2, 1, 1),)),
         (ops.eigenbasis_gram, (moments, basis)),
         (ops.eigenbasis_turn_, (moments, basis, *turned, *(torch.rand(2) + 0.1 for _ in range(3)), 0.5, 1e-8)),
         (ops.eigenbasis_step_, (params, grads, *eigenbasis_state(2, 4, 12, 3).values(), True, *NUMBERS)),
@@ -308,8 +375,8 @@ def test_the_optimizer_steps_the_same_with_and_without(rule: str, int8: bool, mo
         assert used == (both if int8 else both | {"eigenbasis_step_"})
         assert not calls
         for a, b in zip(fast, slow, strict=True):
-            # A difference in the last bit can move an int8 code by one.
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if int8 else 2e-5)
+            # The signs of eigenvectors are the solver's choice, and -x is not rounded as x is.
+            torch.testing.assert_close(a, b, rtol=0, atol=5e-4 if int8 else 2e-5)
     else:
         assert used == ({"adamw_step_", "int8_ema_"} if int8 else {"adamw_step_"})
 

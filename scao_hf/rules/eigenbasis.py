@@ -260,12 +260,12 @@ class Eigenbasis:
         """
         group, (r, k) = tick.group, state["inside_avg"].shape[1:]
         old_basis, l = state["vectors"], state["col"].shape[-1]
-        decomposition = curvature.eigh(state["factor"], torch.zeros_like(state["gain"]))
+        decomposition = curvature.eigh(state["factor"], torch.zeros_like(state["gain"]), ops.eigh)
         factor_values, basis = (state["factor_values"], old_basis) if decomposition is None else decomposition
         # Matrices take turns (S1), so that the first refresh comes after fewer steps than the others.
         decay = group["rho"] ** min(group["precond_freq"], tick.step - self.start(group))
         lift = self._lift(state)
-        found = curvature.sketch(gram, state["long_values"], lift / tick.bias[0], decay)
+        found = curvature.sketch(gram, state["long_values"], lift / tick.bias[0], decay, ops.eigh)
         if found is None:
             same = torch.eye(k, k + r, dtype=lift.dtype, device=lift.device).expand(len(lift), k, k + r)
             found = same, state["long_values"], torch.zeros_like(state["long_tail"])

@@ -141,7 +141,7 @@ def _refresh(state: dict[str, Tensor], side: str, factor: Tensor, tick: Tick) ->
     """(E2), (E3), decomposition, (E4), (E5); a decomposition that fails leaves the last good basis in place."""
     group = tick.group
     factor = curvature.debias(factor, group["rho"], tick.count)
-    decomposition = curvature.eigh(factor, curvature.damping(factor, group["eps"]))
+    decomposition = curvature.eigh(factor, curvature.damping(factor, group["eps"]), ops.eigh)
     if decomposition is None:
         return
     values, vectors = decomposition
