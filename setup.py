@@ -21,7 +21,7 @@ CHOICES = ("0", "cpu", "cuda", "auto")
 CSRC = Path("csrc")
 TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the oldest whose stable ABI has what the kernels use
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")
-CPU_SOURCES = ("cpu_adamw", "cpu_eigenbasis", "cpu_refresh", "cpu_eigh", "cpu_int8", "cpu_kernels")
+CPU_SOURCES = ("cpu_adamw", "cpu_eigenbasis", "cpu_refresh", "cpu_bases", "cpu_eigh", "cpu_int8", "cpu_kernels")
 CPU_LEVELS = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
 
 

@@ -2,6 +2,7 @@
 // arguments, picks the instruction set and spreads matrices over torch's threads; a result depends on one matrix alone.
 #include <torch/csrc/stable/ops.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -11,6 +12,8 @@
 
 namespace scao {
 namespace {
+
+constexpr float MOST_GAIN = 2.0f;  // as in scao_hf/refresh.py
 
 const Kernels* best() {
 #if defined(__x86_64__)
@@ -117,6 +120,13 @@ Bases bases_of(const Tensor& exp_avg, const Tensor& long_vectors) {
   return {matrices, r, l, k, dtype, static_cast<char*>(long_vectors.data_ptr()), k * l * (dtype == F32 ? 4 : 2)};
 }
 
+// (U13)
+float gain_of(float whole, float own) {
+  if (!(own > 0)) return 1;
+  const float gain = std::sqrt(whole / (own > 1.17549435e-38f ? own : 1.17549435e-38f));
+  return gain < 1 / MOST_GAIN ? 1 / MOST_GAIN : gain > MOST_GAIN ? MOST_GAIN : gain;
+}
+
 Tensor eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) {
   const Bases b = bases_of(exp_avg, long_vectors);
   const float* moments = floats(exp_avg, "exp_avg", exp_avg, {b.matrices, b.r, b.l});
@@ -168,12 +178,81 @@ std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
   const float* from = floats(matrices, "matrices", matrices, {count, n, n});
   Tensor values = torch::stable::new_empty(matrices, {count, n}), vectors = torch::stable::new_empty(matrices, {count, n, n});
   const EighTask task{from, static_cast<float*>(values.data_ptr()), static_cast<float*>(vectors.data_ptr()), n};
-  const int64_t lanes = chosen->eigh_lanes;
+  const int64_t lanes = chosen->lanes;
   torch::stable::parallel_for(0, (count + lanes - 1) / lanes, 1, [&](int64_t first, int64_t last) {
     const auto memory = scratch(chosen->eigh_scratch(n));
     chosen->eigh(task, first * lanes, last * lanes < count ? last * lanes : count, memory.get());
   });
   return {values, vectors};
+}
+
+// The matrices [first, last) of the stacks, which are passed whole.
+Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, Tensor inside_avg, Tensor inside_sq,
+                           Tensor row, Tensor col, Tensor vectors, Tensor mask, Tensor gain, Tensor factor_values,
+                           Tensor long_values, Tensor long_tail, Tensor taken, Tensor finite, int64_t first, int64_t last,
+                           double beta1, double beta2, double eps, double rho, double decay, double least,
+                           double epsilon_sparse, int64_t k_min, int64_t k_max) {
+  const Bases b = bases_of(exp_avg, long_vectors);
+  const int64_t n = b.matrices, r = b.r, l = b.l, k = b.k, h = k + r, count = last - first;
+  STD_TORCH_CHECK(first >= 0 && first <= last && last <= n, "scao: first and last must be within the stack");
+  RefreshTask task{};
+  float* moments = floats(exp_avg, "exp_avg", exp_avg, {n, r, l}) + first * r * l;
+  float* columns = floats(col, "col", exp_avg, {n, 1, l}) + first * l;
+  float* sizes = floats(gain, "gain", exp_avg, {n}) + first;
+  task.factor = floats(factor, "factor", exp_avg, {n, r, r}) + first * r * r;
+  task.inside_avg = floats(inside_avg, "inside_avg", exp_avg, {n, r, k}) + first * r * k;
+  task.inside_sq = floats(inside_sq, "inside_sq", exp_avg, {n, r, k}) + first * r * k;
+  task.row = floats(row, "row", exp_avg, {n, r, 1}) + first * r;
+  task.vectors = floats(vectors, "vectors", exp_avg, {n, r, r}) + first * r * r;
+  task.mask = floats(mask, "mask", exp_avg, {n, 1, k}) + first * k;
+  task.factor_values = floats(factor_values, "factor_values", exp_avg, {n, r}) + first * r;
+  task.long_values = floats(long_values, "long_values", exp_avg, {n, k}) + first * k;
+  task.long_tail = floats(long_tail, "long_tail", exp_avg, {n}) + first;
+  task.taken = floats(taken, "taken", exp_avg, {n}) + first;
+  task.finite = floats(finite, "finite", exp_avg, {n}) + first;
+  Tensor failed = torch::stable::new_empty(exp_avg, {count});
+  task.failed = static_cast<float*>(failed.data_ptr());
+  const int64_t coefficients = (k + 2 * r) * h;
+  const auto between = scratch(4 * count * (h * h + coefficients + r + k + 6));
+  float* at = static_cast<float*>(between.get());
+  const auto take = [&](int64_t each) {
+    float* part = at;
+    at += count * each;
+    return part;
+  };
+  float* gram = take(h * h);
+  task.gram = gram, task.coefficients = take(coefficients), task.plain_row = take(r), task.mean_square = take(k);
+  task.bias1 = take(1), task.bias2 = take(1), task.turns = take(1), task.inside_norm = take(1);
+  float* norms = take(2);
+  task.beta1 = beta1, task.beta2 = beta2, task.rho = rho, task.eps = static_cast<float>(eps);
+  task.least = static_cast<float>(least), task.decay = static_cast<float>(decay);
+  task.epsilon_sparse = static_cast<float>(epsilon_sparse), task.k_min = k_min, task.k_max = k_max;
+  task.r = r, task.l = l, task.k = k;
+  char* basis = b.data + first * b.bytes;
+  const auto each = [](int64_t from, int64_t to, unsigned long bytes, auto&& work) {
+    torch::stable::parallel_for(from, to, 1, [&](int64_t begin, int64_t end) {
+      const auto memory = scratch(bytes);
+      for (int64_t i = begin; i < end; i++) work(i, memory.get());
+    });
+  };
+  // A few matrices at a time, whose long sides stay in the caches.
+  const int64_t lanes = chosen->lanes, portion = lanes * torch::stable::get_num_threads();
+  for (int64_t from = 0; from < count; from += portion) {
+    const int64_t to = from + portion < count ? from + portion : count;
+    each(from, to, chosen->gram_scratch(r, l, k), [&](int64_t i, void* memory) {
+      if (task.finite[i] > 0) chosen->gram({moments + i * r * l, basis + i * b.bytes, b.dtype, gram + i * h * h, r, l, k}, memory);
+    });
+    each(from / lanes, (to + lanes - 1) / lanes, chosen->bases_scratch(r, k), [&](int64_t group, void* memory) {
+      chosen->bases(task, group * lanes, (group + 1) * lanes < to ? (group + 1) * lanes : to, memory);
+    });
+    each(from, to, chosen->turn_scratch(r, l, k), [&](int64_t i, void* memory) {
+      chosen->turn({moments + i * r * l, basis + i * b.bytes, b.dtype, task.row + i * r, columns + i * l,
+                    task.coefficients + i * coefficients, task.plain_row + i * r, task.mean_square + i * k,
+                    task.bias1 + i, task.bias2 + i, task.turns + i, norms + 2 * i, task.least, task.eps, r, l, k}, memory);
+      if (task.turns[i] > 0) sizes[i] = gain_of(norms[2 * i], norms[2 * i + 1] + task.inside_norm[i]);
+    });
+  }
+  return failed;
 }
 
 void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64_t seed) {
@@ -200,6 +279,7 @@ STABLE_TORCH_LIBRARY_IMPL(scao, CPU, m) {
   m.impl("eigenbasis_step_", TORCH_BOX(&eigenbasis_step_));
   m.impl("eigenbasis_gram", TORCH_BOX(&eigenbasis_gram));
   m.impl("eigenbasis_turn_", TORCH_BOX(&eigenbasis_turn_));
+  m.impl("eigenbasis_refresh_", TORCH_BOX(&eigenbasis_refresh_));
   m.impl("symmetric_eigh", TORCH_BOX(&eigh));
   m.impl("int8_ema_", TORCH_BOX(&int8_ema_));
 }

@@ -69,7 +69,7 @@ void eigh(const EighTask& t, long first, long last, void* scratch) {
           place += x < value || (x == value && other < j);
         }
         to[place] = value * unit[lane];
-        for (long i = 0; i < n; i++) out[i * n + place] = vectors[((n - 1 - i) * n + j) * VL + lane] + 0.0f;  // no -0
+        for (long i = 0; i < n; i++) out[i * n + place] = vectors[((n - 1 - i) * n + j) * VL + lane];
       }
     }
   }

@@ -196,6 +196,20 @@ inline vi iterate(float* diagonal, float* beside, float* vectors, float* work, l
   }
 }
 
+// Either sign is right; where it followed from the number of sweeps, a rounding could change it, and with it what codes in
+// few bits make of the vectors. So the largest entry of each column becomes positive.
+inline void settle_signs(float* vectors, long n) {
+  for (long j = 0; j < n; j++) {
+    vf largest{};
+    for (long i = 0; i < n; i++) {
+      const vf x = at(vectors, i * n + j);
+      largest = magnitude(x) > magnitude(largest) ? x : largest;
+    }
+    const vi flip = (largest < vf{}) & static_cast<int>(0x80000000u);
+    for (long i = 0; i < n; i++) put_at(vectors, i * n + j, reinterpret_cast<vf>(bits(at(vectors, i * n + j)) ^ flip) + vf{});
+  }
+}
+
 // Floats of scratch that eigh_lanes needs.
 constexpr long eigh_size(long n) { return 6 * n * VL; }
 
@@ -204,7 +218,9 @@ constexpr long eigh_size(long n) { return 6 * n * VL; }
 inline vi eigh_lanes(float* a, float* vectors, float* values, float* scratch, long n) {
   float* beside = scratch + 5 * n * VL;
   tridiagonalize(a, vectors, values, beside, scratch, n);
-  return iterate(values, beside, vectors, scratch, n);
+  const vi failed = iterate(values, beside, vectors, scratch, n);
+  settle_signs(vectors, n);
+  return failed;
 }
 
 }  // namespace

@@ -10,8 +10,8 @@ namespace SCAO_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {NAME(SCAO_ISA), adamw_scratch, adamw,        eigenbasis_scratch, eigenbasis, gram_scratch,
-                         gram_of,        turn_scratch,  turn,         VL,                 eigh_scratch,
-                         eigh,           int8_ema};
+                         gram_of,        turn_scratch,  turn,         VL,                 bases_scratch,
+                         bases,          eigh_scratch,  eigh,         int8_ema};
 
 }  // namespace SCAO_ISA
 }  // namespace scao

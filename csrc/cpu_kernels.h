@@ -59,6 +59,19 @@ struct TurnTask {
   long r, l, k;
 };
 
+// A refresh but for the long side; names as in scao_hf/refresh.py, every field a stack. One of whose gradient was not finite,
+// or whose decompositions fail, stays as it is.
+struct RefreshTask {
+  const float *gram, *factor, *taken, *finite;
+  float *inside_avg, *inside_sq, *row, *vectors, *mask, *factor_values, *long_values, *long_tail;
+  // What turn takes: of these `turns` is 1 for what is to be turned. inside_norm: squared norm of the kept part's step.
+  float *coefficients, *plain_row, *mean_square, *bias1, *bias2, *turns, *inside_norm;
+  float* failed;  // 1 where the decompositions failed
+  double beta1, beta2, rho;
+  float eps, least, decay, epsilon_sparse;
+  long k_min, k_max, r, l, k;
+};
+
 // Eigendecompositions of symmetric matrices; NaN where one is not finite or does not converge.
 struct EighTask {
   const float* matrices;  // [N, n, n]
@@ -78,7 +91,9 @@ struct Kernels {
   void (*gram)(const GramTask&, void* scratch);
   unsigned long (*turn_scratch)(long r, long l, long k);
   void (*turn)(const TurnTask&, void* scratch);
-  long eigh_lanes;  // matrices that are decomposed together
+  long lanes;  // matrices that are decomposed together
+  unsigned long (*bases_scratch)(long r, long k);
+  void (*bases)(const RefreshTask&, long first, long last, void* scratch);  // of at most `lanes` matrices
   unsigned long (*eigh_scratch)(long n);
   void (*eigh)(const EighTask&, long first, long last, void* scratch);  // of matrices [first, last)
   // Blocks [first, last) of an int8 EMA: see int8.h. values holds numel entries for each of the matrices.

@@ -14,6 +14,8 @@ unsigned long gram_scratch(long r, long l, long k);
 void gram_of(const GramTask&, void* scratch);
 unsigned long turn_scratch(long r, long l, long k);
 void turn(const TurnTask&, void* scratch);
+unsigned long bases_scratch(long r, long k);
+void bases(const RefreshTask&, long first, long last, void* scratch);
 unsigned long eigh_scratch(long n);
 void eigh(const EighTask&, long first, long last, void* scratch);
 void int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf import curvature, quantization, update
+from scao_hf import curvature, quantization, refresh, update
 from scao_hf.precision import full_precision
 from scao_hf.update import (
     adam_direction,
@@ -31,7 +31,15 @@ from scao_hf.update import (
 LARGEST_SIDE = {"cpu": 128, "cuda": 64}
 #: The operations that have a native kernel.
 KERNELS = {
-    "cpu": ("adamw_step_", "eigenbasis_step_", "eigenbasis_gram", "eigenbasis_turn_", "symmetric_eigh", "int8_ema_"),
+    "cpu": (
+        "adamw_step_",
+        "eigenbasis_step_",
+        "eigenbasis_refresh_",
+        "eigenbasis_gram",
+        "eigenbasis_turn_",
+        "symmetric_eigh",
+        "int8_ema_",
+    ),
     "cuda": ("eigenbasis_step_", "int8_ema_"),
 }
 #: Largest side of matrices that are decomposed natively.
@@ -52,6 +60,13 @@ _LIBRARY.define(
     "Tensor(d!) inside_avg, Tensor(e!) inside_sq, Tensor(f!) row, Tensor(g!) col, Tensor(h!) taken, "
     "Tensor(i!) level, Tensor vectors, "
     f"Tensor mask, Tensor gain, Tensor long_vectors, Tensor(j!) agreement, bool cautious, {_NUMBERS}) -> ()"
+)
+_LIBRARY.define(
+    "eigenbasis_refresh_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor factor, Tensor(c!) inside_avg, "
+    "Tensor(d!) inside_sq, Tensor(e!) row, Tensor(f!) col, Tensor(g!) vectors, Tensor(h!) mask, Tensor(i!) gain, "
+    "Tensor(j!) factor_values, Tensor(k!) long_values, Tensor(l!) long_tail, Tensor taken, Tensor finite, int first, "
+    "int last, float beta1, float beta2, float eps, float rho, float decay, float least, float epsilon_sparse, "
+    "int k_min, int k_max) -> Tensor"
 )
 _LIBRARY.define("eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) -> Tensor")
 _LIBRARY.define(
@@ -310,6 +325,71 @@ def _turn(
         return turn(exp_avg, long_vectors, row, col, coefficients, plain_row, inside_sq, (one, two), taken, least, eps)
 
 
+def _refresh_fake(
+    exp_avg: Tensor,
+    long_vectors: Tensor,
+    factor: Tensor,
+    inside_avg: Tensor,
+    inside_sq: Tensor,
+    row: Tensor,
+    col: Tensor,
+    vectors: Tensor,
+    mask: Tensor,
+    gain: Tensor,
+    factor_values: Tensor,
+    long_values: Tensor,
+    long_tail: Tensor,
+    taken: Tensor,
+    finite: Tensor,
+    first: int,
+    last: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    rho: float,
+    decay: float,
+    least: float,
+    epsilon_sparse: float,
+    k_min: int,
+    k_max: int,
+) -> Tensor:
+    size, r, l = exp_avg.shape
+    k = long_vectors.shape[1]
+    _gram_fake(exp_avg, long_vectors)
+    for name, tensor, shape in (
+        ("factor", factor, (r, r)),
+        ("inside_avg", inside_avg, (r, k)),
+        ("inside_sq", inside_sq, (r, k)),
+        ("row", row, (r, 1)),
+        ("col", col, (1, l)),
+        ("vectors", vectors, (r, r)),
+        ("mask", mask, (1, k)),
+        ("gain", gain, ()),
+        ("factor_values", factor_values, (r,)),
+        ("long_values", long_values, (k,)),
+        ("long_tail", long_tail, ()),
+        ("taken", taken, ()),
+        ("finite", finite, ()),
+    ):
+        _check(tensor, name, (size, *shape))
+    if not 0 <= first <= last <= size:
+        raise ValueError(f"first and last are {first} and {last}: they must be in order and within the {size} matrices")
+    return exp_avg.new_empty(last - first)
+
+
+def _refresh(*arguments: Any) -> Tensor:
+    """``refresh.renew`` of the matrices from ``first`` to ``last``, which answers for those whose decompositions fail."""
+    failed = _refresh_fake(*arguments).zero_()
+    (finite, first, last, *numbers), count = arguments[len(refresh.FIELDS) :], len(refresh.FIELDS)
+    rows = slice(first, last)
+    state = {name: field[rows] for name, field in zip(refresh.FIELDS, arguments[:count], strict=True)}
+    settings = refresh.Settings(*numbers[:5], *numbers[6:])
+    taken, kept = state["taken"][:, None, None], finite[rows, None, None]
+    with full_precision():
+        refresh.renew(state, taken, kept, moment_schedule(settings[:2], kept, taken)[1], settings)
+    return failed
+
+
 def _eigh_fake(matrices: Tensor) -> tuple[Tensor, Tensor]:
     size, side = matrices.shape[0], matrices.shape[-1]
     _check(matrices, "matrices", (size, side, side), (torch.float32, torch.float64))
@@ -352,6 +432,7 @@ DEFAULTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "eigenbasis_step_": (_eigenbasis, _eigenbasis_fake),
     "eigenbasis_gram": (_gram, _gram_fake),
     "eigenbasis_turn_": (_turn, _turn_fake),
+    "eigenbasis_refresh_": (_refresh, _refresh_fake),
     "symmetric_eigh": (_eigh, _eigh_fake),
     "int8_ema_": (_int8, _int8_fake),
 }
@@ -361,6 +442,7 @@ for _name, (_default, _fake) in DEFAULTS.items():
 
 adamw_step_ = torch.ops.scao.adamw_step_
 eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
+eigenbasis_refresh_ = torch.ops.scao.eigenbasis_refresh_
 eigenbasis_gram = torch.ops.scao.eigenbasis_gram
 eigenbasis_turn_ = torch.ops.scao.eigenbasis_turn_
 symmetric_eigh = torch.ops.scao.symmetric_eigh
@@ -472,3 +554,23 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         message = "a matrix is not finite, or its decomposition does not converge"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
     return values, vectors
+
+
+def refreshes(moments: Tensor, long_basis: Tensor) -> bool:
+    """Whether the whole of a refresh has a native kernel for such moments ``[N, r, l]`` and long bases ``[N, k, l]``."""
+    sides = moments.shape[1] + long_basis.shape[1]
+    return has("eigenbasis_refresh_", moments, long_basis) and sides <= LARGEST_DECOMPOSED
+
+
+def _turn_flat(*arguments: Any) -> Tensor:
+    """``eigenbasis_turn_`` with the arguments of ``update.turn``."""
+    *fields, bias, finite, least, eps = arguments
+    norms: Tensor = eigenbasis_turn_(*fields, *(part.flatten() for part in (*bias, finite)), least, eps)
+    return norms
+
+
+def tools(moments: Tensor, long_basis: Tensor) -> refresh.Tools:
+    """What does the larger parts of a refresh where the whole of it has no native kernel."""
+    if has("eigenbasis_turn_", moments, long_basis):
+        return refresh.Tools(eigenbasis_gram, _turn_flat, eigh)
+    return refresh.Tools(solver=eigh)

@@ -31,6 +31,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from scao_hf import SCAO, create_scao_optimizer, ops
 from scao_hf.experts import Packing, unpack
+from scao_hf.refresh import FIELDS
 
 #: Curvature from step 3 on, a refresh of every matrix within 2 steps.
 QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
@@ -192,7 +193,8 @@ def alone(
 def counted() -> Iterator[dict[str, int]]:
     """Counts, for this process, the bytes that SCAO's collectives send to others, and the decomposed matrices."""
     counts = {"sent": 0, "received": 0, "decomposed": 0}
-    exchange, broadcast, eigh, native = dist.all_to_all_single, dist.broadcast, torch.linalg.eigh, ops.symmetric_eigh
+    exchange, broadcast, eigh = dist.all_to_all_single, dist.broadcast, torch.linalg.eigh
+    natives = ops.symmetric_eigh, ops.eigenbasis_refresh_
 
     def all_to_all(output: Tensor, input: Tensor, out: list[int], sent: list[int], group: Any = None) -> Any:
         rank = dist.get_rank(group)
@@ -211,15 +213,20 @@ def counted() -> Iterator[dict[str, int]]:
 
     def decompose_natively(matrices: Tensor) -> Any:
         counts["decomposed"] += len(matrices)
-        return native(matrices)
+        return natives[0](matrices)
+
+    def refresh(*args: Any) -> Any:
+        first, last = args[len(FIELDS) + 1 : len(FIELDS) + 3]
+        counts["decomposed"] += 2 * (last - first)
+        return natives[1](*args)
 
     dist.all_to_all_single, dist.broadcast, torch.linalg.eigh = all_to_all, broadcast_counted, decompose
-    ops.symmetric_eigh = decompose_natively
+    ops.symmetric_eigh, ops.eigenbasis_refresh_ = decompose_natively, refresh
     try:
         yield counts
     finally:
         dist.all_to_all_single, dist.broadcast, torch.linalg.eigh = exchange, broadcast, eigh
-        ops.symmetric_eigh = native
+        ops.symmetric_eigh, ops.eigenbasis_refresh_ = natives
 
 
 def held(optimizer: SCAO) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scao_hf.rules import eigenbasis
+from scao_hf import refresh
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
@@ -336,7 +336,7 @@ def test_the_behaviour_of_scao_changes_with_its_equations_alone(monkeypatch: pyt
     assert peers.behaviour("eigenbasis", ()) == usual
     assert peers.behaviour("eigenbasis", (("k_max", 4),)) != usual
     peers.behaviour.cache_clear()
-    monkeypatch.setattr(eigenbasis, "MOST_GAIN", 1.5)
+    monkeypatch.setattr(refresh, "MOST_GAIN", 1.5)
     assert peers.behaviour("eigenbasis", ()) != usual
     peers.behaviour.cache_clear()
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_states import eigenbasis_state
+from kernel_states import REFRESH, eigenbasis_state, refresh_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scao_hf import SCAO, curvature, ops, quantization
+from scao_hf import SCAO, curvature, ops, options, quantization, refresh, update
+from scao_hf.rules.eigenbasis import Eigenbasis
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = (0.01, 0.9, 0.99, 1e-8, 0.05, 0.95)
@@ -124,6 +125,96 @@ def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> No
             close(a, b, 2e-6 if a.dtype == torch.float32 else 2**-8, name)
             assert torch.equal(a[1], old[1]), name
         assert (found[3] > fields[3]).any() and (found[3] == fields[3]).any()
+
+
+def aligned(state: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same state with the signs of eigenvectors, which are the solver's choice, as in another."""
+    small = (state["vectors"] * like["vectors"]).sum(1).sign()
+    long = (state["long_vectors"].double() * like["long_vectors"].double()).sum(2).sign()
+    long = torch.where(long == 0, 1.0, long).to(small)
+    signs = {"vectors": small[:, None, :], "exp_avg": small[:, :, None], "long_vectors": long[:, :, None]}
+    signs["inside_avg"] = small[:, :, None] * long[:, None, :]
+    return {name: value.double() * signs[name] if name in signs else value for name, value in state.items()}
+
+
+@native
+@pytest.mark.parametrize(
+    ("r", "l", "k"), [(16, 200, 16), (16, 65, 40), (2, 3, 1), (3, 9, 9), (5, 37, 3), (20, 70, 20), (32, 90, 32)]
+)
+def test_a_refresh_equals_pytorch(level: str, r: int, l: int, k: int) -> None:
+    """Against the equations in float64: at most eight times as far from them as PyTorch's float32."""
+    torch.manual_seed(r * l + k)
+    for dtype in (torch.float32, torch.bfloat16):
+        size, first, last = 23, 2, 21  # more than a register holds, and not a multiple
+        state = refresh_state(size, r, l, k, dtype)
+        finite = torch.ones(size)
+        finite[5] = 0
+        results = []
+        for kernel in (ops.eigenbasis_refresh_, ops._refresh):
+            fields = {name: value.clone() for name, value in state.items()}
+            failed = kernel(*fields.values(), finite, first, last, *REFRESH.numbers())
+            assert not failed.any() and len(failed) == last - first
+            results.append(fields)
+        exact = {name: value[first:last].double() for name, value in state.items()}
+        columns = finite[first:last, None, None].double(), exact["taken"][:, None, None]
+        bias = update.moment_schedule(REFRESH[:2], *columns)[1]
+        refresh.renew(exact, columns[1], columns[0], bias, REFRESH)
+        found, expected = (
+            aligned({name: value[first:last] for name, value in each.items()}, exact) for each in results
+        )
+        for name, value in exact.items():
+            scale = exact["long_values" if name == "long_tail" else name].abs().amax().clamp_min(1e-30)
+            errors = [
+                (each[name].double() - value).abs().reshape(len(value), -1).amax(1) / scale
+                for each in (found, expected)
+            ]
+            # The median: where two eigenvalues are next to each other, either may be far off.
+            middle, theirs = (error.median().item() for error in errors)
+            assert middle <= 8 * theirs + 3e-6, f"{name}: {middle:.2g}, PyTorch {theirs:.2g}"
+            assert errors[0].max() <= 2e-2, name
+            changed = [index for index in range(size) if not torch.equal(results[0][name][index], state[name][index])]
+            assert set(changed) <= set(range(first, last)) - {5}, name
+            if name not in ("factor", "taken", "mask", "gain", "col"):
+                assert len(changed) == last - first - 1, name
+
+
+@native
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_refresh_does_not_depend_on_neighbours_or_threads(level: str, threads: int) -> None:
+    torch.manual_seed(0)
+    state, before = refresh_state(37, 16, 70, 16), torch.get_num_threads()
+    finite = torch.ones(37)
+    whole = {name: value.clone() for name, value in state.items()}
+    torch.set_num_threads(1)
+    ops.eigenbasis_refresh_(*whole.values(), finite, 0, 37, *REFRESH.numbers())
+    torch.set_num_threads(threads)
+    for first, last in ((0, 1), (1, 4), (4, 21), (21, 37)):
+        ops.eigenbasis_refresh_(*state.values(), finite, first, last, *REFRESH.numbers())
+    torch.set_num_threads(before)
+    for name, value in state.items():
+        assert value.view(torch.uint8).numpy().tobytes() == whole[name].view(torch.uint8).numpy().tobytes(), name
+
+
+@native
+@pytest.mark.parametrize("field", ["factor", "long_values", "exp_avg"])
+def test_a_matrix_that_cannot_be_decomposed_is_left_to_pytorch(
+    level: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays as it was and is named; the optimizer then tries it as ever, and the others are refreshed."""
+    torch.manual_seed(0)
+    state = refresh_state(5, 16, 70, 16)
+    state[field][3] = float("inf")
+    before = {name: value.clone() for name, value in state.items()}
+    failed = ops.eigenbasis_refresh_(*state.values(), torch.ones(5), 0, 5, *REFRESH.numbers())
+    assert failed.tolist() == [0, 0, 0, 1, 0]
+    for name, value in state.items():
+        assert torch.equal(value[3], before[name][3]), name
+        assert value[[0, 1, 2, 4]].isfinite().all(), name
+    group = options.resolve("eigenbasis", {}) | {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.0}
+    tried: list[list[float]] = []
+    monkeypatch.setattr(refresh, "renew", lambda state, count, *_: tried.append(count.flatten().tolist()))
+    Eigenbasis()._refresh(before, torch.ones(5), 100, group, slice(1, 5))
+    assert tried == [[float(before["taken"][3])]]
 
 
 def symmetric(kind: str, count: int, n: int) -> torch.Tensor:
@@ -321,6 +412,7 @@ def test_opcheck(test: str) -> None:
     moments, basis = torch.randn(2, 4, 12), torch.randn(2, 3, 12)
     turned = torch.rand(2, 4, 1), torch.rand(2, 1, 12), torch.randn(2, 11, 7), torch.rand(2, 4, 1), torch.rand(2, 1, 3)
     calls = [
+        (ops.eigenbasis_refresh_, (*refresh_state(2, 4, 12, 3).values(), torch.ones(2), 0, 2, *REFRESH.numbers())),
         (ops.symmetric_eigh, (torch.eye(5).repeat(2, 1, 1),)),
         (ops.eigenbasis_gram, (moments, basis)),
         (ops.eigenbasis_turn_, (moments, basis, *turned, *(torch.rand(2) + 0.1 for _ in range(3)), 0.5, 1e-8)),
@@ -362,7 +454,7 @@ def test_the_optimizer_steps_the_same_with_and_without(rule: str, int8: bool, mo
         return [param.detach().clone() for param in params]
 
     calls = []
-    for name in ("eigenbasis_step_", "eigenbasis_gram", "eigenbasis_turn_", "adamw_step_", "int8_ema_"):
+    for name in ops.KERNELS["cpu"]:
         kernel = getattr(ops, name)
         monkeypatch.setattr(ops, name, lambda *args, k=kernel, n=name: (calls.append(n), k(*args))[1])
     fast = run()
@@ -371,14 +463,14 @@ def test_the_optimizer_steps_the_same_with_and_without(rule: str, int8: bool, mo
     calls.clear()
     slow = run()
     if rule == "eigenbasis":
-        both = {"adamw_step_", "eigenbasis_gram", "eigenbasis_turn_"}
-        assert used == (both if int8 else both | {"eigenbasis_step_"})
+        both = {"adamw_step_", "eigenbasis_gram", "eigenbasis_turn_", "symmetric_eigh"}
+        assert used == (both if int8 else both | {"eigenbasis_step_", "eigenbasis_refresh_"})
         assert not calls
         for a, b in zip(fast, slow, strict=True):
             # The signs of eigenvectors are the solver's choice, and -x is not rounded as x is.
             torch.testing.assert_close(a, b, rtol=0, atol=5e-4 if int8 else 2e-5)
     else:
-        assert used == ({"adamw_step_", "int8_ema_"} if int8 else {"adamw_step_"})
+        assert used == {"adamw_step_", "symmetric_eigh"} | ({"int8_ema_"} if int8 else set())
 
 
 class Dispatched(TorchDispatchMode):

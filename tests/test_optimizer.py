@@ -522,7 +522,7 @@ ARROWS = {
     "finite": {"buckets", "distributed", "state"},
     "integrity": set(),
     "moe": {"moe", "experts"},
-    "ops": {"curvature", "precision", "update", "quantization"},
+    "ops": {"curvature", "precision", "refresh", "update", "quantization"},
     "optimizer": {
         *("buckets", "distributed", "experts", "finite", "integrity", "options", "ops"),
         *("precision", "report", "rules", "state", "storage", "update"),
@@ -532,8 +532,9 @@ ARROWS = {
     "presets": {"options"},
     "quantization": set(),
     "reference": set(),
+    "refresh": {"curvature", "update"},
     "report": {"buckets", "rules", "state", "update"},
-    "rules": {"rules", "curvature", "update", "quantization", "ops"},
+    "rules": {"rules", "curvature", "refresh", "update", "quantization", "ops"},
     "state": {"experts", "options", "buckets", "rules", "ops", "storage"},
     "storage": {"buckets", "quantization", "rules"},
     "tools": {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf import curvature, ops, quantization
+from scao_hf import curvature, ops, quantization, refresh
 from scao_hf.rules.rule import Tick, update_finite
 from scao_hf.update import (
     adam_direction,
@@ -27,11 +27,8 @@ from scao_hf.update import (
     least_square,
     mix,
     rank_one_direction,
-    turn,
 )
 
-#: Bound on (U13), either way.
-MOST_GAIN = 2.0
 PHASE_ONE = ("exp_avg", "exp_avg_sq", "factor")
 #: What ``ops.eigenbasis_step_`` takes, in its order.
 FUSED = (
@@ -116,7 +113,7 @@ class Eigenbasis:
             part, now = {name: field[rows] for name, field in state.items()}, tick.part(rows)
             grads[rows] = self._direction(part, grads[rows], now, blend)
         if tick.due.start < tick.due.stop:
-            self._refresh(state, tick)
+            self._refresh(state, tick.finite[:, 0, 0], tick.step, group, tick.due)
         return grads
 
     def fused(
@@ -148,8 +145,11 @@ class Eigenbasis:
             fields = (state[name] for name in FUSED)
             ops.eigenbasis_step_(params, grads, *fields, group["cautious"], *ops.numbers(group))
         if refresh:
-            tick = Tick.of(step, state["taken"][:, None, None], (state["taken"] - before)[:, None, None], group, due)
-            (self._refresh if since else self._enter)(state, tick)
+            finite = state["taken"] - before
+            if since:
+                self._refresh(state, finite, step, group, due)
+            else:
+                self._enter(state, Tick.of(step, state["taken"][:, None, None], finite[:, None, None], group, due))
         return True
 
     def _direction(self, state: dict[str, Tensor], grads: Tensor, tick: Tick, blend: float) -> Tensor:
@@ -166,20 +166,9 @@ class Eigenbasis:
         momentum = state["vectors"] @ torch.baddbmm(state["exp_avg"], state["inside_avg"], long_basis)
         # The momentum comes out of the eigenbasis with the rounding errors of the largest row in all: (U14) for each.
         least = momentum.square().mean(2, keepdim=True).mul_(least_square(tick.group["betas"]))
-        row = torch.maximum(self._plain_row(state, tick), least)
+        row = torch.maximum(refresh.plain_row(state, tick.count, tick.bias[1], tick.group["rho"]), least)
         col = state["col"] + state["inside_sq"].mean(1, keepdim=True) @ long_basis.square()
         return mix(rank_one_direction(momentum, row, col, tick.bias, eps), direction, blend)
-
-    @staticmethod
-    def _plain_row(state: dict[str, Tensor], tick: Tick) -> Tensor:
-        """(U12) Mean over l of AdamW's second moment, worked out from L's diagonal, ``[N, r, 1]``."""
-        diagonal = state["factor"].diagonal(dim1=1, dim2=2)[..., None]
-        return curvature.debias(diagonal, tick.group["rho"], tick.count) * (tick.bias[1] / state["exp_avg"].shape[-1])
-
-    @staticmethod
-    def _lift(state: dict[str, Tensor]) -> Tensor:
-        """What makes the whole momentum, in the parameter's own coordinates, of ``Z = [U^T; M]``: ``Q [N, I]``."""
-        return torch.cat([state["vectors"] @ state["inside_avg"], state["vectors"]], -1)
 
     @staticmethod
     def _long_basis(state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -202,113 +191,49 @@ class Eigenbasis:
             part = {name: field[rows] for name, field in state.items()}
             self._turn(part, tick.part(rows), square[rows])
 
-    def _refresh(self, state: dict[str, Tensor], tick: Tick) -> None:
-        """New bases for the matrices that are due, and the size of the steps that are taken in them."""
-        due = {name: field[tick.due] for name, field in state.items()}
-        moment = tick.part(tick.due)
-        for rows in _portions(due["exp_avg"].shape):
-            self._turn({name: field[rows] for name, field in due.items()}, moment.part(rows))
+    def _refresh(self, state: dict[str, Tensor], finite: Tensor, step: int, group: dict[str, Any], due: slice) -> None:
+        """New bases for the matrices that are due, and the size of the steps that are taken in them.
+
+        Args:
+            state: of the whole stack.
+            finite: 0 for a matrix that stays as it is, ``[N]``.
+            step, group, due: as in ``Tick``.
+        """
+        moments = state["exp_avg"]
+        if "long_vectors" in state and ops.refreshes(moments, state["long_vectors"]):
+            fields = (state[name] for name in refresh.FIELDS)
+            numbers = self._settings(step, group).numbers()
+            failed = ops.eigenbasis_refresh_(*fields, finite, due.start, due.stop, *numbers)
+            if not bool(failed.any()):
+                return
+            portions = [
+                slice(due.start + index, due.start + index + 1) for index in failed.nonzero().flatten().tolist()
+            ]
+        else:
+            count = max(1, PORTION // (moments.shape[1] * moments.shape[2]))
+            portions = [slice(first, min(first + count, due.stop)) for first in range(due.start, due.stop, count)]
+        for rows in portions:
+            part = {name: field[rows] for name, field in state.items()}
+            columns = part["taken"][:, None, None], finite[rows, None, None]
+            self._turn(part, Tick.of(step, *columns, group, due))
 
     def _turn(self, state: dict[str, Tensor], tick: Tick, square: Tensor | None = None) -> None:
-        """New bases, momentum and second moments in them, and (U13), the size of the steps until the next refresh.
-
-        (U13) is the ratio of AdamW's norm to the steps' own, measured in the new bases, which are fitted to the momentum:
-        it is above one where the step is a few leading directions. The bound keeps the steps that follow, with more of
-        fresh gradients in them, within twice the size.
-
-        Args:
-            state: of the matrices to be refreshed.
-            tick: the same matrices' moment.
-            square: AdamW's second moment, for the first refresh.
-        """
-        eps, bias, moments = tick.group["eps"], tick.bias, state["exp_avg"]
+        """Refresh all matrices of a state; ``square``: AdamW's second moment, for the first refresh."""
+        moments = state["exp_avg"]
         long_basis = self._long_basis(state, moments.dtype)
-        native = ops.has("eigenbasis_turn_", moments, long_basis)
-        gram = (ops.eigenbasis_gram if native else curvature.gram)(moments, long_basis)
-        coefficients = self._small(state, gram, tick)
-        if square is not None:
-            self._first_squares(state, square, tick)
-        least = least_square(tick.group["betas"])
-        held = torch.maximum(state["inside_sq"], state["inside_avg"].square().mul_(least))
-        update_finite(state, {"inside_sq": held}, tick)
-        arguments = coefficients, self._plain_row(state, tick), state["inside_sq"].mean(1, keepdim=True)
-        fields = moments, long_basis, state["row"], state["col"]
-        if native:
-            flat = (*(part.flatten() for part in bias), tick.finite.flatten())
-            norms = ops.eigenbasis_turn_(*fields, *arguments, *flat, least, eps)
-        else:
-            norms = turn(*fields, *arguments, bias, tick.finite, least, eps)
-        fresh = {}
+        settings = self._settings(tick.step, tick.group)
+        whole = {**state, "long_vectors": long_basis}
+        refresh.renew(whole, tick.count, tick.finite, tick.bias, settings, ops.tools(moments, long_basis), square)
         if "long_vectors" not in state:
-            fresh["long_codes"], fresh["long_scales"] = quantization.encode(long_basis, seed=tick.step)
-        inside = adam_direction(state["inside_avg"], state["inside_sq"], bias, eps)
-        own = norms[:, 1] + inside.square().sum((1, 2))
-        gain = (norms[:, 0] / own.clamp_min(torch.finfo(own.dtype).tiny)).sqrt()
-        fresh["gain"] = torch.where(own > 0, gain, 1.0).clamp(1 / MOST_GAIN, MOST_GAIN)
-        update_finite(state, fresh, tick)
+            codes, scales = quantization.encode(long_basis, seed=tick.step)
+            update_finite(state, {"long_codes": codes, "long_scales": scales}, tick)
 
-    def _small(self, state: dict[str, Tensor], gram: Tensor, tick: Tick) -> Tensor:
-        """All of a refresh but the long side: (E6), an eigendecomposition for the small side, everything that moves along.
-
-        A decomposition that fails leaves that basis as it is. A matrix whose gradient is not finite keeps everything.
-
-        Args:
-            gram: of the rows of ``Z = [U^T; M]``.
-
-        Returns:
-            What ``turn`` makes of Z, ``[N, r + k + r, k + r]``.
-        """
-        group, (r, k) = tick.group, state["inside_avg"].shape[1:]
-        old_basis, l = state["vectors"], state["col"].shape[-1]
-        decomposition = curvature.eigh(state["factor"], torch.zeros_like(state["gain"]), ops.eigh)
-        factor_values, basis = (state["factor_values"], old_basis) if decomposition is None else decomposition
+    def _settings(self, step: int, group: dict[str, Any]) -> refresh.Settings:
         # Matrices take turns (S1), so that the first refresh comes after fewer steps than the others.
-        decay = group["rho"] ** min(group["precond_freq"], tick.step - self.start(group))
-        lift = self._lift(state)
-        found = curvature.sketch(gram, state["long_values"], lift / tick.bias[0], decay, ops.eigh)
-        if found is None:
-            same = torch.eye(k, k + r, dtype=lift.dtype, device=lift.device).expand(len(lift), k, k + r)
-            found = same, state["long_values"], torch.zeros_like(state["long_tail"])
-        long_basis, values, lost = found
-        tail = decay * state["long_tail"] + lost
-        rank = curvature.adaptive_rank(
-            values, values.sum(-1) + tail, group["epsilon_sparse"], group["k_min"], group["k_max"]
-        )
-        mask = (torch.arange(k, device=rank.device) < rank[:, None]) & (values > 0)
-        mask = mask[:, None, :].to(values.dtype)
-        # The share of each new direction that lay in the old ones; the rest was residual.
-        across = long_basis @ gram
-        overlap = (across[:, :, :k] * mask.mT * state["mask"]).square()
-        unseen = (mask.mT - overlap.sum(-1, keepdim=True)).clamp(0, 1).mT
-        row = curvature.transport(state["row"], basis, old_basis)
-        moved = curvature.transport(state["inside_sq"], basis, old_basis)
-        energy = moved.sum(-1, keepdim=True) + l * row
-        share, _ = curvature.shares(values, tail, mask)
-        turned = basis.mT @ lift
-        inside = (turned @ across.mT) * mask
-        fresh = {
-            "vectors": basis,
-            "factor_values": factor_values,
-            "long_values": values,
-            "long_tail": tail,
-            "mask": mask,
-            "row": row,
-            "inside_sq": moved @ overlap.mT + energy * share * unseen,
-            "inside_avg": inside,
-        }
-        update_finite(state, fresh, tick)
-        return torch.cat([turned - inside @ long_basis, long_basis, lift], 1)
-
-    @staticmethod
-    def _first_squares(state: dict[str, Tensor], square: Tensor, tick: Tick) -> None:
-        """The second moments at the end of phase 1, from AdamW's."""
-        l = square.shape[-1]
-        row = curvature.debias(state["factor_values"][..., None], tick.group["rho"], tick.count) * tick.bias[1] / l
-        row = torch.where(row.sum(1, keepdim=True) > 0, row, square.mean(2, keepdim=True))
-        share, rest = curvature.shares(state["long_values"], state["long_tail"], state["mask"])
-        state["inside_sq"].copy_(row * l * share)
-        state["row"].copy_(row * rest)
-        state["col"].copy_(square.mean(1, keepdim=True) * rest)
+        decay = group["rho"] ** min(group["precond_freq"], step - self.start(group))
+        first, second = group["betas"]
+        limits = group["epsilon_sparse"], group["k_min"], group["k_max"]
+        return refresh.Settings(first, second, group["eps"], group["rho"], decay, *limits)
 
     def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
         """Rank and captured mass of the long side; the curvature norm is that of the small side's factor.
@@ -323,7 +248,7 @@ class Eigenbasis:
         total = state["long_values"].sum(-1) + state["long_tail"]
         mass = held / total.clamp_min(torch.finfo(total.dtype).tiny)
         gain = state["gain"]
-        damped = ((gain <= 1 / MOST_GAIN) | (gain >= MOST_GAIN)).to(norm.dtype)
+        damped = ((gain <= 1 / refresh.MOST_GAIN) | (gain >= refresh.MOST_GAIN)).to(norm.dtype)
         return {"rank": state["mask"].sum((1, 2)), "captured_mass": mass, "curvature_norm": norm, "damped": damped}
 
     def start(self, group: dict[str, Any]) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from scao_hf.refresh import write_finite
 from scao_hf.update import moment_schedule
 
 
@@ -54,9 +55,7 @@ class Tick:
 
 def update_finite(state: dict[str, Tensor], fresh: dict[str, Tensor], tick: Tick) -> None:
     """Write ``fresh`` fields into ``state`` in place, but not for matrices whose gradient was not finite in this step."""
-    for name, value in fresh.items():
-        field = state[name]
-        field.copy_(torch.where(tick.finite.view(-1, *[1] * (field.ndim - 1)) > 0, value, field))
+    write_finite(state, fresh, tick.finite)
 
 
 class Rule(Protocol):
