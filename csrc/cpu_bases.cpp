@@ -51,87 +51,16 @@ __attribute__((noinline)) void product(const Stack& a, const Stack& b, float* ou
   }
 }
 
-// Which matrix is in which lane; lanes that are left over repeat the first one.
-struct Lanes {
-  long first, count;
-  long matrix(long lane) const { return first + (lane < count ? lane : 0); }
-};
-
-// `size` entries of each matrix into lanes.
-void pack(const float* from, const Lanes& lanes, long size, float* to) {
-  const long whole = size / VL * VL;
-  for (long i = 0; i < whole; i += VL) {
-    vf x[VL];
-    UNROLL
-    for (int lane = 0; lane < VL; lane++) x[lane] = load(from + lanes.matrix(lane) * size + i);
-    transpose(x);
-    UNROLL
-    for (int j = 0; j < VL; j++) put_at(to, i + j, x[j]);
-  }
-  for (long i = whole; i < size; i++) {
-    for (long lane = 0; lane < VL; lane++) to[i * VL + lane] = from[lanes.matrix(lane) * size + i];
-  }
-}
-
-// ... and back, `size` of the `stride` entries of each matrix, those that are `taken` only.
-void unpack(const float* from, const Lanes& lanes, const vi& taken, long size, long stride, float* to) {
-  const long whole = size / VL * VL;
-  for (long i = 0; i < whole; i += VL) {
-    vf x[VL];
-    UNROLL
-    for (int j = 0; j < VL; j++) x[j] = at(from, i + j);
-    transpose(x);
-    for (long lane = 0; lane < lanes.count; lane++) {
-      if (taken[lane]) store(to + (lanes.first + lane) * stride + i, x[lane]);
-    }
-  }
-  for (long i = whole; i < size; i++) {
-    for (long lane = 0; lane < lanes.count; lane++) {
-      if (taken[lane]) to[(lanes.first + lane) * stride + i] = from[i * VL + lane];
-    }
-  }
-}
-
-// Eigenvalues in falling order, at least zero, and the first `kept` eigenvectors, [n, kept]; which lanes have failed.
-// `a` is used up. `work` holds n n + n vectors and eigh_size(n) floats.
-vi decompose(float* a, long n, long kept, float* values, float* vectors, float* work) {
-  vi largest{};
-  for (long i = 0; i < n * n; i++) largest = larger(largest, bits(at(a, i)) & 0x7fffffff);
-  const vi bad = largest >= static_cast<int>(NOT_FINITE);
-  vi exponent = (bad ? vi{} : largest) & static_cast<int>(NOT_FINITE);
-  exponent = larger(exponent, integers(0x00800000));
-  const vf unit = reinterpret_cast<vf>(exponent), scale = 1 / unit;
-  float *found = work, *fresh = work + n * n * VL, *scratch = fresh + n * VL;
-  // The last rows first, as in eigh().
-  for (long i = 0, j = n * n - 1; i <= j; i++, j--) {
-    const vf x = at(a, i), y = at(a, j);
-    put_at(a, i, bad ? vf{} : y * scale);
-    put_at(a, j, bad ? vf{} : x * scale);
-  }
-  const vi failed = eigh_lanes(a, found, fresh, scratch, n);
-  for (long lane = 0; lane < VL; lane++) {
-    for (long j = 0; j < n; j++) {
-      const float value = fresh[j * VL + lane];
-      long place = 0;
-      for (long other = 0; other < n; other++) {
-        const float x = fresh[other * VL + lane];
-        place += x > value || (x == value && other < j);
-      }
-      if (failed[lane]) place = j;
-      values[place * VL + lane] = value;
-      if (place >= kept) continue;
-      for (long i = 0; i < n; i++) vectors[(i * kept + place) * VL + lane] = found[((n - 1 - i) * n + j) * VL + lane];
-    }
-  }
-  for (long i = 0; i < n; i++) put_at(values, i, most(at(values, i) * unit, vf{}));
-  return bad | failed;
+// (E3) without damping: a matrix made of rounding errors may be slightly indefinite.
+void clamp(float* values, long n) {
+  for (long i = 0; i < n; i++) put_at(values, i, most(at(values, i), vf{}));
 }
 
 }  // namespace
 
 unsigned long bases_scratch(long r, long k) {
   const long h = k + r;
-  return 4 * VL * (3 * h * h + 5 * r * h + 3 * k * h + 6 * r * r + 6 * r * k + k * k + 10 * h) + 4 * eigh_size(h) + 48 * 64;
+  return 4 * VL * (2 * h * h + 5 * r * h + 3 * k * h + 6 * r * r + 6 * r * k + k * k + 10 * h + decompose_size(h)) + 48 * 64;
 }
 
 void bases(const RefreshTask& t, long first, long last, void* scratch) {
@@ -152,13 +81,14 @@ void bases(const RefreshTask& t, long first, long last, void* scratch) {
   }
 
   float *gram = take(h * h), *old_basis = take(r * r), *factor = take(r * r), *factor_values = take(r), *basis = take(r * r);
-  float* work = take(h * h + h + eigh_size(h) / VL);
+  float* work = take(decompose_size(h));
   pack(t.gram, lanes, h * h, gram);
   pack(t.vectors, lanes, r * r, old_basis);
   pack(t.factor, lanes, r * r, factor);
   float* plain_row = take(r);
   for (long i = 0; i < r; i++) put_at(plain_row, i, at(factor, i * r + i) * plain);
   vi failed = decompose(factor, r, r, factor_values, basis, work);
+  clamp(factor_values, r);
 
   // (E6)
   float *inside_avg = take(r * k), *lift = take(r * h), *weights = take(k), *values = take(k);
@@ -186,6 +116,7 @@ void bases(const RefreshTask& t, long first, long last, void* scratch) {
     for (long c = 0; c < r; c++) put_at(whole, (k + i) * h + k + c, inverse * inverse * at(block, i * r + c));
   }
   failed |= decompose(whole, h, k, spectrum, mixing, work);
+  clamp(spectrum, h);
   float *long_basis = take(k * h), *across = take(k * h);
   product({mixing + k * k * VL, 1, k}, {lift, h, 1}, long_basis, k, h, r);
   const vf least = SOLID * at(spectrum, 0);

@@ -11,9 +11,11 @@ namespace SCAO_ISA {
 namespace {
 
 constexpr float EPSILON = 1.1920929e-7f;
-// What is below this is zero, in matrices whose largest entry is between 1 and 2, and so is a square below its square:
-// reflections and rotations made of numbers that are not normal would not be orthogonal.
-constexpr float NEGLIGIBLE = 1e-15f;
+// The largest entry of a matrix is brought to between 2^57 and 2^58, as much as leaves the squares of eigenvalues finite. What
+// is below NEGLIGIBLE then is zero: reflections and rotations from numbers whose squares are not normal would not be
+// orthogonal.
+constexpr int LARGEST_EXPONENT = 57;
+constexpr float NEGLIGIBLE = 1e-18f;
 constexpr int MOST_SWEEPS = 30;  // for each eigenvalue
 
 INLINE vf magnitude(vf x) { return reinterpret_cast<vf>(bits(x) & 0x7fffffff); }
@@ -46,7 +48,9 @@ INLINE void multiply(const float* a, long lda, const float* x, float* y, long ro
   }
 }
 
-// A = Q T Q^T: the diagonal of T, its other diagonal, and Q in `vectors`. `a` is used up; `work` holds 3 n vectors.
+// A = Q T Q^T, T and the columns of Q from the last to the first: the diagonal of T, its other diagonal, and Q in `vectors`.
+// Where A falls from its beginning to its end, its small entries keep their precision: reflections then mix the small with
+// the small, and QL, which begins where T is small, needs T the other way round. `a` is used up; `work` holds 3 n vectors.
 inline void tridiagonalize(float* a, float* vectors, float* diagonal, float* beside, float* work, long n) {
   float *v = work, *w = work + n * VL, *scale = work + 2 * n * VL;
   for (long j = 0; j + 2 < n; j++) {
@@ -61,7 +65,7 @@ inline void tridiagonalize(float* a, float* vectors, float* diagonal, float* bes
     const vi idle = below <= NEGLIGIBLE * NEGLIGIBLE;  // nothing to be annihilated: no reflection
     const vf beta = idle ? first : (first > vf{} ? -length : length);
     const vf tau = idle ? vf{} : (beta - first) / beta, divisor = idle ? splat(1) : first - beta;
-    put_at(beside, j, beta);
+    put_at(beside, n - 2 - j, beta);
     put_at(scale, j, tau);
     put_at(v, 0, splat(1));
     for (long i = 1; i < m; i++) {
@@ -80,15 +84,15 @@ inline void tridiagonalize(float* a, float* vectors, float* diagonal, float* bes
       for (long c = 0; c < m; c++) put_at(row, c, at(row, c) - vi_ * at(w, c) - wi * at(v, c));
     }
   }
-  for (long i = 0; i < n; i++) put_at(diagonal, i, at(a, i * n + i));
-  if (n > 1) put_at(beside, n - 2, at(a, (n - 1) * n + n - 2));
+  for (long i = 0; i < n; i++) put_at(diagonal, n - 1 - i, at(a, i * n + i));
+  if (n > 1) put_at(beside, 0, at(a, (n - 1) * n + n - 2));
   put_at(beside, n - 1, vf{});
   for (long i = 0; i < n; i++) {
-    for (long c = 0; c < n; c++) put_at(vectors, i * n + c, splat(i == c));
+    for (long c = 0; c < n; c++) put_at(vectors, i * n + c, splat(i + c == n - 1));
   }
   for (long j = n - 3; j >= 0; j--) {
     const long m = n - j - 1;
-    float *block = vectors + ((j + 1) * n + j + 1) * VL, *sums = w;
+    float *block = vectors + (j + 1) * n * VL, *sums = w;
     const vf tau = at(scale, j);
     for (long c = 0; c < m; c++) put_at(sums, c, at(block, c));  // the reflector's first entry is one
     for (long i = 1; i < m; i++) {
@@ -210,17 +214,106 @@ inline void settle_signs(float* vectors, long n) {
   }
 }
 
-// Floats of scratch that eigh_lanes needs.
-constexpr long eigh_size(long n) { return 6 * n * VL; }
+// In which place each entry of x is, largest first, lane by lane; equal ones in the order in which they are.
+INLINE void places(const float* x, long n, int* out) {
+  for (long i = 0; i < n; i++) {
+    const vf own = at(x, i);
+    vi place{};
+    for (long j = 0; j < n; j++) place -= j < i ? at(x, j) >= own : at(x, j) > own;  // a mask is -1
+    store(reinterpret_cast<float*>(out) + i * VL, reinterpret_cast<vf>(place));
+  }
+}
 
-// Eigenvalues into `values`, in no order, eigenvectors into the columns of `vectors`; `a` is used up. The largest entry of
-// each matrix must be between 1 and 2, or zero. Nonzero where a lane has not converged.
-inline vi eigh_lanes(float* a, float* vectors, float* values, float* scratch, long n) {
-  float* beside = scratch + 5 * n * VL;
-  tridiagonalize(a, vectors, values, beside, scratch, n);
-  const vi failed = iterate(values, beside, vectors, scratch, n);
-  settle_signs(vectors, n);
-  return failed;
+// Vectors of scratch that decompose needs.
+constexpr long decompose_size(long n) { return 2 * n * n + 9 * n; }
+
+// Eigenvalues of symmetric matrices `a`, falling, and the first `kept` eigenvectors, [n, kept], whose largest entries are
+// positive. The lower halves of `a` are read. Nonzero where a matrix is not finite or has not converged.
+__attribute__((noinline)) static vi decompose(const float* a, long n, long kept, float* values, float* vectors, float* work) {
+  float *sorted = work, *found = sorted + n * n * VL, *fresh = found + n * n * VL, *diagonal = fresh + n * VL;
+  int* order = reinterpret_cast<int*>(diagonal + n * VL);
+  float *scratch = diagonal + 3 * n * VL, *beside = scratch + 3 * n * VL;
+  vi largest{};
+  for (long i = 0; i < n; i++) {
+    for (long j = 0; j <= i; j++) largest = larger(largest, bits(at(a, i * n + j)) & 0x7fffffff);
+    put_at(diagonal, i, magnitude(at(a, i * n + i)));
+  }
+  const vi bad = largest >= static_cast<int>(NOT_FINITE);
+  // By a power of two, so that nothing is rounded; 2^127 is the largest.
+  const vi wanted = LARGEST_EXPONENT + 2 * 127 - (((bad ? vi{} : largest) >> 23) & 255);
+  const vf scale = reinterpret_cast<vf>((wanted < 254 ? wanted : integers(254)) << 23), unit = 1 / scale;
+  places(diagonal, n, order);
+  for (long lane = 0; lane < VL; lane++) {
+    const float factor = scale[lane];
+    for (long i = 0; i < n; i++) {
+      const long to = order[i * VL + lane];
+      for (long j = 0; j <= i; j++) {
+        const long other = order[j * VL + lane];
+        const float x = bad[lane] ? 0 : a[(i * n + j) * VL + lane] * factor;
+        sorted[(to * n + other) * VL + lane] = sorted[(other * n + to) * VL + lane] = x;
+      }
+    }
+  }
+  tridiagonalize(sorted, found, fresh, beside, scratch, n);
+  const vi failed = iterate(fresh, beside, found, scratch, n);
+  settle_signs(found, n);
+  // The order of the eigenvalues takes the place of the other one, once the rows have gone back.
+  int* rows = reinterpret_cast<int*>(scratch);
+  for (long i = 0; i < n * VL; i++) rows[i] = order[i];
+  places(fresh, n, order);
+  for (long i = 0; i < n; i++) put_at(fresh, i, at(fresh, i) * unit);
+  for (long lane = 0; lane < VL; lane++) {
+    for (long j = 0; j < n; j++) {
+      const long place = failed[lane] ? j : order[j * VL + lane];
+      values[place * VL + lane] = fresh[j * VL + lane];
+      if (place >= kept) continue;
+      for (long i = 0; i < n; i++) {
+        vectors[(i * kept + place) * VL + lane] = found[(rows[i * VL + lane] * n + j) * VL + lane];
+      }
+    }
+  }
+  return bad | failed;
+}
+
+// Which matrix of a stack is in which lane; lanes that are left over repeat the first one.
+struct Lanes {
+  long first, count;
+  long matrix(long lane) const { return first + (lane < count ? lane : 0); }
+};
+
+// `size` entries of each matrix into lanes.
+inline void pack(const float* from, const Lanes& lanes, long size, float* to) {
+  const long whole = size / VL * VL;
+  for (long i = 0; i < whole; i += VL) {
+    vf x[VL];
+    UNROLL
+    for (int lane = 0; lane < VL; lane++) x[lane] = load(from + lanes.matrix(lane) * size + i);
+    transpose(x);
+    UNROLL
+    for (int j = 0; j < VL; j++) put_at(to, i + j, x[j]);
+  }
+  for (long i = whole; i < size; i++) {
+    for (long lane = 0; lane < VL; lane++) to[i * VL + lane] = from[lanes.matrix(lane) * size + i];
+  }
+}
+
+// ... and back, `size` of the `stride` entries of each matrix, those that are `taken` only.
+inline void unpack(const float* from, const Lanes& lanes, const vi& taken, long size, long stride, float* to) {
+  const long whole = size / VL * VL;
+  for (long i = 0; i < whole; i += VL) {
+    vf x[VL];
+    UNROLL
+    for (int j = 0; j < VL; j++) x[j] = at(from, i + j);
+    transpose(x);
+    for (long lane = 0; lane < lanes.count; lane++) {
+      if (taken[lane]) store(to + (lanes.first + lane) * stride + i, x[lane]);
+    }
+  }
+  for (long i = whole; i < size; i++) {
+    for (long lane = 0; lane < lanes.count; lane++) {
+      if (taken[lane]) to[(lanes.first + lane) * stride + i] = from[i * VL + lane];
+    }
+  }
 }
 
 }  // namespace

@@ -240,7 +240,10 @@ KINDS = ("indefinite", "random", "rank deficient", "rising", "falling", "repeate
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 32, 33, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_eigh_kernel(level: str, kind: str, n: int) -> None:
-    """As exact as LAPACK in float32: values and residuals within 1e-6 of the norm, orthonormal to 4e-6."""
+    """As exact as LAPACK in float32: values and residuals within 1e-6 of the norm, vectors orthonormal to 4e-6.
+
+    The largest entry of a vector is positive.
+    """
     torch.manual_seed(n)
     matrices = symmetric(kind, 21, n)
     values, vectors = ops.symmetric_eigh(matrices)
@@ -250,6 +253,21 @@ def test_eigh_kernel(level: str, kind: str, n: int) -> None:
     assert ((values.double() - torch.linalg.eigvalsh(exact)).abs().amax(1) / norm).max() <= 1e-6
     assert ((exact @ q - q * values.double()[:, None, :]).abs().amax((1, 2)) / norm).max() <= 1e-6
     assert (q.mT @ q - torch.eye(n)).abs().max() <= 4e-6
+    assert (vectors.amax(1) >= -vectors.amin(1)).all()
+
+
+@native
+def test_eigh_keeps_what_is_small(level: str) -> None:
+    """Rows twelve orders of magnitude apart, in any order: no large one leaks into the vectors of a small one."""
+    torch.manual_seed(0)
+    scales = torch.logspace(-6, 6, 6)[torch.stack([torch.randperm(6) for _ in range(40)])]
+    rows = torch.randn(40, 6, 20) * scales[:, :, None]
+    matrices = rows @ rows.mT
+    values, vectors = ops.symmetric_eigh(matrices)
+    exact, _ = torch.linalg.eigh(matrices.double())
+    assert ((values.double() - exact).abs() / exact.abs())[exact > 1e-10 * exact[:, -1:]].max() <= 1e-2
+    leaks = vectors.square() * scales.square()[:, :, None]  # of rows into vectors, as energy
+    assert (leaks.sum(1) <= 100 * values.abs()).all()
 
 
 @native
