@@ -15,6 +15,26 @@ void load_rows(const void* basis, Dtype dtype, const float* moments, long r, lon
   load_tile({const_cast<float*>(moments), l, 1, F32}, c, r, width, tile + k * T, T);
 }
 
+// Asks for the memory of the next tile's rows, a few rows at a time between the products of this one.
+struct Ahead {
+  const char *basis, *moments;
+  const long basis_row, moment_row, basis_bytes, moment_bytes, k, rows;
+  long at = 0;
+
+  Ahead(const void* long_vectors, Dtype dtype, const float* exp_avg, long r, long l, long k, long c, long columns)
+      : basis(static_cast<const char*>(offset(long_vectors, dtype, c))), moments(reinterpret_cast<const char*>(exp_avg + c)),
+        basis_row(l * (dtype == F32 ? 4 : 2)), moment_row(l * 4), basis_bytes(columns * (dtype == F32 ? 4 : 2)),
+        moment_bytes(columns * 4), k(k), rows(c + columns <= l ? k + r : 0) {}
+
+  INLINE_MEMBER void some(long done, long of) {
+    for (; at * of < rows * done; at++) {
+      const char* p = at < k ? basis + at * basis_row : moments + (at - k) * moment_row;
+      const long bytes = at < k ? basis_bytes : moment_bytes;
+      for (long i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 3);
+    }
+  }
+};
+
 }  // namespace
 
 unsigned long gram_scratch(long r, long, long k) {
@@ -32,7 +52,16 @@ void gram_of(const GramTask& t, void* scratch) {
   for (long c = 0; c < t.l; c += T) {
     const long width = smaller(T, t.l - c);
     load_rows(t.long_vectors, t.long_dtype, t.exp_avg, t.r, t.l, t.k, c, width, tile);
-    gram(tile, T, padded_rows, round_up(width, VL), sums);
+    Ahead ahead(t.long_vectors, t.long_dtype, t.exp_avg, t.r, t.l, t.k, c + T, T);
+    const long blocks = padded_rows / 4 * (padded_rows / 4 + 1) / 2;
+    float* to = sums;
+    long done = 0;
+    for (long i = 0; i < padded_rows; i += 4) {
+      for (long j = 0; j <= i; j += 4, to += 16 * VL) {
+        ahead.some(++done, blocks);
+        gram_block(tile + i * T, T, tile + j * T, T, round_up(width, VL), to);
+      }
+    }
   }
   for (long i = 0; i < padded_rows; i += 4) {
     for (long j = 0; j <= i; j += 4, sums += 16 * VL) {
@@ -107,8 +136,12 @@ void turn(const TurnTask& t, void* scratch) {
   for (long c = 0; c < l; c += T) {
     const long width = smaller(T, l - c), padded = round_up(width, COLS), whole = width / VL * VL;
     load_rows(t.long_vectors, t.long_dtype, t.exp_avg, r, l, k, c, width, tile);
+    Ahead ahead(t.long_vectors, t.long_dtype, t.exp_avg, r, l, k, c + T, T);
+    const long blocks = padded / COLS * (all / ROW_BLOCK);
+    long done = 0;
     for (long j = 0; j < padded; j += COLS) {
       for (long i = 0; i < all; i += ROW_BLOCK) {
+        ahead.some(++done, blocks);
         product<ROW_BLOCK>({left + i, all, tile + j, T, depth}, {nullptr, 0, nullptr, 0, 0},
                            [&](const vf(&acc)[ROW_BLOCK][COL_BLOCK]) { store_block<ROW_BLOCK>(fresh + i * T + j, T, acc); });
       }
