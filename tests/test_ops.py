@@ -525,6 +525,19 @@ def test_an_ordinary_step_dispatches_as_much_for_many_matrices_as_for_few(
     assert counts[0] <= (1 if path == "native" else 99)
 
 
+@native
+def test_a_step_that_refreshes_dispatches_four_operations_a_shape() -> None:
+    params = [torch.nn.Parameter(torch.randn(16, 64)) for _ in range(12)]
+    optimizer = SCAO(params, warmup_steps=2, blend_steps=0, precond_freq=2)
+    for _ in range(22):
+        for param in params:
+            param.grad = torch.randn(16, 64)
+        with Dispatched() as dispatched:
+            optimizer.step()
+    # The step, the refresh of half of the matrices, and of which of them the gradient was finite.
+    assert dispatched.count == 4
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True

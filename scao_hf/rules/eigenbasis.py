@@ -203,12 +203,9 @@ class Eigenbasis:
         if "long_vectors" in state and ops.refreshes(moments, state["long_vectors"]):
             fields = (state[name] for name in refresh.FIELDS)
             numbers = self._settings(step, group).numbers()
-            failed = ops.eigenbasis_refresh_(*fields, finite, due.start, due.stop, *numbers)
-            if not bool(failed.any()):
-                return
-            portions = [
-                slice(due.start + index, due.start + index + 1) for index in failed.nonzero().flatten().tolist()
-            ]
+            # As a list, which costs no operation.
+            failed = ops.eigenbasis_refresh_(*fields, finite, due.start, due.stop, *numbers).tolist()
+            portions = [slice(row, row + 1) for row, bad in enumerate(failed, due.start) if bad]
         else:
             count = max(1, PORTION // (moments.shape[1] * moments.shape[2]))
             portions = [slice(first, min(first + count, due.stop)) for first in range(due.start, due.stop, count)]
