@@ -41,6 +41,8 @@ def refresh_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.
     state["exp_avg"] -= 0.9 * (state["exp_avg"] @ rows.mT) @ rows
     state["inside_avg"] *= state["mask"] * torch.linspace(1, 0.2, r)[:, None]
     fresh = {
+        # The adaptive rank has switched off some of the directions that the sketch holds.
+        "mask": (torch.arange(k) < max(1, k // 2)).float().expand(size, 1, k),
         "factor": roots @ roots.mT,
         "factor_values": torch.rand(size, r),
         "long_values": torch.linspace(2, 0.1, k) * state["mask"][:, 0],
