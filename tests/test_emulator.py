@@ -14,7 +14,7 @@ import pytest
 import torch
 from kernel_states import eigenbasis_state
 
-from scao_hf import ops, quantization
+from scao_hf import default_kernels, quantization
 
 CSRC = Path(__file__).parent.parent / "csrc"
 NUMBERS = (0.01, 0.9, 0.99, 1e-8, 0.05, 0.95)
@@ -139,7 +139,7 @@ def test_eigenbasis_kernels_equal_pytorch(
         kernels.scao_emulator_order(order)
         cautious = dtype != torch.float16
         assert step(kernels, params, grads, state, cautious) == 0
-        ops._eigenbasis(other, grads, *expected.values(), cautious, *NUMBERS)
+        default_kernels._eigenbasis(other, grads, *expected.values(), cautious, *NUMBERS)
         assert largest_error(params, state, other, expected) <= 1
         results.append([*params, *state.values()])
     for result in results[1:]:
@@ -150,7 +150,7 @@ def test_more_matrices_than_one_launch_takes(kernels) -> None:
     params, grads, state = case(4, 40, 4, torch.float32, torch.bfloat16, size=100)
     other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
     assert step(kernels, params, grads, state) == 0
-    ops._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
+    default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
     assert largest_error(params, state, other, expected) <= 1
 
 
@@ -161,7 +161,7 @@ def test_skipping_and_bounding(kernels) -> None:
     other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
     before = [param.clone() for param in params]
     assert step(kernels, params, grads, state) == 0
-    ops._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
+    default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
     assert largest_error(params, state, other, expected) <= 1
     assert [torch.equal(a, b) for a, b in zip(params, before, strict=True)] == [True, True, False]
 
@@ -180,7 +180,7 @@ def test_int8_kernel_gives_the_codes_of_the_codec(kernels, numel: int) -> None:
     torch.manual_seed(numel)
     values, weights = torch.randn(4, numel), torch.tensor([1.0, 0.0, 0.3, 0.6])
     expected_codes, expected_scales = quantization.encode(values.flip(0), seed=8)
-    ops._int8(expected_codes, expected_scales, values, weights, 9)
+    default_kernels._int8(expected_codes, expected_scales, values, weights, 9)
     for order in ORDERS:
         kernels.scao_emulator_order(order)
         codes, scales = int8(kernels, values, weights)
@@ -205,7 +205,7 @@ def test_a_removed_barrier_is_noticed(kernels, barrier: int) -> None:
         grads[1] *= 1e30
         other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
         noticed |= step(kernels, params, grads, state) != 0
-        ops._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
+        default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
         noticed |= largest_error(params, state, other, expected) > 1
         torch.manual_seed(0)
         values, weights = torch.randn(3, 300), torch.ones(3)

@@ -13,7 +13,7 @@ import torch
 from kernel_states import REFRESH, eigenbasis_state, refresh_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scao_hf import SCAO, curvature, ops, options, quantization, refresh, update
+from scao_hf import SCAO, curvature, default_kernels, ops, options, quantization, refresh, update
 from scao_hf.rules.eigenbasis import Eigenbasis
 
 ROOT = Path(__file__).parent.parent
@@ -99,7 +99,9 @@ def test_eigenbasis_kernel_equals_pytorch(level: str, r: int, l: int, k: int) ->
                 for cautious in (True, False) if dtype == torch.float32 else (not tall,):
                     params, grads = members(3, r, l, dtype, tall)
                     state = eigenbasis_state(3, r, l, k, basis)
-                    compare(ops.eigenbasis_step_, ops._eigenbasis, params, grads, state, NUMBERS[0], cautious)
+                    compare(
+                        ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, NUMBERS[0], cautious
+                    )
 
 
 @native
@@ -109,7 +111,7 @@ def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> No
     for dtype in (torch.bfloat16, torch.float32):
         state = eigenbasis_state(3, r, l, k, dtype)
         moments, basis = state["exp_avg"], state["long_vectors"]
-        grams = ops.eigenbasis_gram(moments, basis), ops._gram(moments, basis)
+        grams = ops.eigenbasis_gram(moments, basis), default_kernels._gram(moments, basis)
         close(grams[0], grams[1], 2e-6, "gram")
         assert torch.equal(grams[0], grams[0].mT)
         fields = [moments, basis, state["row"], state["col"]]
@@ -119,7 +121,7 @@ def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> No
         found, expected = [field.clone() for field in fields], [field.clone() for field in fields]
         # A share that raises some of the second moments (U14) and leaves others.
         norms = ops.eigenbasis_turn_(*found, coefficients, *sizes, finite, 30.0, 1e-8)
-        wanted = ops._turn(*expected, coefficients, *sizes, finite, 30.0, 1e-8)
+        wanted = default_kernels._turn(*expected, coefficients, *sizes, finite, 30.0, 1e-8)
         close(norms[finite > 0], wanted[finite > 0], 1e-5, "norms")
         for name, a, b, old in zip(("exp_avg", "long_vectors", "row", "col"), found, expected, fields, strict=True):
             close(a, b, 2e-6 if a.dtype == torch.float32 else 2**-8, name)
@@ -150,7 +152,7 @@ def test_a_refresh_equals_pytorch(level: str, r: int, l: int, k: int) -> None:
         finite = torch.ones(size)
         finite[5] = 0
         results = []
-        for kernel in (ops.eigenbasis_refresh_, ops._refresh):
+        for kernel in (ops.eigenbasis_refresh_, default_kernels._refresh):
             fields = {name: value.clone() for name, value in state.items()}
             failed = kernel(*fields.values(), finite, first, last, *REFRESH.numbers())
             assert not failed.any() and len(failed) == last - first
@@ -308,7 +310,14 @@ def test_adamw_kernel_equals_pytorch(level: str, r: int, l: int) -> None:
     for dtype in DTYPES:
         for tall in (False, True):
             params, grads = members(3, r, l, dtype, tall)
-            compare(ops.adamw_step_, ops._adamw, params, grads, adamw_state(3, r, l, factor=r > 1), step=NUMBERS[0])
+            compare(
+                ops.adamw_step_,
+                default_kernels._adamw,
+                params,
+                grads,
+                adamw_state(3, r, l, factor=r > 1),
+                step=NUMBERS[0],
+            )
 
 
 @native
@@ -337,7 +346,7 @@ def test_huge_gradients_are_bounded_as_in_pytorch(level: str) -> None:
     torch.manual_seed(0)
     params, grads = members(2, 16, 70, torch.float32, True)
     grads[0] *= 1e30
-    compare(ops.eigenbasis_step_, ops._eigenbasis, params, grads, eigenbasis_state(2, 16, 70, 16), step=1.0)
+    compare(ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, eigenbasis_state(2, 16, 70, 16), step=1.0)
 
 
 @native
@@ -370,7 +379,7 @@ def test_any_strides_are_read_and_written(level: str) -> None:
     state = eigenbasis_state(4, 16, 130, 16)
     other = {name: value.clone() for name, value in state.items()}
     ops.eigenbasis_step_(wide, grads, *state.values(), True, *NUMBERS)
-    ops._eigenbasis(params, grads, *other.values(), True, *NUMBERS)
+    default_kernels._eigenbasis(params, grads, *other.values(), True, *NUMBERS)
     for found, expected in zip(wide, params, strict=True):
         close(found, expected, 1e-6, "params")
 
@@ -402,7 +411,7 @@ def test_int8_kernel_gives_the_codes_of_the_codec(level: str, numel: int) -> Non
     for seed in (3, 4):
         other_codes, other_scales = codes.clone(), scales.clone()
         ops.int8_ema_(codes, scales, values, weights, seed)
-        ops._int8(other_codes, other_scales, values, weights, seed)
+        default_kernels._int8(other_codes, other_scales, values, weights, seed)
         torch.testing.assert_close(scales, other_scales, rtol=1e-6, atol=0)
         # Weights below one: the mean may be rounded once or twice, which moves a code at a threshold by one.
         assert (codes.int() - other_codes.int()).abs().max() <= 1
@@ -449,7 +458,7 @@ def test_wrong_shapes_are_refused(name: str) -> None:
     state = eigenbasis_state(2, 4, 12, 3)
     state[name] = state[name][..., :-1]
     with pytest.raises(ValueError, match=name):
-        ops._eigenbasis_fake(params, grads, *state.values(), True, *NUMBERS)
+        default_kernels._eigenbasis_fake(params, grads, *state.values(), True, *NUMBERS)
     with pytest.raises((ValueError, RuntimeError), match=name):
         ops.eigenbasis_step_(params, grads, *state.values(), True, *NUMBERS)
 

@@ -29,7 +29,7 @@ import peers  # noqa: E402
 import speed  # noqa: E402
 import tables  # noqa: E402
 
-from scao_hf import SCAO, curvature, ops, storage  # noqa: E402
+from scao_hf import SCAO, curvature, default_kernels, ops, storage  # noqa: E402
 
 native = pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native CPU kernels: {ops.backend()['cpu']}")
 
@@ -362,13 +362,13 @@ def test_the_kernel_check_calls_every_kernel_and_notices_a_wrong_one(monkeypatch
     monkeypatch.setattr(gpu, "SCENARIOS", (gpu.SCENARIOS[0], gpu.SCENARIOS[2]))
     found = gpu.kernels("cpu")
     assert found["passed"] and set(found["calls"]) == set(ops.KERNELS["cpu"]), found
-    default, fake = ops.DEFAULTS["eigenbasis_step_"]
+    default, fake = default_kernels.DEFAULTS["eigenbasis_step_"]
 
     def wrong(*arguments: Any) -> None:
         default(*arguments)
         arguments[2].mul_(1.001)
 
-    monkeypatch.setitem(ops.DEFAULTS, "eigenbasis_step_", (wrong, fake))
+    monkeypatch.setitem(default_kernels.DEFAULTS, "eigenbasis_step_", (wrong, fake))
     found = gpu.kernels("cpu")
     assert not found["passed"] and found["differences"]["eigenbasis_step_"] > 5e-4
     monkeypatch.setitem(ops.KERNELS, "cpu", (*ops.KERNELS["cpu"], "int8_ema_new"))
