@@ -242,7 +242,7 @@ def brief(setting: Setting, steps: int) -> str:
 def glance(found: Iterable[Setting]) -> str:
     """One row per setting: AdamW at its best rate against SCAO at the same rate, and what has to be known about it.
 
-    Only settings in which both have run at that rate are there, with the seeds that both have.
+    Only settings in which both have run at that rate are there, with the seeds that both have, and AdamW with two or more.
     """
     head = [
         "setting",
@@ -260,7 +260,7 @@ def glance(found: Iterable[Setting]) -> str:
         ours, theirs = setting.at(SUBJECT), setting.at(REFERENCE)
         lr = best_lr(theirs) if theirs else 0.0
         shared = sorted(set(ours.get(lr, {})) & set(theirs.get(lr, {})))
-        if not shared:
+        if not shared or len(theirs[lr]) < 2:
             continue
         reference = {seed: theirs[lr][seed] for seed in shared}
         moved = {seed: ours[lr][seed] for seed in shared}
@@ -298,6 +298,7 @@ def title(setting: Setting) -> str:
     cell = setting.cell
     rank = f", LoRA r={cell['rank']}" if "rank" in cell else ""
     model = cell["model"].split(",")[0].split(" (")[0]
+    model += f" of {cell.get('size', '838k').upper()}" if cell["task"] == "gpt" else ""
     return f"{model}{rank}, {Path(cell['data']).stem}, {cell['schedule']}, {setting.steps} steps"
 
 
