@@ -91,7 +91,8 @@ def eigh(factor: Tensor, damping: Tensor, solver: Solver | None = None) -> tuple
     for last in (False, True):
         try:
             if last or solver is None:
-                attempt = scaled.cpu().double() + 1e-3 * torch.eye(side, dtype=torch.float64) if last else scaled
+                identity = torch.eye(side, dtype=torch.float64, device="cpu") if last else None
+                attempt = scaled if identity is None else scaled.cpu().double() + 1e-3 * identity
                 found = torch.linalg.eigh(attempt)
             else:
                 found = solver(scaled)
