@@ -90,12 +90,11 @@ def eigh(factor: Tensor, damping: Tensor, solver: Solver | None = None) -> tuple
     scaled = factor / mean
     for last in (False, True):
         try:
-            if last or solver is None:
-                identity = torch.eye(side, dtype=torch.float64, device="cpu") if last else None
-                attempt = scaled if identity is None else scaled.cpu().double() + 1e-3 * identity
-                found = torch.linalg.eigh(attempt)
+            if last:
+                identity = torch.eye(side, dtype=torch.float64, device="cpu")
+                found = torch.linalg.eigh(scaled.cpu().double() + 1e-3 * identity)
             else:
-                found = solver(scaled)
+                found = (solver or torch.linalg.eigh)(scaled)
             values, vectors = (part.flip(-1).to(factor) for part in found)
         except (torch.linalg.LinAlgError, torch.OutOfMemoryError) as error:  # type: ignore[attr-defined]
             # Python shows a warning once for each place and text: not at every refresh.

@@ -51,11 +51,12 @@ FUSED = (
 PORTION = 2**20
 
 
-def _portions(shape: torch.Size) -> Iterator[slice]:
-    """Cut a stack ``[N, r, l]`` into runs of matrices of about ``PORTION`` entries."""
+def _portions(shape: torch.Size, rows: slice | None = None) -> Iterator[slice]:
+    """Cut a stack ``[N, r, l]``, or those ``rows`` of it, into runs of matrices of about ``PORTION`` entries."""
     count = max(1, PORTION // (shape[1] * shape[2]))
-    for first in range(0, shape[0], count):
-        yield slice(first, first + count)
+    first, last = (rows.start, rows.stop) if rows else (0, shape[0])
+    for start in range(first, last, count):
+        yield slice(start, min(start + count, last))
 
 
 class Eigenbasis:
@@ -207,8 +208,7 @@ class Eigenbasis:
             failed = ops.eigenbasis_refresh_(*fields, finite, due.start, due.stop, *numbers).tolist()
             portions = [slice(row, row + 1) for row, bad in enumerate(failed, due.start) if bad]
         else:
-            count = max(1, PORTION // (moments.shape[1] * moments.shape[2]))
-            portions = [slice(first, min(first + count, due.stop)) for first in range(due.start, due.stop, count)]
+            portions = list(_portions(moments.shape, due))
         for rows in portions:
             part = {name: field[rows] for name, field in state.items()}
             columns = part["taken"][:, None, None], finite[rows, None, None]
