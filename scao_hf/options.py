@@ -71,7 +71,9 @@ OPTIONS: dict[str, Option] = {
     "k_min": Option(int, "smallest rank of the truncated basis", low=1),
     "k_max": Option(int, "largest rank of the truncated basis", low=1),
     "tau": Option(float, "bound on the natural-gradient norm, None for no bound", low=0, open_low=True, optional=True),
-    "max_precond_dim": Option(int, "largest dense curvature factor; a larger side is split into blocks", low=2),
+    "max_precond_dim": Option(
+        int, "largest dense curvature factor; a small side that is larger is cut into blocks", low=2
+    ),
     "use_int8_ema": Option(bool, "hold the curvature as blockwise int8 with stochastic rounding"),
     "cautious": Option(
         bool, "leave out the entries of a curvature step whose sign is not this gradient's; False with 'published'"
@@ -118,7 +120,7 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
         "k_min": 4,
         "k_max": 16,
         "tau": None,
-        "max_precond_dim": 512,
+        "max_precond_dim": 64,
         "use_int8_ema": False,
         "cautious": True,
         "moment_dtype": "float32",

@@ -146,6 +146,11 @@ def test_options_follow_the_name() -> None:
     assert "k_max" not in peers.resolved("scao")
     assert peers.resolved("scao-published")["rule"] == "published"
     assert peers.resolved("loraplus") == {"ratio": 16}
+    model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 40))
+    cut, whole = (peers.resolved(f"scao:max_precond_dim={most}", model) for most in (7, 8))
+    assert cut["blocks"] == 7 and "blocks" not in whole
+    assert "blocks" not in peers.resolved("scao", model) and "blocks" not in peers.resolved("scao-published", model)
+    assert peers.resolved("scao", nn.Linear(65, 65))["blocks"] == 64
     optimizer = peers.create("scao:k_max=8:warmup_steps=3", Pair(), 1e-3)
     assert (optimizer.param_groups[0]["k_max"], optimizer.param_groups[0]["warmup_steps"]) == (8, 3)
 
@@ -345,7 +350,7 @@ def test_everything_that_defines_a_run_is_in_its_key(text_file: Path) -> None:
     source = data.load(str(text_file))
     task = tasks.build("gpt", source, 0, 2, 16)
     base = sweep.parse(command(text_file, Path("x"), "--optimizers", "scao", "--lrs", "1e-3", "--seeds", "0"))
-    keys = {sweep.key(next(sweep.cells(task.definition, base)))}
+    keys = {sweep.key(next(sweep.cells(task, base)))}
     for name, value in (
         ("optimizers", ["scao:k_max=8"]),
         ("lrs", [2e-3]),
@@ -355,9 +360,9 @@ def test_everything_that_defines_a_run_is_in_its_key(text_file: Path) -> None:
     ):
         other = sweep.parse(command(text_file, Path("x"), "--optimizers", "scao", "--lrs", "1e-3", "--seeds", "0"))
         setattr(other, name, value)
-        keys.add(sweep.key(next(sweep.cells(task.definition, other))))
+        keys.add(sweep.key(next(sweep.cells(task, other))))
     other_text = data.Source(source.name, [], source.text + "x", [], "another")
-    keys.add(sweep.key(next(sweep.cells(tasks.build("gpt", other_text, 0, 2, 16).definition, base))))
+    keys.add(sweep.key(next(sweep.cells(tasks.build("gpt", other_text, 0, 2, 16), base))))
     assert len(keys) == 7
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scao_hf import SCAO, curvature
-from scao_hf.options import OPTIONS
+from scao_hf.options import OPTIONS, RULE_DEFAULTS
 
 Builder = Callable[..., Optimizer]
 
@@ -258,8 +258,13 @@ def behaviour(rule: str, options: tuple[tuple[str, Any], ...]) -> str:
     return digest.hexdigest()[:12]
 
 
-def resolved(spec: str) -> dict[str, Any]:
+def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
     """The options that a spec stands for. SCAO's name what it does with them: a changed rule makes another run.
+
+    Args:
+        spec: an optimizer and its options, as on a command line.
+        model: what is trained. Where SCAO cuts one of its matrices, which those of its fingerprint are too small for,
+            ``blocks`` is the largest dense factor.
 
     Raises:
         ValueError: an unknown optimizer, or an option or value that SCAO does not have.
@@ -268,11 +273,14 @@ def resolved(spec: str) -> dict[str, Any]:
     if name in ("scao", "scao-published", "scao-published-undebiased"):
         rule = "published" if name.startswith("scao-published") else options.pop("rule", "eigenbasis")
         try:
-            return {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())))}
+            found = {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())))}
         except TypeError as error:
             near = [match for option in options for match in difflib.get_close_matches(option, OPTIONS, n=1)]
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UnknownOption(f"{spec!r}: {error}{hint}") from error
+        most = options.get("max_precond_dim", RULE_DEFAULTS[rule]["max_precond_dim"])
+        sides = [min(param.shape) for _, param in trainable(model) if param.ndim == 2] if model else []
+        return found | ({"blocks": most} if max(sides, default=0) > most else {})
     try:
         inspect.signature(PEERS[name][0]).bind(None, 0.0, **options)
     except TypeError as error:

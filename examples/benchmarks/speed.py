@@ -35,7 +35,7 @@ LOAD = ("adamw", "adamw-foreach", "scao", "scao-pytorch", "muon", "polora")
 #: Who cannot: on the factors of one query and one value map. The public scao in its second phase, refreshed as often.
 PYPI = "scao-pypi:precond_freq=10:warmup_steps=10:blend_steps=0:min_precond_updates=1"
 PAIR = ("adamw", "scao", "scao-pytorch", "muon", "polora", "soap", PYPI)
-GPT2 = ("adamw", "scao", "scao:max_precond_dim=64", "scao-pytorch", "muon", "soap")
+GPT2 = ("adamw", "scao", "scao:max_precond_dim=512", "scao-pytorch", "muon", "soap")
 GROWTH = ("adamw", "scao")
 RANKS, SIDES, DEPTHS = (4, 16, 64, 256), (256, 1024, 2048, 4096, 11008, 28672), (1, 5, 20, 40, 80)
 

@@ -57,13 +57,13 @@ def key(cell: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(cell, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cells(definition: dict[str, Any], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def cells(task: tasks.Task, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every run of the sweep; all of a seed before the next seed, so that a sweep cut short is still whole."""
     for seed, lr, optimizer in itertools.product(arguments.seeds, arguments.lrs, arguments.optimizers):
         yield {
-            **definition,
+            **task.definition,
             "optimizer": optimizer,
-            "options": peers.resolved(optimizer),
+            "options": peers.resolved(optimizer, task.model),
             "lr": lr,
             "seed": seed,
             "steps": arguments.steps,
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    wanted = list(cells(task.definition, arguments))
+    wanted = list(cells(task, arguments))
     done, not_run = read(arguments.out)
     noted = {record["unavailable"] for record in not_run}
     missing = [cell for cell in wanted if key(cell) not in done]
