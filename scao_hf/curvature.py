@@ -121,8 +121,10 @@ def adaptive_rank(values: Tensor, total: Tensor, epsilon_sparse: float, k_min: i
     """
     # The tolerance keeps a rounding error in the running sum from costing one more direction.
     threshold = (1 - epsilon_sparse) * total * (1 - 1e-6)
-    rank = (values.cumsum(-1) < threshold[:, None]).sum(-1) + 1
     side = values.shape[-1]
+    # A product, because torch.use_deterministic_algorithms refuses cumsum on CUDA.
+    running = values @ torch.ones(side, side, dtype=values.dtype, device=values.device).triu_()
+    rank = (running < threshold[:, None]).sum(-1) + 1
     return rank.clamp(min(k_min, side), min(k_max, side))
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -506,9 +507,11 @@ class Dispatched(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += not (func.is_view or func.namespace == "profiler")
+        self.names.add(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -545,6 +548,22 @@ def test_a_step_that_refreshes_dispatches_four_operations_a_shape() -> None:
             optimizer.step()
     # The step, the refresh of half of the matrices, and of which of them the gradient was finite.
     assert dispatched.count == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"use_int8_ema": True, "moment_dtype": "int8"}, {"rule": "published"}])
+def test_nothing_that_deterministic_algorithms_refuse_on_cuda(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``full_determinism`` of a Trainer makes errors of them; the list is that of torch.use_deterministic_algorithms."""
+    monkeypatch.setattr(ops, "NATIVE", frozenset())
+    param = torch.nn.Parameter(torch.randn(8, 20))
+    optimizer = SCAO([param], warmup_steps=2, blend_steps=2, precond_freq=2, min_precond_updates=1, **options)
+    with Dispatched() as dispatched:
+        for _ in range(8):
+            param.grad = torch.randn(8, 20)
+            optimizer.step()
+    assert "_linalg_eigh" in dispatched.names
+    assert not dispatched.names & {"cumsum", "put_", "histc", "bincount", "median", "kthvalue", "scatter_reduce"}
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -97,6 +97,13 @@ def test_mistakes_of_compare(tmp_path: Path) -> None:
     assert "--lr is 'fast'" in mistake("compare", path, "--lr", "fast")
     assert "--lr is '-1'" in mistake("compare", path, "--lr", "-1")
     assert "--steps is 1" in mistake("compare", path, "--steps", 1)
+    assert "--steps 10 would end before SCAO's phase 2, which begins after step 10" in mistake(
+        "compare", path, "--steps", 10
+    )
+    said = mistake("compare", path, "--set", "scao_kmax=8")
+    assert "scao_kmax is not an option of SCAO: did you mean scao_k_max?" in said
+    assert "scao_rho='x' is not valid: it must be a number in [0, 1)" in mistake("compare", path, "--set", "scao_rho=x")
+    assert "k_min=9 must not exceed k_max=8" in mistake("compare", path, "--set", "scao_k_min=9")
     assert "write --set KEY=VALUE" in mistake("compare", path, "--set", "seed")
     assert "the value is no YAML" in mistake("compare", path, "--set", "seed=[1")
     assert "arguments after -- are for a script" in mistake("compare", path, "--", "--model", "x")

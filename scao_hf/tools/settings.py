@@ -137,7 +137,7 @@ def from_yaml(path: Path) -> Settings:
             batch=raw.get("micro_batch_size") or 1,
             sequence=raw.get("sequence_len") or 512,
             checkpointing=bool(raw.get("gradient_checkpointing", False)),
-            scao=_scao_options(raw),
+            scao=scao_options(raw),
             notes=tuple(_notes(raw)),
         )
     except (TypeError, ValueError) as error:  # ToolError among them
@@ -163,7 +163,13 @@ def _targets(raw: dict[str, Any]) -> str | tuple[str, ...]:
     return targets if isinstance(targets, str) else tuple(map(str, collection(raw, "lora_target_modules", list)))
 
 
-def _scao_options(raw: dict[str, Any]) -> dict[str, Any]:
+def scao_options(raw: dict[str, Any]) -> dict[str, Any]:
+    """The options of SCAO in a YAML's ``scao_*`` keys.
+
+    Raises:
+        ToolError: no such option.
+        ValueError: a value outside its range.
+    """
     options = {}
     for key, value in raw.items():
         name = str(key).removeprefix("scao_")
