@@ -527,6 +527,18 @@ def results(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_longer_run_in_a_file_of_its_own_is_another_setting(results: Path) -> None:
+    longer = made_up("adamw", 2, 0, [3.0, 1.0])
+    longer["cell"]["steps"] = 300
+    longer["key"] = sweep.key(longer["cell"])
+    other = results.with_name("longer.jsonl")
+    other.write_text(json.dumps(longer) + "\n")
+    assert [setting.name for setting in runs.settings([results, other])] == ["tiny-r8-cosine-100", "tiny-r8-cosine-300"]
+    with results.open("a") as file:  # and in the same file it hides the shorter ones
+        file.write(json.dumps(longer) + "\n")
+    assert [setting.name for setting in runs.settings([results])] == ["tiny-r8-cosine-300"]
+
+
 def test_the_table_compares_at_the_best_learning_rates(results: Path) -> None:
     text = sweep_tables.tables(tables.settings([results]))["tiny-r8-cosine-100"]
     rows = text.splitlines()

@@ -45,23 +45,22 @@ class Setting:
 
 
 def settings(paths: Iterable[Path]) -> list[Setting]:
-    """Sort the runs of result files into settings.
+    """Sort the runs of result files into settings, those of each file apart.
 
     Of an optimizer whose options stand for different values in different runs (a default or SCAO's rule has changed),
     the values of the run that comes last count.
     """
-    groups: dict[str, list[Record]] = defaultdict(list)
+    groups: dict[tuple[Path, str], list[Record]] = defaultdict(list)
     unavailable: dict[str, dict[str, str]] = defaultdict(dict)
     for path in paths:
         runs, missing = sweep.read(path)
         for record in runs.values():
-            groups[json.dumps({k: v for k, v in record["cell"].items() if k not in VARIES}, sort_keys=True)].append(
-                record
-            )
+            shared = {name: value for name, value in record["cell"].items() if name not in VARIES}
+            groups[path, json.dumps(shared, sort_keys=True)].append(record)
         for record in missing:
             unavailable[record["task"]][record["optimizer"]] = record["unavailable"]
     found = []
-    for group, records in groups.items():
+    for (_, group), records in groups.items():
         cell = json.loads(group)
         setting = Setting(cell, max(record["cell"]["steps"] for record in records))
         options = {record["cell"]["optimizer"]: record["cell"]["options"] for record in records}
