@@ -43,7 +43,7 @@ def accumulate(factor: Tensor, outer: Tensor, weight: Tensor) -> Tensor:
 
 def debias(factor: Tensor, rho: float, count: Tensor) -> Tensor:
     """(E2) Divide an EMA by ``1 - rho^t``, t the number of terms that it holds, ``[N, 1, 1]``."""
-    return factor / (1 - torch.pow(torch.tensor(rho, dtype=count.dtype, device=count.device), count)).clamp_min(1e-30)
+    return factor / (1 - torch.pow(rho, count)).clamp_min(1e-30)
 
 
 #: (E3) The damping's share of the mean eigenvalue.

@@ -32,7 +32,7 @@ def uniform_noise(blocks: int, seed: int, device: torch.device) -> Tensor:
     A hash of seed, block and entry: the same on every device and in the native kernels (csrc/int8.h), whatever the
     order of evaluation, and without a random generator's state.
     """
-    key = _mix(torch.tensor(seed & 0xFFFFFFFF, device=device))
+    key = _mix(torch.full((), seed & 0xFFFFFFFF, device=device))
     blocks_keys = _mix(torch.arange(blocks, device=device) ^ key)
     lanes = torch.arange(BLOCK, device=device) * 0x9E3779B9
     return (_mix((blocks_keys[:, None] + lanes) & 0xFFFFFFFF) >> 8).to(torch.float32) * 2.0**-24
