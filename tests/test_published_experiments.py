@@ -256,9 +256,10 @@ def test_every_ablation_is_an_optimizer_that_can_be_built() -> None:
                 peers.create(change.optimizer, model, change.rate).step()
 
 
-def test_leaving_the_bias_correction_out_changes_the_published_rule_once_curvature_acts() -> None:
+@pytest.mark.parametrize("whole, part", [("scao-published", "scao-published-undebiased"), ("scao", "scao-ungrafted")])
+def test_a_part_that_is_left_out_is_missed_once_curvature_acts(whole: str, part: str) -> None:
     found = []
-    for name in ("scao-published", "scao-published-undebiased"):
+    for name in (whole, part):
         torch.manual_seed(0)
         model = nn.Linear(12, 8, bias=False)
         optimizer = peers.create(
@@ -271,7 +272,8 @@ def test_leaving_the_bias_correction_out_changes_the_published_rule_once_curvatu
             optimizer.step()
             steps.append(model.weight.detach().clone())
         found.append(steps)
-    assert torch.equal(found[0][1], found[1][1]) and not torch.allclose(found[0][-1], found[1][-1])
+    torch.testing.assert_close(found[0][1], found[1][1])  # kernels may differ
+    assert not torch.allclose(found[0][-1], found[1][-1])
 
 
 @pytest.mark.parametrize("decomposition", shampoo.DECOMPOSITIONS)

@@ -24,7 +24,7 @@ from shampoo import Shampoo
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scao_hf import SCAO, curvature
+from scao_hf import SCAO, curvature, ops, refresh
 from scao_hf.options import OPTIONS, RULE_DEFAULTS
 
 Builder = Callable[..., Optimizer]
@@ -102,6 +102,20 @@ class Undebiased(SCAO):
 def scao_published_undebiased(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     """SCAO with the published rule and no bias correction, for an ablation."""
     return Undebiased(trainable(model), lr=lr, weight_decay=0.0, rule="published", **options)
+
+
+class Ungrafted(SCAO):
+    """SCAO's own rule with steps of the size that they have in their bases, without (U13), in PyTorch code."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of SCAO with (U13) left out."""
+        with mock.patch.object(refresh, "MOST_GAIN", 1.0), mock.patch.object(ops, "NATIVE", frozenset()):
+            return super().step(closure)
+
+
+def scao_ungrafted(model: nn.Module, lr: float, **options: Any) -> Optimizer:
+    """SCAO whose steps do not get AdamW's size, for an ablation."""
+    return Ungrafted(trainable(model), lr=lr, weight_decay=0.0, **options)
 
 
 def muon(model: nn.Module, lr: float, adjust_lr_fn: str = "match_rms_adamw") -> Optimizer:
@@ -197,6 +211,7 @@ PEERS: dict[str, tuple[Builder, tuple[str, ...]]] = {
     "scao": (scao, ("scao-hf",)),
     "scao-published": (scao_published, ("scao-hf",)),
     "scao-published-undebiased": (scao_published_undebiased, ("scao-hf",)),
+    "scao-ungrafted": (scao_ungrafted, ("scao-hf",)),
     "scao-pypi": (scao_pypi, ("scao",)),
     "muon": (muon, ("torch",)),
     "soap": (soap, ("pytorch_optimizer",)),
@@ -270,7 +285,7 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
         ValueError: an unknown optimizer, or an option or value that SCAO does not have.
     """
     name, options = parse(spec)
-    if name in ("scao", "scao-published", "scao-published-undebiased"):
+    if name.startswith("scao") and name != "scao-pypi":
         rule = "published" if name.startswith("scao-published") else options.pop("rule", "eigenbasis")
         try:
             found = {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())))}
