@@ -615,17 +615,14 @@ def test_options_of_scao_stand_in_a_table_of_their_own(results: Path) -> None:
 def test_the_summary_names_who_is_ahead(results: Path) -> None:
     text = sweep_tables.tables(tables.settings([results]))["glance"]
     assert "| 2 | 2 (SCAO: edge) | 2.5000 ± 0.7071 | 2.0000 ± 0.7071 | -20.83 ± 5.89 % |" in text
-    assert text.endswith("Ahead of SCAO, each at its own best rate: none of those that were run.\n")
+    assert text.endswith("Ahead of SCAO, each at its own best rate:\n\n- none of those that were run\n")
     found = added(
         results, made_up("polora", 9, 1, [2.0, 2.0]), made_up("scao", 1, 0, [1, 1]), made_up("scao", 1, 1, [1, 1])
     )
     text = sweep_tables.glance(found)
-    assert "SCAO's own best rate is another one in m, LoRA r=8, d, cosine, 100 steps (1)." in text
+    assert "SCAO has a better rate than AdamW's in:\n\n- m, LoRA r=8, d, cosine, 100 steps: 1\n" in text
     found = [setting for setting in found if setting.runs["scao"].pop() and setting.runs["scao"].pop()]
-    assert (
-        "own best rate: `polora` in m, LoRA r=8, d, cosine, 100 steps (loss -20.00 %, seeds: 1)."
-        in sweep_tables.glance(found)
-    )
+    assert "\n- `polora` in m, LoRA r=8, d, cosine, 100 steps: loss -20.00 % (seeds: 1)\n" in sweep_tables.glance(found)
     alone = [run for run in found[0].runs["adamw"] if run["cell"]["seed"] == 0]
     found[0].runs["adamw"] = alone
     assert "| m, LoRA" not in sweep_tables.glance(found), "one seed is no summary"

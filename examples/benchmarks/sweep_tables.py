@@ -280,17 +280,22 @@ def glance(found: Iterable[Setting]) -> str:
             ]
         )
         if best_lr(ours) != lr:
-            elsewhere.append(f"{name} ({best_lr(ours):g})")
+            elsewhere.append(f"{name}: {best_lr(ours):g}")
         best = ours[best_lr(ours)]
         for optimizer in list(setting.runs):
             by_lr = setting.at(optimizer)
             if by_lr and not of_subject(optimizer) and optimizer != SUBJECT:
                 gains = change(by_lr[best_lr(by_lr)], best, loss_of)
                 if gains and statistics.mean(gains) < 0:
-                    ahead.append(f"`{optimizer}` in {name} (loss {percent(gains)}, seeds: {len(gains)})")
-    notes = [f"SCAO's own best rate is another one in {', '.join(elsewhere)}."] if elsewhere else []
-    notes.append(f"Ahead of SCAO, each at its own best rate: {', '.join(ahead) or 'none of those that were run'}.")
-    return f"{table(head, rows)}\n{' '.join(notes)}\n"
+                    ahead.append(f"`{optimizer}` in {name}: loss {percent(gains)} (seeds: {len(gains)})")
+    notes = ""
+    for words, found_there in (
+        ("SCAO has a better rate than AdamW's in:", elsewhere),
+        ("Ahead of SCAO, each at its own best rate:", ahead or ["none of those that were run"]),
+    ):
+        if found_there:
+            notes += "\n" + words + "\n\n" + "".join(f"- {item}\n" for item in found_there)
+    return table(head, rows) + notes
 
 
 def title(setting: Setting) -> str:
