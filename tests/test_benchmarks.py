@@ -527,6 +527,11 @@ def results(tmp_path: Path) -> Path:
     return path
 
 
+def test_an_optimizer_that_diverges_at_every_rate_is_said_to(results: Path) -> None:
+    text = sweep_tables.comparison(added(results, made_up("shampoo", 2, 0, [9.0, 9.0], True))[0])
+    assert "| `shampoo` | 2 (only one) | diverged (1) | diverged |" in text and "inf" not in text
+
+
 def test_a_longer_run_in_a_file_of_its_own_is_another_setting(results: Path) -> None:
     longer = made_up("adamw", 2, 0, [3.0, 1.0])
     longer["cell"]["steps"] = 300

@@ -23,16 +23,12 @@ GB = 1024**3
 Seeds = dict[int, Record]
 
 
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    return spread(values, digits) if math.isfinite(statistics.mean(values)) else "diverged"
-
-
 def _gains(ours: Sequence[Record], theirs: Sequence[Record]) -> list[float]:
     return [100 * (perplexity(a) / perplexity(b) - 1) for a, b in zip(ours, theirs, strict=True)]
 
 
 def _apart(gains: Sequence[float]) -> str:
-    return spread(gains, 1, " %", sign=True) if math.isfinite(statistics.mean(gains)) else "diverged"
+    return spread(gains, 1, " %", sign=True)
 
 
 def perplexity(record: Record) -> float:
@@ -119,10 +115,10 @@ def runs_table(setting: Setting | None, scale: published.Scale | None, steps: in
                 apart = _gains([seeds[seed] for seed in shared], [reference[seed] for seed in shared])
                 values = [perplexity(record) for record in records]
                 state = max(r["state_bytes"] for r in records) / max(r["state_bytes"] for r in reference.values())
-                cells = [name_of(optimizer), f"{lr:.3g} ({word})", f"{_spread(values, 3)} ({len(values)})"]
+                cells = [name_of(optimizer), f"{lr:.3g} ({word})", f"{spread(values, 3)} ({len(values)})"]
                 cells += [
                     _apart(apart) if apart and (optimizer != "adamw" or word == "published") else "",
-                    _spread([auc(r) for r in records], 3),
+                    spread([auc(r) for r in records], 3),
                 ]
                 cells += [f"{statistics.median(map(tokens_per_second, records)):,.0f}"]
                 cells += [f"{statistics.median(map(spent, records)):,.0f}"]
@@ -270,7 +266,7 @@ def goals(found: Sequence[Setting], steps: int) -> str | None:
         if small:
             records = list(small[best_lr(small)].values())
             ratio = max(r["state_bytes"] for r in records) / state["adamw"]
-            value = f"{ratio:.2f} times, perplexity {_spread([perplexity(r) for r in records], 3)}"
+            value = f"{ratio:.2f} times, perplexity {spread([perplexity(r) for r in records], 3)}"
             goal(f"{size}: at most 1 times with moments and curvature in int8", value, ratio <= 1)
     return table(["aim", "found", "reached"], rows) if rows else None
 

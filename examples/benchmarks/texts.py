@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 
@@ -12,6 +13,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def spread(values: Sequence[float], digits: int, unit: str = "", sign: bool = False) -> str:
-    """Mean and, of several values, standard deviation, as text."""
+    """Mean and, of several values, standard deviation, as text; in a word where a run has diverged, which is infinite."""
+    if not math.isfinite(statistics.mean(values)):
+        return "diverged"
     text = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "") + unit
