@@ -72,7 +72,7 @@ OPTIONS: dict[str, Option] = {
     "k_max": Option(int, "largest rank of the truncated basis", low=1),
     "tau": Option(float, "bound on the natural-gradient norm, None for no bound", low=0, open_low=True, optional=True),
     "max_precond_dim": Option(
-        int, "largest dense curvature factor; a small side that is larger is cut into blocks", low=2
+        int, "largest dense curvature factor; a larger side that has a dense factor is cut into blocks", low=2
     ),
     "use_int8_ema": Option(bool, "hold the curvature as blockwise int8 with stochastic rounding"),
     "cautious": Option(

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scao_hf import SCAO, curvature, ops, refresh
+from scao_hf.buckets import blocks_of
 from scao_hf.options import OPTIONS, RULE_DEFAULTS
+from scao_hf.rules import rule_of
 
 Builder = Callable[..., Optimizer]
 
@@ -294,8 +296,10 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UnknownOption(f"{spec!r}: {error}{hint}") from error
         most = options.get("max_precond_dim", RULE_DEFAULTS[rule]["max_precond_dim"])
-        sides = [min(param.shape) for _, param in trainable(model) if param.ndim == 2] if model else []
-        return found | ({"blocks": most} if max(sides, default=0) > most else {})
+        matrices = [param for param in parameters(model) if param.ndim == 2] if model else []
+        both = rule_of({"rule": rule}, matrix=True).split_long_side
+        cut = any(len(blocks_of(param.shape, most, both)) > 1 for param in matrices)
+        return found | ({"blocks": most} if cut else {})
     try:
         inspect.signature(PEERS[name][0]).bind(None, 0.0, **options)
     except TypeError as error:

@@ -27,10 +27,6 @@ def _gains(ours: Sequence[Record], theirs: Sequence[Record]) -> list[float]:
     return [100 * (perplexity(a) / perplexity(b) - 1) for a, b in zip(ours, theirs, strict=True)]
 
 
-def _apart(gains: Sequence[float]) -> str:
-    return spread(gains, 1, " %", sign=True)
-
-
 def perplexity(record: Record) -> float:
     """Per byte, at the end; infinite for a run that diverged."""
     return math.exp(loss_of(record))
@@ -117,7 +113,9 @@ def runs_table(setting: Setting | None, scale: published.Scale | None, steps: in
                 state = max(r["state_bytes"] for r in records) / max(r["state_bytes"] for r in reference.values())
                 cells = [name_of(optimizer), f"{lr:.3g} ({word})", f"{spread(values, 3)} ({len(values)})"]
                 cells += [
-                    _apart(apart) if apart and (optimizer != "adamw" or word == "published") else "",
+                    spread(apart, 1, " %", sign=True)
+                    if apart and (optimizer != "adamw" or word == "published")
+                    else "",
                     spread([auc(r) for r in records], 3),
                 ]
                 cells += [f"{statistics.median(map(tokens_per_second, records)):,.0f}"]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from scao_hf.options import RULES, resolve
+from scao_hf.rules import rule_of
 from scao_hf.tools import ToolError
 from scao_hf.tools.settings import collection, read_yaml, scao_options
-from scao_hf.update import curvature_start
 
 ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
 #: Environment variables of a run: where its measurements go, and for a script what is to be run (JSON).
@@ -93,8 +93,8 @@ class Job:
             raise ToolError("arguments after -- are for a script: change keys of a YAML with --set KEY=VALUE")
         if not self.script:
             self._check_scao()
-        if not self.script and importlib.util.find_spec("axolotl") is None:
-            raise ToolError("comparing with an Axolotl YAML needs axolotl: pip install 'scao-hf[axolotl]'")
+            if importlib.util.find_spec("axolotl") is None:
+                raise ToolError("comparing with an Axolotl YAML needs axolotl: pip install 'scao-hf[axolotl]'")
 
     def _check_scao(self) -> None:
         """Refuse what SCAO would refuse, before the other optimizer's run has taken its time."""
@@ -104,7 +104,7 @@ class Job:
             options = resolve(passed.get("rule") or RULES[0], passed)
         except ValueError as error:  # ToolError among them
             raise ToolError(f"{self.source}: {error}") from error
-        start = curvature_start(options["warmup_steps"], options["min_precond_updates"], options["precond_freq"])
+        start = rule_of(options, matrix=True).start(options)
         if self.steps <= start and not raw.get("optim_args"):  # which may set them too
             raise ToolError(
                 f"--steps {self.steps} would end before SCAO's phase 2, which begins after step {start}: pass more steps, "
