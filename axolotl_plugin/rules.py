@@ -10,8 +10,8 @@ import torch
 from axolotl_plugin.values import MOMENT_KEYS, PREFIX, Findings, read_optim_args
 from scao_hf import SCAO
 from scao_hf.options import OPTIONS, RULES, TORCH_OPTIONS, resolve
+from scao_hf.rules import rule_of
 from scao_hf.trainer import choose_betas
-from scao_hf.update import curvature_start
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -233,7 +233,7 @@ def _check_learning_rates(get: Get, findings: Findings) -> None:
 def _check_length(options: dict[str, Any], steps: int, what: str, findings: Findings) -> None:
     passed = {name: value for name, value in options.items() if name in OPTIONS and name != "rule"}
     full = resolve(options.get("rule") or RULES[0], passed)
-    start = curvature_start(full["warmup_steps"], full["min_precond_updates"], full["precond_freq"])
+    start = rule_of(full, matrix=True).start(full)
     phase1 = (
         f"phase 1 (plain AdamW) lasts {start} steps: scao_warmup_steps is {full['warmup_steps']}, and "
         f"scao_min_precond_updates x scao_precond_freq is {full['min_precond_updates']} x {full['precond_freq']}"

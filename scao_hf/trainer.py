@@ -20,7 +20,7 @@ from scao_hf.experts import find_experts, without_gradient
 from scao_hf.optimizer import SCAO, trainable_parameters
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, resolve
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
-from scao_hf.update import curvature_start
+from scao_hf.rules import rule_of
 
 if TYPE_CHECKING:
     from transformers import Trainer as _AnyTrainer
@@ -132,7 +132,7 @@ class SCAOCallback(TrainerCallback):
                 state.global_step,
             )
         group = optimizer.param_groups[0]
-        start = curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
+        start = rule_of(group, matrix=True).start(group)
         if 0 < state.max_steps <= start:
             logger.warning(
                 "SCAO's phase 2 begins after step %d but the run has %d steps: every step will be a plain AdamW step. "

@@ -539,10 +539,10 @@ ARROWS = {
     "state": {"experts", "options", "buckets", "rules", "ops", "storage"},
     "storage": {"buckets", "quantization", "rules"},
     "tools": {
-        *("tools", "optimizer", "options", "ops", "quantization", "reference", "rules", "update", "report"),
+        *("tools", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
         *("state", "trainer", "__init__"),
     },
-    "trainer": {"distributed", "experts", "optimizer", "options", "report", "update"},
+    "trainer": {"distributed", "experts", "optimizer", "options", "report", "rules"},
     "update": set(),
 }
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scao_hf.options import OPTIONS, resolve
 from scao_hf.report import METRICS, STATISTICS_NAME
+from scao_hf.rules import rule_of
 from scao_hf.tools import ToolError
-from scao_hf.update import curvature_start
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -209,7 +209,7 @@ def findings(found: Matrices, skipped: bool) -> list[str]:
 
 def _refreshes(found: Matrices) -> str:
     group = found.options
-    start = curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
+    start = rule_of(group, matrix=True).start(group)
     turns = "all at once" if group["rule"] == "published" else "in turns, so that no step has to wait for all of them"
     return (
         f"Each of the {len(found.names)} matrices refreshes its basis every {group['precond_freq']} steps, {turns}; "
