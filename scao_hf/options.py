@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 
@@ -142,8 +143,13 @@ TORCH_OPTIONS: dict[str, Option] = {
 
 def check(name: str, value: Any, option: Option) -> None:
     """Raise ``ValueError`` naming the option, the value and the legal range unless ``value`` is legal."""
-    if not option.accepts(value):
-        raise ValueError(f"{name}={value!r} is not valid: it must be {option.valid}")
+    if option.accepts(value):
+        return
+    kind, hint = option.kind, ""
+    # A NumPy scalar would be in every checkpoint, which torch.load then refuses to read.
+    if isinstance(value, Real) and not isinstance(value, (int, float)) and kind in (int, float):
+        hint = f", of Python's own type: pass {kind.__name__}(...) of it"
+    raise ValueError(f"{name}={value!r} is not valid: it must be {option.valid}{hint}")
 
 
 def read_value(name: str, value: Any, option: Option) -> Any:

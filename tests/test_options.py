@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,8 @@ def param() -> torch.nn.Parameter:
         ({"lr": -1.0}, ["lr=-1.0", "[0, inf)"]),
         ({"lr": float("nan")}, ["lr=nan", "[0, inf)"]),
         ({"lr": "1e-3"}, ["lr='1e-3'", "a number"]),
+        ({"lr": np.float32(0.001)}, ["lr=", "[0, inf)", "pass float(...) of it"]),
+        ({"k_max": np.int64(8)}, ["k_max=", "[1, inf)", "pass int(...) of it"]),
         ({"lr": torch.zeros(2)}, ["2 elements", "one element"]),
         ({"betas": (0.9, 1.0)}, ["betas[1]=1.0", "[0, 1)"]),
         ({"betas": (0.9,)}, ["betas=(0.9,)", "two numbers"]),
