@@ -15,6 +15,8 @@ from scao_hf.options import OPTIONS
 
 REFERENCE = "adamw"
 SUBJECT = "scao"
+#: SCAO with a part left out: no optimizer that anyone could take instead.
+ABLATION = "scao-ungrafted"
 
 
 def of_subject(optimizer: str) -> bool:
@@ -284,7 +286,7 @@ def glance(found: Iterable[Setting]) -> str:
         best = ours[best_lr(ours)]
         for optimizer in list(setting.runs):
             by_lr = setting.at(optimizer)
-            if by_lr and not of_subject(optimizer) and optimizer != SUBJECT:
+            if by_lr and optimizer.split(":")[0] not in (SUBJECT, ABLATION):
                 gains = change(by_lr[best_lr(by_lr)], best, loss_of)
                 if gains and statistics.mean(gains) < 0:
                     ahead.append(f"`{optimizer}` in {name}: loss {percent(gains)} (seeds: {len(gains)})")
