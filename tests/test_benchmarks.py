@@ -624,14 +624,14 @@ def test_the_summary_names_who_is_ahead(results: Path) -> None:
     assert text.endswith("Ahead of SCAO, each at its own best rate:\n\n- none of those that were run\n")
     found = added(
         results,
-        *(made_up(name, 9, 1, [2.0, 2.0]) for name in ("polora", "scao-ungrafted", "scao-ungrafted:k_max=8")),
+        *(made_up(name, 9, 1, [2.0, 2.0]) for name in ("polora", "scao-ungrafted:k_max=8", *peers.ABLATIONS)),
         *(made_up("scao", 1, seed, [1, 1]) for seed in (0, 1)),
     )
     text = sweep_tables.glance(found)
     assert "SCAO has a better rate than AdamW's in:\n\n- m, LoRA r=8, d, cosine, 100 steps: 1\n" in text
     found = [setting for setting in found if setting.runs["scao"].pop() and setting.runs["scao"].pop()]
     assert "\n- `polora` in m, LoRA r=8, d, cosine, 100 steps: loss -20.00 % (seeds: 1)\n" in sweep_tables.glance(found)
-    assert "ungrafted" not in sweep_tables.glance(found), "an ablation of SCAO is no other optimizer"
+    assert not any(name in sweep_tables.glance(found) for name in peers.ABLATIONS), "an ablation is no other optimizer"
     alone = [run for run in found[0].runs["adamw"] if run["cell"]["seed"] == 0]
     found[0].runs["adamw"] = alone
     assert "| m, LoRA" not in sweep_tables.glance(found), "one seed is no summary"

@@ -224,6 +224,8 @@ PEERS: dict[str, tuple[Builder, tuple[str, ...]]] = {
     "riemannian": (riemannian, ("peft",)),
     "polora": (polora, ()),
 }
+#: Rules with a part left out: no optimizers that anyone could take instead.
+ABLATIONS = frozenset({"scao-published-undebiased", "scao-ungrafted"})
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import peers
 import sweep
 from runs import Record, Setting, best_lr, crossing, enclosure, loss_of, optimizer_seconds, same_machine, seconds
 from texts import spread, table
@@ -15,8 +16,6 @@ from scao_hf.options import OPTIONS
 
 REFERENCE = "adamw"
 SUBJECT = "scao"
-#: SCAO with a part left out: no optimizer that anyone could take instead.
-ABLATION = "scao-ungrafted"
 
 
 def of_subject(optimizer: str) -> bool:
@@ -286,7 +285,7 @@ def glance(found: Iterable[Setting]) -> str:
         best = ours[best_lr(ours)]
         for optimizer in list(setting.runs):
             by_lr = setting.at(optimizer)
-            if by_lr and optimizer.split(":")[0] not in (SUBJECT, ABLATION):
+            if by_lr and optimizer.split(":")[0] not in {SUBJECT, *peers.ABLATIONS}:
                 gains = change(by_lr[best_lr(by_lr)], best, loss_of)
                 if gains and statistics.mean(gains) < 0:
                     ahead.append(f"`{optimizer}` in {name}: loss {percent(gains)} (seeds: {len(gains)})")
