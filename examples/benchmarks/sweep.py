@@ -269,6 +269,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--eval-every", type=at_least(1), help="steps between held-out losses (default: parts of the run)"
     )
+    parser.add_argument(
+        "--held-out", type=at_least(1), default=tasks.EVAL_ROWS, help="rows of the held-out loss (default: %(default)s)"
+    )
     parser.add_argument("--data", help="a .jsonl or text file, or a hub name (default: the demo's docstrings)")
     parser.add_argument("--out", type=writable, required=True, help="result file, added to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
@@ -284,7 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     batch = arguments.batch or BATCH[arguments.task]
     try:
         source = data.load(arguments.data)
-        task = tasks.build(arguments.task, source, arguments.rank, batch, arguments.max_tokens, arguments.size)
+        task = tasks.build(
+            arguments.task, source, arguments.rank, batch, arguments.max_tokens, arguments.size, arguments.held_out
+        )
         if arguments.steps > task.steps_available:
             raise ValueError(f"--steps {arguments.steps} is more than the {task.steps_available} batches of the data")
     except ValueError as error:

@@ -68,12 +68,13 @@ class LoraTask(Task):
         length: int,
         definition: dict[str, Any],
         targets: Sequence[str] = TARGETS,
+        eval_rows: int = EVAL_ROWS,
     ) -> None:
         from peft import LoraConfig, get_peft_model
 
         train, held_out = data.split_rows(rows)
         self.train = [row for row in train if sum(map(len, row)) <= length]
-        held_out = [row for row in held_out if sum(map(len, row)) <= length][:EVAL_ROWS]
+        held_out = [row for row in held_out if sum(map(len, row)) <= length][:eval_rows]
         self.held_out = sorted(held_out, key=lambda row: sum(map(len, row)))
         self.batch = batch
         self.steps_available = len(data.batch_order(self.train, batch, seed=0))
@@ -173,7 +174,15 @@ class GptTask(Task):
         return F.cross_entropy(self.model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
-def build(name: str, source: data.Source, rank: int, batch: int, length: int | None = None, size: str = "838k") -> Task:
+def build(
+    name: str,
+    source: data.Source,
+    rank: int,
+    batch: int,
+    length: int | None = None,
+    size: str = "838k",
+    eval_rows: int = EVAL_ROWS,
+) -> Task:
     """Make a task.
 
     Args:
@@ -183,6 +192,7 @@ def build(name: str, source: data.Source, rank: int, batch: int, length: int | N
         batch: rows or windows per step.
         length: tokens of the longest row that is used (None: 128), or of a window (None: what the size has).
         size: of the GPT, one of ``models.GPT_SIZES``.
+        eval_rows: held-out rows that the loss is taken on (not used by ``gpt``).
 
     Raises:
         ValueError: an unknown name, or data that does not fit.
@@ -211,4 +221,4 @@ def build(name: str, source: data.Source, rank: int, batch: int, length: int | N
     model.config.use_cache = False
     end = model.config.eos_token_id
     rows = data.encode(source.rows, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, end)
-    return LoraTask(model, rows, rank, batch, length or 128, identity)
+    return LoraTask(model, rows, rank, batch, length or 128, identity, eval_rows=eval_rows)
