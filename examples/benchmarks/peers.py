@@ -120,11 +120,29 @@ def scao_ungrafted(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     return Ungrafted(trainable(model), lr=lr, weight_decay=0.0, **options)
 
 
+def matrices_and_others(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What Muon and its relatives are meant for, and embeddings, heads and vectors, which they leave to AdamW."""
+    lookups = ("embed", "lm_head")
+    matrix = {name: param.ndim == 2 and not any(word in name for word in lookups) for name, param in trainable(model)}
+    matrices = [param for name, param in trainable(model) if matrix[name]]
+    return matrices, [param for name, param in trainable(model) if not matrix[name]]
+
+
 def muon(model: nn.Module, lr: float, adjust_lr_fn: str = "match_rms_adamw") -> Optimizer:
     """torch.optim.Muon on the matrices, AdamW on embeddings and everything else."""
-    matrices = [param for name, param in trainable(model) if param.ndim == 2 and "embed" not in name]
-    others = [param for name, param in trainable(model) if param.ndim != 2 or "embed" in name]
+    matrices, others = matrices_and_others(model)
     parts: list[Optimizer] = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn=adjust_lr_fn)]
+    if others:
+        parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=0.0, fused=True))
+    return Several(*parts)
+
+
+def normuon(model: nn.Module, lr: float, update_scale: str = "match_rms", **options: Any) -> Optimizer:
+    """NorMuon as pytorch-optimizer has it, on the matrices; AdamW on embeddings and everything else."""
+    build = imported("pytorch_optimizer", "pytorch-optimizer").NorMuon
+    matrices, others = matrices_and_others(model)
+    groups = [{"params": matrices, "lr": lr, "use_muon": True, "update_scale": update_scale, **options}]
+    parts: list[Optimizer] = [build(groups)]
     if others:
         parts.append(torch.optim.AdamW(others, lr=lr, weight_decay=0.0, fused=True))
     return Several(*parts)
@@ -216,6 +234,7 @@ PEERS: dict[str, tuple[Builder, tuple[str, ...]]] = {
     "scao-ungrafted": (scao_ungrafted, ("scao-hf",)),
     "scao-pypi": (scao_pypi, ("scao",)),
     "muon": (muon, ("torch",)),
+    "normuon": (normuon, ("pytorch_optimizer",)),
     "soap": (soap, ("pytorch_optimizer",)),
     "shampoo": (shampoo, ("pytorch_optimizer",)),
     "plain-shampoo": (plain_shampoo, ()),

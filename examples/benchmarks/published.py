@@ -72,6 +72,8 @@ STEPS, EVERY = 500, 25
 SCALE = {
     "adamw": 2e-3,
     "scao": 2e-3,
+    "muon": 8e-3,
+    "normuon": 8e-3,
     "soap": 2e-3,
     PUBLISHED: 2e-3,
     PYPI: 2e-3,
