@@ -7,6 +7,7 @@ README's option table is checked against it, so a name, a range or a default is 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -219,3 +220,19 @@ def check_foreign(group: dict[str, Any]) -> None:
     for name, instead in {"maximize": "negate the loss", "amsgrad": "leave it out"}.items():
         if group.get(name):
             raise ValueError(f"{name}={group[name]!r} in a parameter group is not an option of SCAO: {instead}")
+
+
+def eight_bit_hint(optim: str, options: str = "moment_dtype='int8' and use_int8_ema=True") -> str | None:
+    """What becomes of the memory when SCAO replaces an optimizer with an 8-bit, 4-bit or paged state, or None for others.
+
+    Args:
+        optim: the optimizer's name in TrainingArguments or in an Axolotl YAML.
+        options: the options that make SCAO's state small, as they are written where the hint is read.
+    """
+    name = str(getattr(optim, "value", optim)).lower()
+    remedy = f"{options} bring it down to 8 bits"
+    if bits := re.search(r"[48](?=bit)|(?<=fp)8", name):
+        return f"SCAO's float32 state is about {32 // int(bits[0])} times as large as one in {bits[0]} bits: {remedy}"
+    if "paged" in name:
+        return f"SCAO's float32 state stays in GPU memory, where a paged one can leave it: {remedy}"
+    return None

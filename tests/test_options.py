@@ -139,3 +139,27 @@ def test_every_option_of_the_table_is_an_argument_and_the_reverse() -> None:
     assert arguments == set(options.OPTIONS)
     for rule in options.RULES:
         assert set(options.RULE_DEFAULTS[rule]) == set(options.OPTIONS) - {"rule"} | {"betas"}
+
+
+@pytest.mark.parametrize(
+    ("optim", "words"),
+    [
+        ("adamw_bnb_8bit", "about 4 times as large as one in 8 bits: moment_dtype='int8' and use_int8_ema=True bring"),
+        ("paged_adamw_8bit", "about 4 times"),
+        ("adamw_torch_8bit", "about 4 times"),
+        ("AdamW_8bit ", "about 4 times"),
+        ("ao_adamw_fp8", "about 4 times"),
+        ("adamw_torch_4bit", "about 8 times as large as one in 4 bits"),
+        ("paged_adamw_32bit", "stays in GPU memory"),
+        ("adamw_torch_fused", None),
+        ("rmsprop_bnb_32bit", None),
+        ("scao", None),
+    ],
+)
+def test_a_small_state_that_scao_would_enlarge_is_known_by_its_name(optim: str, words: str | None) -> None:
+    hint = options.eight_bit_hint(optim)
+    assert hint is None if words is None else words in (hint or "")
+
+
+def test_the_hint_names_the_options_as_they_are_written_there() -> None:
+    assert "scao_moment_dtype: int8 bring it" in (options.eight_bit_hint("adamw_8bit", "scao_moment_dtype: int8") or "")
