@@ -13,10 +13,14 @@ from scao_hf import ops, options
 from scao_hf import storage as encoding
 from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of, turns_of
 from scao_hf.experts import packing_of
-from scao_hf.rules import rule_of
+from scao_hf.rules import Legal, rule_of
+from scao_hf.update import LARGEST_GRADIENT
 
 #: Version of the state's layout, kept in every parameter group.
 VERSION = 2
+
+#: What the counter and the level of every parameter can be (``create``); a parameter has not taken more steps than ``step``.
+TAKEN, LEVEL = Legal(0, whole=True), Legal(0, LARGEST_GRADIENT)
 
 State = dict[Tensor, dict[str, Any]]
 Groups = list[dict[str, Any]]
@@ -165,14 +169,26 @@ def pairs(state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Tensor,
     ]
 
 
+def labels(state_dict: dict[str, Any]) -> dict[Any, str]:
+    """What messages call each saved parameter: its name where it has one, its number otherwise."""
+    found: dict[Any, str] = {}
+    for saved in state_dict["param_groups"]:
+        names = saved.get("param_names")
+        known = isinstance(names, list) and len(names) == len(saved["params"])
+        shown = zip(saved["params"], names if known else saved["params"], strict=True)
+        found |= {key: f"parameter {name!r}" for key, name in shown}
+    return found
+
+
 def check_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor] = ()) -> None:
     """Raise ``ValueError`` unless the entries of ``state_dict`` fit: these shapes, all their fields, all finite.
 
     Entries of the parameters ``elsewhere``, whose state another process holds, are not looked at.
     """
+    names = labels(state_dict)
     for key, param, saved in pairs(state_dict, groups):
         if key in state_dict["state"] and param not in elsewhere:
-            _check_entry(f"parameter {key} of shape {tuple(param.shape)}", state_dict["state"][key], param, saved)
+            _check_entry(f"{names[key]} of shape {tuple(param.shape)}", state_dict["state"][key], param, saved)
 
 
 def completed(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -253,15 +269,22 @@ def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[s
         raise ValueError(
             f"{where}: the saved state lacks {sorted(missing)} and has {sorted(map(str, extra))} that do not belong"
         )
-    for name, field in fields.items():
-        value = entry[name]
+    matrix = any(member.block is not None for _, member in _members(param, group))
+    for key, field in fields.items():
+        value, name = entry[key], key.partition(".")[0]
         if not isinstance(value, Tensor) or value.shape != field.shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{where}: saved {name} is {found}, expected a tensor of shape {tuple(field.shape)}")
-        if value.is_floating_point() != field.is_floating_point():
-            raise ValueError(f"{where}: saved {name} is {value.dtype}, expected {field.dtype}")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{where}: saved {name} holds NaN or Inf")
+            raise ValueError(f"{where}: saved {key} is {found}, expected a tensor of shape {tuple(field.shape)}")
+        if value.dtype != field.dtype and not (value.is_floating_point() and field.is_floating_point()):
+            raise ValueError(f"{where}: saved {key} is {value.dtype}, expected {field.dtype}")
+        legal = {"taken": TAKEN._replace(high=step), "level": LEVEL}.get(name)
+        legal = legal or encoding.legal(name, rule_of(group, matrix))
+        offence = legal.offence(value.to(field.dtype))
+        if offence is not None:
+            raise ValueError(
+                f"{where}: saved {key} holds {offence:g}; its entries must be {legal}: the file is damaged or was edited, or "
+                "the run had diverged. Take an earlier checkpoint, or start from the weights alone"
+            )
 
 
 def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor] = ()) -> State:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from scao_hf import quantization
 from scao_hf.buckets import Bucket
-from scao_hf.rules import rule_of
+from scao_hf.rules import Legal, Rule, rule_of
+from scao_hf.rules.rule import CODES, NOT_NEGATIVE
 
 #: The fields that are encoded and the power of their levels (Q1): 2 for means of gradients, 4 for means of squares.
 POWERS = {"exp_avg": 2, "exp_avg_sq": 4, "inside_avg": 2, "inside_sq": 4, "col": 4}
@@ -37,6 +38,14 @@ def is_encoded(name: str, like: Tensor, group: dict[str, Any]) -> bool:
         return True
     (_, codes), (_, scales) = quantization.encoded_shapes(1, like[0].numel())
     return codes + 4 * scales < like[0].numel() * like.element_size()
+
+
+def legal(name: str, rule: Rule) -> Legal:
+    """What a field of ``rule`` can hold as it is kept: encoded, its scales have no sign, its codes that of the field."""
+    field, _, part = name.rpartition("_")
+    if field not in POWERS or part not in ("codes", "scales"):
+        return rule.legal[name]
+    return NOT_NEGATIVE if part == "scales" else CODES._replace(low=max(CODES.low, rule.legal[field].low))
 
 
 def zeros(fields: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:

@@ -222,7 +222,10 @@ def adamw_state(_: dict[str, Any]) -> dict[str, Any]:
         (spoil(lambda s: s["state"][0].update(exp_avg=torch.zeros(2, 2))), "exp_avg is (2, 2)"),
         (spoil(lambda s: s["state"][0].update(exp_avg="x")), "exp_avg is str"),
         (spoil(lambda s: s["state"][0].update(exp_avg=torch.zeros(4, 24, dtype=torch.int8))), "torch.int8"),
-        (spoil(lambda s: s["state"][0]["exp_avg"].fill_(float("nan"))), "NaN or Inf"),
+        (
+            spoil(lambda s: s["state"][0]["exp_avg"].fill_(float("nan"))),
+            "exp_avg holds nan; its entries must be finite",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Any, words: str) -> None:
@@ -238,6 +241,61 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Any, w
         for name, value in entry.items():
             assert torch.equal(torch.as_tensor(after["state"][key][name]), torch.as_tensor(value))
     train(params, optimizer, range(6, 8))
+
+
+#: Options, steps, a field of the first matrix, an entry that it cannot have, and what the message says of it.
+IMPOSSIBLE: list[tuple[dict[str, Any], int, str, float, str]] = [
+    *(({}, 2, name, -1.0, "and at least 0") for name in ("exp_avg_sq", "factor")),
+    *(({}, 9, name, -1e-9, "and at least 0") for name in ("row", "col", "inside_sq", "factor_values", "long_values")),
+    *(({}, 9, "taken", value, "whole numbers between 0 and 9") for value in (-1.0, 10.0, 0.5)),
+    *(({}, 9, "mask", value, "whole numbers between 0 and 1") for value in (-1.0, 2.0, 0.5)),
+    *(({}, 9, "gain", value, "between 0.5 and 2") for value in (-1.0, 0.0, 2.1)),
+    *(({}, 9, "agreement", value, "between 0 and 1.001") for value in (-0.1, 1.1)),
+    ({}, 9, "level", -1.0, "between 0 and 1e+15"),
+    ({}, 9, "vectors", 1024.0, "between -10 and 10"),
+    ({}, 9, "long_vectors", -1024.0, "between -10 and 10"),
+    ({}, 9, "exp_avg", float("inf"), "be finite:"),
+    ({"moment_dtype": "int8"}, 2, "exp_avg_sq_codes", -1, "between 0 and 127"),
+    ({"moment_dtype": "int8"}, 9, "exp_avg_scales", -1.0, "and at least 0"),
+    ({"moment_dtype": "bfloat16"}, 2, "exp_avg_sq", -1.0, "and at least 0"),
+    ({"use_int8_ema": True}, 9, "long_codes", -128, "between -127 and 127"),
+    ({"use_int8_ema": True}, 9, "long_scales", -1.0, "and at least 0"),
+    ({"rule": "published"}, 9, "right_factor", -1.0, "on the diagonal"),
+    ({"rule": "published"}, 9, "left_values", -1.0, "and at least 0"),
+    ({"rule": "published"}, 9, "left_tail", 0.0, "and at least 1.17549e-38"),
+    ({"rule": "published"}, 9, "right_mass", 2.0, "between 0 and 1.001"),
+]
+
+
+@pytest.mark.parametrize(("settings", "steps", "name", "value", "words"), IMPOSSIBLE)
+def test_an_impossible_entry_is_refused_by_name_and_value(
+    settings: dict[str, Any], steps: int, name: str, value: float, words: str
+) -> None:
+    params = [torch.nn.Parameter(torch.ones(8, 24)) for _ in range(2)]
+    optimizer = SCAO(zip("ab", params, strict=True), **{**QUICK, "max_precond_dim": 24, **settings})
+    train(params, optimizer, range(steps))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    entry = saved["state"][1]
+    entry[name].view(-1)[0] = value
+    del entry["checksum"]
+    with pytest.raises(ValueError) as error:
+        optimizer.load_state_dict(saved)
+    assert str(error.value).startswith(
+        f"parameter 'b' of shape (8, 24): saved {name} holds {value:g}; its entries must be "
+    )
+    assert words in str(error.value)
+
+
+def test_a_number_that_is_too_large_for_the_fields_type_is_refused() -> None:
+    params, optimizer = make()
+    train(params, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    entry = saved["state"][0]
+    del entry["checksum"]
+    entry["exp_avg"] = torch.full((4, 24), 1e300, dtype=torch.float64)
+    with pytest.raises(ValueError, match="exp_avg holds inf"):
+        optimizer.load_state_dict(saved)
 
 
 def renewed(optimizer: SCAO, params: list[torch.nn.Parameter]) -> None:

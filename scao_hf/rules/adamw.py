@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scao_hf import ops
-from scao_hf.rules.rule import Tick
+from scao_hf.rules.rule import FINITE, NOT_NEGATIVE, Legal, Tick
 from scao_hf.update import adam_direction, adam_moments
+
+MOMENTS: Mapping[str, Legal] = {"exp_avg": FINITE, "exp_avg_sq": NOT_NEGATIVE}
 
 
 class AdamW:
@@ -18,6 +21,7 @@ class AdamW:
 
     split_long_side = False
     takes_turns = False
+    legal = MOMENTS
 
     def create(
         self,

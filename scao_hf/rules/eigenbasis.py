@@ -8,14 +8,14 @@ parameter), U in bfloat16 (or int8) and terms of size r x r, r x k and l.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scao_hf import curvature, ops, quantization, refresh
-from scao_hf.rules.rule import Tick, update_finite
+from scao_hf.rules.rule import CODES, FACTOR, FINITE, NOT_NEGATIVE, SHARE, VECTORS, Legal, Tick, update_finite
 from scao_hf.update import (
     adam_direction,
     adam_moments,
@@ -46,6 +46,26 @@ FUSED = (
     "long_vectors",
     "agreement",
 )
+#: What the fields of ``Eigenbasis.create`` can hold.
+LEGAL: Mapping[str, Legal] = {
+    "exp_avg": FINITE,
+    "exp_avg_sq": NOT_NEGATIVE,
+    "factor": FACTOR,
+    "row": NOT_NEGATIVE,
+    "col": NOT_NEGATIVE,
+    "gain": Legal(1 / refresh.MOST_GAIN, refresh.MOST_GAIN),
+    "agreement": SHARE,
+    "inside_avg": FINITE,
+    "inside_sq": NOT_NEGATIVE,
+    "mask": Legal(0, 1, whole=True),
+    "vectors": VECTORS,
+    "factor_values": NOT_NEGATIVE,
+    "long_values": NOT_NEGATIVE,
+    "long_tail": NOT_NEGATIVE,
+    "long_vectors": VECTORS,
+    "long_codes": CODES,
+    "long_scales": NOT_NEGATIVE,
+}
 
 #: A refresh works on as many matrices at a time as have this many entries: its many intermediates then stay small.
 PORTION = 2**20
@@ -64,6 +84,7 @@ class Eigenbasis:
 
     split_long_side = False
     takes_turns = True
+    legal = LEGAL
 
     def create(
         self,

@@ -5,13 +5,14 @@ As published, all matrices are refreshed in the same step: (S1) does not apply.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scao_hf import curvature, ops, quantization
-from scao_hf.rules.rule import Tick, update_finite
+from scao_hf.rules.rule import CODES, FACTOR, FINITE, NOT_NEGATIVE, SHARE, VECTORS, Legal, Tick, update_finite
 from scao_hf.update import (
     adam_direction,
     adam_moments,
@@ -23,6 +24,16 @@ from scao_hf.update import (
 )
 
 SIDES = ("left", "right")
+#: Of the fields of a side. The tail's eigenvalue is damped, so that a root of it is finite.
+OF_A_SIDE = {
+    "factor": FACTOR,
+    "codes": CODES,
+    "scales": NOT_NEGATIVE,
+    "vectors": VECTORS,
+    "values": NOT_NEGATIVE,
+    "tail": Legal(torch.finfo(torch.float32).tiny),
+    "mass": SHARE,
+}
 
 
 class Published:
@@ -30,6 +41,9 @@ class Published:
 
     split_long_side = True
     takes_turns = False
+    legal: Mapping[str, Legal] = {"exp_avg": FINITE, "exp_avg_sq": NOT_NEGATIVE} | {
+        f"{side}_{part}": legal for side in SIDES for part, legal in OF_A_SIDE.items()
+    }
 
     def create(
         self,

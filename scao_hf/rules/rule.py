@@ -2,14 +2,57 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from scao_hf.quantization import LEVELS
 from scao_hf.refresh import write_finite
 from scao_hf.update import moment_schedule
+
+
+class Legal(NamedTuple):
+    """What the entries of a field of the state can be, bounds included; ``load_state_dict`` refuses everything else.
+
+    Attributes:
+        whole: whole numbers alone.
+        diagonal: the bounds are for the diagonals of square matrices.
+    """
+
+    low: float = -sys.float_info.max
+    high: float = sys.float_info.max
+    whole: bool = False
+    diagonal: bool = False
+
+    def __str__(self) -> str:
+        words = f"between {self.low:g} and {self.high:g}" if self.high < FINITE.high else "finite"
+        if words == "finite" and self.low > FINITE.low:
+            words += f" and at least {self.low:g}"
+        return "whole numbers " * self.whole + words + " on the diagonal" * self.diagonal
+
+    def offence(self, field: Tensor) -> float | None:
+        """An entry of ``field`` that cannot be; None where all are sound."""
+        if self.diagonal:
+            bounds = self._replace(diagonal=False)
+            return FINITE.offence(field) or bounds.offence(field.diagonal(dim1=-2, dim2=-1))
+        lowest, highest = (float(end) for end in field.aminmax())
+        if not (self.low <= lowest and highest <= self.high):  # NaN is neither
+            return highest if self.low <= lowest else lowest
+        broken = field[field != field.round()].tolist() if self.whole else ()
+        return float(broken[0]) if broken else None
+
+
+FINITE, NOT_NEGATIVE = Legal(), Legal(0)
+#: A positive semidefinite matrix.
+FACTOR = Legal(0, diagonal=True)
+#: A share of one and unit vectors, both with room for rounding.
+SHARE, VECTORS = Legal(0, 1.001), Legal(-10, 10)
+#: Codes of int8, of numbers with a sign.
+CODES = Legal(-LEVELS, LEVELS)
 
 
 @dataclass(frozen=True)
@@ -65,6 +108,8 @@ class Rule(Protocol):
     split_long_side: bool
     #: Whether matrices are refreshed in the steps in which they are due (S1), each on its own.
     takes_turns: bool
+    #: For every field that ``create`` makes.
+    legal: Mapping[str, Legal]
 
     def create(
         self,
