@@ -35,15 +35,17 @@ def choice() -> str:
 
 def torch_paths() -> tuple[Path, Path]:
     """Torch's include and library folders, without importing torch."""
-    from importlib.util import find_spec
-
-    spec = find_spec("torch")
-    if spec is None or spec.origin is None:
+    find = "import importlib.util as util; spec = util.find_spec('torch'); print(spec.origin if spec else '')"
+    # -E: pip's build environment hides through PYTHONPATH what is installed for the same Python.
+    commands = ([sys.executable, *flags, "-c", find] for flags in ((), ("-E",)))
+    origins = (subprocess.run(it, capture_output=True, text=True, check=True).stdout.strip() for it in commands)
+    origin = next(filter(None, origins), None)
+    if origin is None:
         raise RuntimeError(
-            "torch is not installed in the environment that builds: install torch>=2.10 there and build with "
-            "pip install --no-build-isolation ."
+            f"torch is not installed for {sys.executable}: install torch>=2.10 first; if that is not the Python that is "
+            "installed for (uv, python -m build), install 'setuptools>=77' as well and pass --no-build-isolation"
         )
-    root = Path(spec.origin).parent
+    root = Path(origin).parent
     if not (root / "include/torch/csrc/stable/ops.h").exists():
         raise RuntimeError(f"the torch in {root} has no stable ABI: torch>=2.10 is needed to build the kernels")
     return root / "include", root / "lib"

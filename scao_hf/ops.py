@@ -61,6 +61,8 @@ KERNELS = {
 #: Largest side of matrices that are decomposed natively.
 LARGEST_DECOMPOSED = 64
 OLDEST_TORCH = (2, 10)
+#: What builds the kernels for a device and installs them, in a clone of the repository.
+BUILD_COMMAND = "SCAO_BUILD_EXT={} pip install ."
 #: Compute capability below which there is no device code.
 OLDEST_CUDA = (7, 5)
 
@@ -70,7 +72,7 @@ def _refusal(device: str, path: Path) -> str | None:
     if os.environ.get("SCAO_DISABLE_EXT", "0") not in ("", "0"):
         return "SCAO_DISABLE_EXT is set"
     if not path.exists():
-        return f"not built (SCAO_BUILD_EXT={device} when installing builds it)"
+        return f"not built (in a clone of the repository, `{BUILD_COMMAND.format(device)}` builds and installs it)"
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"

@@ -17,7 +17,7 @@ import documents
 import pytest
 from documents import DOCS, ROOT
 
-from scao_hf import SCAO
+from scao_hf import SCAO, ops
 from scao_hf.options import OPTIONS, SWITCHES
 
 README = ROOT / "README.md"
@@ -202,6 +202,15 @@ def test_make_targets_in_the_documentation_exist() -> None:
         text = document.read_text(encoding="utf-8")
         named = set(re.findall(r"^make ([a-z-]+)", text, re.MULTILINE)) | set(re.findall(r"`make ([a-z-]+)", text))
         assert named <= targets, f"{document.name} names make targets that do not exist: {named - targets}"
+
+
+def test_the_documentation_names_one_command_that_builds_the_kernels() -> None:
+    """The one that tests/test_packaging.py runs in a new environment, and that ``backend()`` and ``doctor`` name."""
+    command = ops.BUILD_COMMAND.format("cpu")
+    named = {path: re.findall(r"SCAO_BUILD_EXT=\w+ pip [^`\n]*", path.read_text("utf-8")) for path in DOCUMENTS}
+    assert {found for all_found in named.values() for found in all_found} == {command}
+    pages = ("README.md", "csrc/README.md", "docs/costs.md", "docs/troubleshooting.md")
+    assert {path for path, found in named.items() if found} == {ROOT / page for page in pages}
 
 
 def test_ci_runs_the_command_of_the_readme_in_a_new_environment() -> None:

@@ -9,9 +9,12 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+
+from scao_hf import ops
 
 pytest.importorskip("setuptools", minversion="77")
 
@@ -92,19 +95,10 @@ def plain_wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return next(out.glob("*.whl"))
 
 
-@pytest.fixture(scope="module")
-def native_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel with CPU kernels, made of the source distribution."""
-    if shutil.which(COMPILER) is None:
-        pytest.skip(f"there is no C++ compiler {COMPILER!r} on this machine")
-    out = tmp_path_factory.mktemp("native") / "wheels"
-    # What is tested is whether the wheel is complete, not how fast it is: -O1 takes less than half the time to compile.
-    quick = out.parent / "compiler"
-    quick.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O1\n')
-    quick.chmod(0o755)
-    done = wheel(sdist, out, SCAO_BUILD_EXT="cpu", CXX=str(quick))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return next(out.glob("*.whl"))
+def show_torch(python: Path) -> None:
+    """Let an environment see what this one holds. A path in a .pth file does not make other .pth files run."""
+    packages = next((python.parents[1] / "lib").glob("python*/site-packages"))
+    (packages / "torch_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
 
 def installed(built: Path, folder: Path) -> Path:
@@ -115,9 +109,7 @@ def installed(built: Path, folder: Path) -> Path:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python)
     done = run(*pip, "install", "--no-deps", "--no-index", built, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
-    # Only now: pip must not find the checkout's own installation. A path in a .pth file does not make other .pth files run.
-    packages = next((folder / "env" / "lib").glob("python*/site-packages"))
-    (packages / "torch_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    show_torch(python)
     return python
 
 
@@ -126,9 +118,43 @@ def plain(plain_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return installed(plain_wheel, tmp_path_factory.mktemp("plain-env"))
 
 
+def setuptools_wheel(folder: Path) -> None:
+    """The setuptools of this environment as a wheel, so that pip's build environment needs no network."""
+    found = distribution("setuptools")
+    assert found.files is not None
+    with zipfile.ZipFile(folder / f"setuptools-{found.version}-py3-none-any.whl", "w") as archive:
+        for file in found.files:
+            if ".." not in file.parts and file.suffix != ".pyc":
+                archive.write(file.locate(), str(file))
+
+
 @pytest.fixture(scope="module")
-def native(native_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return installed(native_wheel, tmp_path_factory.mktemp("native-env"))
+def native(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with torch, in which the command of the documentation has installed the package."""
+    if shutil.which(COMPILER) is None:
+        pytest.skip(f"there is no C++ compiler {COMPILER!r} on this machine")
+    folder = tmp_path_factory.mktemp("native")
+    made = run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    python = folder / "env" / "bin" / "python"
+    show_torch(python)
+    setuptools_wheel(folder)
+    # What is tested is whether the command works, not how fast the kernels are: -O1 takes less than half the time to compile.
+    quick = folder / "compiler"
+    quick.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" -O1\n')
+    quick.chmod(0o755)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    done = run(
+        *("sh", "-c", ops.BUILD_COMMAND.format("cpu")),
+        cwd=folder / sdist.name.removesuffix(".tar.gz"),
+        CXX=str(quick),
+        PATH=f"{python.parent}:{os.environ['PATH']}",
+        PIP_NO_INDEX="1",
+        PIP_FIND_LINKS=str(folder),
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return python
 
 
 def modules(root: Path) -> set[str]:
@@ -186,7 +212,8 @@ def test_the_source_distribution_is_the_checkout(sources: Path, sdist: Path) -> 
 def test_the_plain_wheel_steps_outside_the_checkout(plain: Path, tmp_path: Path) -> None:
     done = run(plain, "-I", "-c", STEPS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == "pytorch: not built (SCAO_BUILD_EXT=cpu when installing builds it)\n"
+    built = f"`{ops.BUILD_COMMAND.format('cpu')}` builds and installs it"
+    assert done.stdout == f"pytorch: not built (in a clone of the repository, {built})\n"
 
 
 def test_the_plain_wheel_brings_its_command(plain: Path, tmp_path: Path) -> None:
@@ -197,12 +224,13 @@ def test_the_plain_wheel_brings_its_command(plain: Path, tmp_path: Path) -> None
 def test_required_kernels_that_are_absent_are_an_error(plain: Path, tmp_path: Path) -> None:
     done = run(plain, "-I", "-c", "import scao_hf", cwd=tmp_path, SCAO_REQUIRE_EXT="cpu")
     assert done.returncode != 0
-    assert "ImportError: SCAO_REQUIRE_EXT=cpu: no native cpu kernels: not built (SCAO_BUILD_EXT=cpu when" in done.stderr
+    assert "ImportError: SCAO_REQUIRE_EXT=cpu: no native cpu kernels: not built (in a clone" in done.stderr
 
 
-def test_the_native_wheel_steps_natively(native: Path, native_wheel: Path, tmp_path: Path) -> None:
-    assert "scao_hf/_C_cpu.so" in zipfile.ZipFile(native_wheel).namelist()
-    assert not native_wheel.name.endswith("-any.whl")
+def test_the_command_that_the_documentation_prints_installs_native_kernels(native: Path, tmp_path: Path) -> None:
+    packages = next((native.parents[1] / "lib").glob("python*/site-packages"))
+    assert (packages / "scao_hf" / "_C_cpu.so").exists()
+    assert "Root-Is-Purelib: false" in next(packages.glob("scao_hf-*.dist-info/WHEEL")).read_text()
     done = run(native, "-I", "-c", STEPS, cwd=tmp_path, SCAO_REQUIRE_EXT="cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("native (")
