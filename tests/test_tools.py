@@ -206,7 +206,7 @@ def test_peak_is_that_of_the_cpu_allocator(monkeypatch: Any, fields: dict[str, i
 
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            simulate.set_checkpointing(model, True)
         step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             step()
@@ -217,6 +217,18 @@ def test_peak_is_that_of_the_cpu_allocator(monkeypatch: Any, fields: dict[str, i
                 peak = max(peak, live)
         estimate = simulate.step_peaks(planned, batch, 128, checkpointing).peak
         assert abs(estimate / peak - 1) < simulate.STATED_ERROR / 2, (checkpointing, estimate, peak)
+
+
+def test_checkpointing_is_set_under_the_name_that_transformers_has_for_it(monkeypatch: Any) -> None:
+    base = transformers.PreTrainedModel
+    planned = planning.build_model(tiny())
+    expected = [simulate.step_peaks(planned, 2, 64, flag) for flag in (True, False)]
+    for way in ("enable", "disable"):
+        named = getattr(base, f"activation_checkpointing_{way}", None) or getattr(base, f"gradient_checkpointing_{way}")
+        monkeypatch.setattr(base, f"activation_checkpointing_{way}", named, raising=False)
+        monkeypatch.delattr(base, f"gradient_checkpointing_{way}")
+    assert [simulate.step_peaks(planned, 2, 64, flag) for flag in (True, False)] == expected
+    assert expected[0].kept < expected[1].kept
 
 
 def test_reference_configuration_fits_a_16_gb_card_with_a_margin() -> None:
@@ -746,6 +758,11 @@ def test_axolotl_serves_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert done.exit_code == 0 and "The training loss fell" in done.output, done.output
     wrong = ClickRunner().invoke(cli, ["scao", "report", str(tmp_path / "nowhere")])
     assert wrong.exit_code == 2 and "does not exist: pass the output_dir" in wrong.output + wrong.stderr
+    version = ClickRunner().invoke(cli, ["scao", "--version"])
+    assert (version.exit_code, version.output) == (0, f"scao-hf {scao_hf.__version__}\n")
+    (tmp_path / "config.yml").write_text("base_model: x", encoding="utf-8")
+    after = ClickRunner().invoke(cli, ["scao", "compare", str(tmp_path / "config.yml"), "--", "--model", "x"])
+    assert after.exit_code == 2 and "arguments after -- are for a script" in after.output + after.stderr
 
 
 def test_help_says_what_each_argument_is() -> None:
@@ -759,14 +776,23 @@ def test_help_says_what_each_argument_is() -> None:
     assert "what fills the card" in " ".join(run("--help").output.split())
 
 
-def test_the_entry_points_lead_to_the_commands() -> None:
+def test_the_entry_points_lead_to_the_commands(monkeypatch: Any) -> None:
+    """In a group of click, as Axolotl's is, whichever click typer is made of."""
     click = pytest.importorskip("click")
+    from click.testing import CliRunner as ClickRunner
+
     from scao_hf.tools import main
-    from scao_hf.tools.cli import command
+    from scao_hf.tools.axolotl_command import command
 
     assert callable(main)
-    assert isinstance(command, click.Command)
-    assert {"plan", "compare", "report", "doctor"} <= set(command.commands)  # type: ignore[attr-defined]
+    group = click.Group(commands={"scao": command})
+    helped = ClickRunner().invoke(group, ["scao", "--help"])
+    assert helped.exit_code == 0 and all(word in helped.output for word in ("plan", "compare", "report", "doctor"))
+    for broken in (False, True):
+        monkeypatch.setattr(doctor, "examine", lambda broken=broken: doctor.Findings("as it is", broken))
+        done = ClickRunner().invoke(group, ["scao", "doctor"])
+        assert (done.output, done.exit_code) == ("as it is\n", int(broken))
+        assert done.exception is None or isinstance(done.exception, SystemExit)
 
 
 @pytest.mark.parametrize(

@@ -274,7 +274,3 @@ def doctor() -> None:
         found = examine()
     print(found.text)
     raise typer.Exit(1 if found.broken else 0)
-
-
-#: For Axolotl's entry point group ``axolotl.cli_commands``: ``axolotl scao plan ...``.
-command = typer.main.get_command(app)
