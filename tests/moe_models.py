@@ -35,7 +35,7 @@ def base_model(
             num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=2,
-            head_dim=hidden // 2,
+            head_dim=16,
             num_experts_per_tok=2,
             max_position_embeddings=128,
             bos_token_id=1,

@@ -17,6 +17,7 @@ from moe_models import STYLES, TARGETS, backward, base_model, tokens, with_lora 
 from scao_hf.moe import dequantize_experts, fuse_moe_lora, quantize_experts, unfuse_moe_lora  # noqa: E402
 from scao_hf.moe.grouped import GroupedLoRA, Stacked, _has_grouped_kernel, has_grouped_product, route  # noqa: E402
 from scao_hf.moe.nf4 import quantized  # noqa: E402
+from scao_hf.tools.simulate import set_checkpointing  # noqa: E402
 
 EXPERTS, TOKENS = 6, 11
 
@@ -238,7 +239,7 @@ def test_router_logits_and_checkpointing_are_kept() -> None:
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    set_checkpointing(model, True)
     model.enable_input_require_grads()
     model.train()
     torch.testing.assert_close(backward(model), loss)

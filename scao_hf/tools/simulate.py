@@ -150,6 +150,17 @@ class Peaks(NamedTuple):
         return self.kept + max(self.head, self.layer)
 
 
+def set_checkpointing(model: Any, enabled: bool) -> None:
+    """Turn gradient checkpointing of a transformers model on or off, under the name that its release has for it."""
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the latter is deprecated since transformers 5.2x
+    name = next(name for name in names if hasattr(model, f"{name}_enable"))
+    if enabled:
+        # Saving the state of a random generator is no matter of memory, and the meta device has none.
+        getattr(model, f"{name}_enable")({"use_reentrant": False, "preserve_rng_state": False})
+    else:
+        getattr(model, f"{name}_disable")()
+
+
 def step_peaks(model: nn.Module, batch: int, sequence: int, checkpointing: bool) -> Peaks:
     """Run one forward and backward pass of a language model and follow its memory.
 
@@ -168,11 +179,7 @@ def step_peaks(model: nn.Module, batch: int, sequence: int, checkpointing: bool)
     device = next(model.parameters()).device
     tokens = torch.zeros(batch, sequence, dtype=torch.long, device=device)
     toggle: Any = model
-    if checkpointing:
-        # Saving the state of a random generator is no matter of memory, and the meta device has none.
-        toggle.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    else:
-        toggle.gradient_checkpointing_disable()
+    set_checkpointing(model, checkpointing)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), tokens]
     meter = Meter(known)
     marks: dict[str, int] = {}
