@@ -580,6 +580,23 @@ def test_report_says_what_is_unusual(tmp_path: Path, rows: list[dict[str, float]
     assert words in " ".join(said)
 
 
+@pytest.mark.parametrize("value", [1e308, -1e308, math.inf, math.nan])
+def test_a_run_that_diverged_is_reported(tmp_path: Path, value: float) -> None:
+    rows = history(40)
+    for row in rows[15:]:
+        row |= dict.fromkeys(("loss", "eval_loss", "learning_rate", "grad_norm", "scao/skipped"), value)
+    folder = matrix_records(run_folder(tmp_path, rows), 40)
+    path = folder / STATISTICS_NAME
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for record in lines[8:]:
+        record["curvature_norm"] = [value] * len(NAMES)
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    report = run_report.write_report(folder)
+    said = " ".join(report.findings)
+    assert "The loss was NaN or infinite at step 16" in said and "nan" not in said and "inf " not in said
+    assert report.html.is_file() and report.png.is_file()
+
+
 def test_report_without_scao_figures_shows_the_rest(tmp_path: Path) -> None:
     result = run("report", run_folder(tmp_path, history(30, scao=False)))
     page = (tmp_path / run_report.HTML_NAME).read_text(encoding="utf-8")
@@ -590,7 +607,12 @@ def test_mistakes_of_the_report(tmp_path: Path) -> None:
     assert "does not exist: pass the output_dir" in mistake("report", tmp_path / "nowhere")
     assert "is empty" in mistake("report", tmp_path)
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
-    assert "is a file" in mistake("report", tmp_path / "notes.txt")
+    assert "notes.txt is a file: pass the output_dir of the run" in mistake("report", tmp_path / "notes.txt")
+    said = mistake("report", yaml_file(tmp_path, GOOD + "output_dir: ./outputs/mine"))
+    assert "pass the output_dir of the run, which this YAML says is ./outputs/mine" in said
+    (tmp_path / "compared" / "scao-x1" / "run").mkdir(parents=True)
+    said = mistake("report", tmp_path / "compared")
+    assert "compared holds the runs of a comparison: pass one of them" in said and "scao-x1" in said
     assert "has no trainer_state.json" in mistake("report", tmp_path)
     (tmp_path / "trainer_state.json").write_text("{", encoding="utf-8")
     assert "is damaged or no Trainer's" in mistake("report", tmp_path)

@@ -6,11 +6,20 @@ imported by the commands that need them.
 
 from __future__ import annotations
 
+import math
 import sys
+
+#: The largest number in float32; what is beyond it has diverged, and sums and pictures of it would overflow.
+LARGEST = 3.4e38
 
 
 class ToolError(ValueError):
     """A mistake of the user's, told in one line with its fix; the command line exits with 2."""
+
+
+def logged(value: float) -> float:
+    """A figure of a run as it was logged, infinite where float32 would have it so."""
+    return float(value) if not abs(value) > LARGEST else math.copysign(math.inf, value)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from scao_hf.options import RULES, resolve
 from scao_hf.rules import rule_of
-from scao_hf.tools import ToolError
+from scao_hf.tools import ToolError, logged
 from scao_hf.tools.settings import collection, read_yaml, scao_options
 
 ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
@@ -264,7 +264,7 @@ def read_outcome(path: Path, steps: int) -> Outcome:
     complete = any(row.get("end") == steps for row in rows) and len(ordered) == steps
     return Outcome(
         learning_rate=begin.get("learning_rate", math.nan),
-        losses=[row["loss"] for row in ordered],
+        losses=[logged(row["loss"]) for row in ordered],
         seconds=[row["seconds"] for row in ordered],
         data=[row["data"] for row in ordered],
         eval_loss=next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from scao_hf.options import OPTIONS, resolve
 from scao_hf.report import METRICS, STATISTICS_NAME
 from scao_hf.rules import rule_of
-from scao_hf.tools import ToolError
+from scao_hf.tools import ToolError, logged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,13 +101,13 @@ def read_matrices(folder: Path) -> Matrices | None:
                 found.names, found.options = list(map(str, row["matrices"])), resolve(row["options"]["rule"], known)
                 continue
             figures = {
-                key: [float(value) for _, value in zip(found.names, row[key], strict=True)] for key in found.figures
+                key: [logged(value) for _, value in zip(found.names, row[key], strict=True)] for key in found.figures
             }
             found.steps.append(int(row["step"]))
             for key, rows in found.figures.items():
                 rows.append(figures[key])
             first = int(row["step"]) - len(row["optimizer_ms"]) + 1
-            found.milliseconds.update(enumerate(map(float, row["optimizer_ms"]), first))
+            found.milliseconds.update(enumerate(map(logged, row["optimizer_ms"]), first))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ToolError(f"{path} is damaged: delete it to have the report without its heat maps") from error
     return found if found.steps and found.names else None

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from scao_hf.tools import ToolError, matrices
+from scao_hf.tools import ToolError, logged, matrices
+from scao_hf.tools.settings import read_yaml
 
 #: Colours of the phases: AdamW steps, the ramp, steps with curvature.
 FIRST, RAMP, SECOND = "#e8eaee", "#f6e3c0", "#d3ebd9"
@@ -49,19 +50,30 @@ def find_state(run_dir: Path) -> Path:
     if not run_dir.exists():
         raise ToolError(f"{run_dir} does not exist: pass the output_dir of a run")
     if run_dir.is_file():
-        raise ToolError(f"{run_dir} is a file: pass the folder that it lies in")
+        raise ToolError(f"{run_dir} is a file: pass the output_dir of the run{_named_in(run_dir)}")
     own = run_dir / "trainer_state.json"
     saved = [path for path in run_dir.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
     if saved and not own.exists():
         return max(saved, key=lambda path: int(path.parent.name[11:]))
     if own.exists():
         return own
+    if compared := sorted(path for path in run_dir.glob("*/run") if path.is_dir()):
+        raise ToolError(
+            f"{run_dir} holds the runs of a comparison: pass one of them, {' or '.join(map(str, compared))}"
+        )
     if not any(run_dir.iterdir()):
         raise ToolError(f"{run_dir} is empty: the run has saved nothing yet, or this is not its output_dir")
     raise ToolError(
         f"{run_dir} has no trainer_state.json, nor has any checkpoint-* in it: pass the output_dir of a Trainer "
         "or Axolotl run that has saved a checkpoint (save_strategy), or call trainer.save_state() at its end"
     )
+
+
+def _named_in(path: Path) -> str:
+    """The output_dir that an Axolotl YAML names, as an addition to a message."""
+    if path.suffix not in (".yml", ".yaml"):
+        return ""
+    return f", which this YAML says is {read_yaml(path).get('output_dir') or './model-out'}"
 
 
 def read_run(run_dir: Path) -> Run:
@@ -79,7 +91,7 @@ def read_run(run_dir: Path) -> Run:
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     steps, values = series.setdefault(key, ([], []))
                     steps.append(int(row["step"]))
-                    values.append(float(value))
+                    values.append(logged(value))
         length, planned = int(state.get("global_step") or 0), int(state.get("max_steps") or 0)
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ToolError(f"{path} is damaged or no Trainer's: take that of an earlier checkpoint") from error
@@ -119,7 +131,7 @@ def findings(run: Run) -> list[str]:
         )
         return said
     said += _phase_findings(run)
-    skipped = max(run.series.get("scao/skipped", ([], [0.0]))[1])
+    skipped = max(filter(math.isfinite, run.series.get("scao/skipped", ([], []))[1]), default=0.0)
     if skipped:
         said.append(
             f"{skipped:.0f} times a matrix was left as it was for a step, because its gradient held NaN or Inf. In "
