@@ -42,7 +42,7 @@ void adamw(const AdamwTask& task, const Numbers& n, void* scratch) {
   if (sums) accumulate(task.factor, r, sums, static_cast<float>(1 - n.rho));
 
   const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
-  const float mean_scale = static_cast<float>(n.lr / bias(n.beta1, count));
+  const float mean_scale = static_cast<float>(1 / bias(n.beta1, count)), lr = static_cast<float>(n.lr);
   const float root_scale = static_cast<float>(1 / __builtin_sqrt(bias(n.beta2, count)));
   const float eps = static_cast<float>(n.eps), keep = static_cast<float>(1 - n.lr * n.weight_decay);
   for (long c = 0; c < l; c += T) {
@@ -70,7 +70,7 @@ void adamw(const AdamwTask& task, const Numbers& n, void* scratch) {
         for (long j = whole; j < width; j++) mean[j] = m[j - whole], square[j] = v[j - whole];
       }
     }
-    apply_tile(task.param, c, r, width, delta, T, keep);
+    apply_tile(task.param, c, r, width, delta, T, keep, lr);
   }
 }
 

@@ -357,14 +357,14 @@ struct Step {
     const float *result, *grad;
     float* param;
     const long grad_stride, param_stride, ahead, columns;
-    const float keep;
+    const float keep, lr;
     long at = 0;
 
-    INLINE_MEMBER Output(const Step& step, long c, int slot, float keep)
+    INLINE_MEMBER Output(const Step& step, long c, int slot, float keep, float lr)
         : result(step.results[slot]), grad(static_cast<const float*>(step.t.grad.data) + c * step.t.grad.col_stride),
           param(static_cast<float*>(step.t.param.data) + c * step.t.param.col_stride), grad_stride(step.t.grad.col_stride),
           param_stride(step.t.param.col_stride), ahead(c + AHEAD + 2 * COLS <= step.l ? AHEAD + COLS : 0),
-          columns(step.turns(c) ? COLS : 0), keep(keep) {}
+          columns(step.turns(c) ? COLS : 0), keep(keep), lr(lr) {}
 
     INLINE_MEMBER void some(long done, long of, long* agreed) {
       for (; at * of < columns * done; at += VL, result += VL) {
@@ -381,7 +381,7 @@ struct Step {
               x[j] = agreeing(x[j], load(g), agreed);
               fetch(g + ahead * grad_stride);
             }
-            store(to, load(to) * keep - x[j]);
+            store(to, load(to) * keep - lr * x[j]);
             fetch(to + ahead * param_stride);
           }
         }
@@ -396,7 +396,7 @@ struct Step {
 
   // What `Output` leaves out.
   template <bool CAUTIOUS>
-  __attribute__((noinline)) void write(long c, int slot, float keep, long* agreed) const {
+  __attribute__((noinline)) void write(long c, int slot, float keep, float lr, long* agreed) const {
     if (c < 0 || turns(c)) return;
     const long width = smaller(COLS, l - c);
     float *result = results[slot], *g = grads[slot];
@@ -404,7 +404,7 @@ struct Step {
       load_tile(t.grad, c, r, width, g, COLS);
       for (long i = 0; i < r * COLS; i += VL) store(result + i, agreeing(load(result + i), load(g + i), agreed));
     }
-    apply_tile(t.param, c, r, width, result, COLS, keep);
+    apply_tile(t.param, c, r, width, result, COLS, keep, lr);
   }
 
   // The direction of a tile and (U16), and the parameter: with the products still in registers where DIRECT, as gradient
@@ -420,7 +420,7 @@ struct Step {
     float *param = static_cast<float*>(t.param.data) + c, *result = results[slot];
     Input<COLS, false, false> next(*this, c + COLS, 1 - slot, big ? AHEAD - COLS : 0);
     Direction direction(*this, c + COLS, 1 - slot, mean_scale, col_mean, eps);
-    Output<CAUTIOUS> output(*this, behind, 1 - slot, keep);
+    Output<CAUTIOUS> output(*this, behind, 1 - slot, keep, lr);
     for (long i = 0; i < rp; i += RB, grad += RB * grad_stride, param += RB * param_stride, result += RB * COLS) {
       product<RB>({left + i, rp, d, COLS, r}, {other + i, rp, u, COLS, k}, [&](const vf(&acc)[RB][COL_BLOCK]) {
         UNROLL
@@ -438,7 +438,7 @@ struct Step {
                 fetch(at + ahead);
               }
             } else {
-              store(result + ii * COLS + cc * VL, lr * x);
+              store(result + ii * COLS + cc * VL, x);
             }
           }
         }
@@ -449,7 +449,7 @@ struct Step {
     }
     rest(c + COLS, COLS, 1 - slot, false, nullptr);
     last_direction(c + COLS, 1 - slot, mean_scale, col_mean, eps);
-    write<CAUTIOUS>(behind, 1 - slot, keep, agreed);
+    write<CAUTIOUS>(behind, 1 - slot, keep, lr, agreed);
   }
 
   // The direction, (U16), and the parameter.
@@ -473,8 +473,8 @@ struct Step {
         behind = c;
       }
     }
-    Output<CAUTIOUS>(*this, behind, 1 - slot, keep).some(1, 1, &agreed);
-    write<CAUTIOUS>(behind, 1 - slot, keep, &agreed);
+    Output<CAUTIOUS>(*this, behind, 1 - slot, keep, lr).some(1, 1, &agreed);
+    write<CAUTIOUS>(behind, 1 - slot, keep, lr, &agreed);
     if (CAUTIOUS) *t.agreement = static_cast<float>(static_cast<double>(agreed) / static_cast<double>(r * l));
   }
 

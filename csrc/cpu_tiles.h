@@ -57,20 +57,20 @@ inline void load_tile(const View& view, long first, long rows, long width, float
   }
 }
 
-// w <- keep w - delta, delta a tile; keep = 1 - lr * weight_decay.
+// w <- keep w - lr delta, delta a tile; keep = 1 - lr * weight_decay.
 template <Dtype D>
 inline void apply_tile_as(void* data, long row_stride, long col_stride, long rows, long width, const float* tile, long T,
-                   float keep) {
+                   float keep, float lr) {
   const long whole = width / VL * VL;
-  const vf kept = splat(keep);
+  const vf kept = splat(keep), rate = splat(lr);
   if (col_stride == 1) {
     for (long i = 0; i < rows; i++) {
       const long at = i * row_stride;
       const float* delta = tile + i * T;
       for (long c = 0; c < whole; c += VL) {
-        put_vector<D>(data, at + c, get_vector<D>(data, at + c) * kept - load(delta + c));
+        put_vector<D>(data, at + c, get_vector<D>(data, at + c) * kept - rate * load(delta + c));
       }
-      for (long c = whole; c < width; c++) put<D>(data, at + c, get<D>(data, at + c) * keep - delta[c]);
+      for (long c = whole; c < width; c++) put<D>(data, at + c, get<D>(data, at + c) * keep - lr * delta[c]);
     }
     return;
   }
@@ -84,24 +84,25 @@ inline void apply_tile_as(void* data, long row_stride, long col_stride, long row
       UNROLL
       for (int j = 0; j < VL; j++) {
         const long at = (c + j) * col_stride + i;
-        put_vector<D>(data, at, get_vector<D>(data, at) * kept - x[j]);
+        put_vector<D>(data, at, get_vector<D>(data, at) * kept - rate * x[j]);
       }
     }
   }
   for (long c = 0; c < width; c++) {
     for (long i = c < whole ? row_whole : 0; i < rows; i++) {
       const long at = i * row_stride + c * col_stride;
-      put<D>(data, at, get<D>(data, at) * keep - tile[i * T + c]);
+      put<D>(data, at, get<D>(data, at) * keep - lr * tile[i * T + c]);
     }
   }
 }
 
-inline void apply_tile(const View& view, long first, long rows, long width, const float* tile, long T, float keep) {
+inline void apply_tile(const View& view, long first, long rows, long width, const float* tile, long T, float keep,
+                       float lr) {
   void* data = const_cast<void*>(offset(view.data, view.dtype, first * view.col_stride));
   switch (view.dtype) {
-    case F32: return apply_tile_as<F32>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep);
-    case BF16: return apply_tile_as<BF16>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep);
-    case F16: return apply_tile_as<F16>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep);
+    case F32: return apply_tile_as<F32>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep, lr);
+    case BF16: return apply_tile_as<BF16>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep, lr);
+    case F16: return apply_tile_as<F16>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep, lr);
   }
 }
 

@@ -72,9 +72,11 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: s
     assert error <= tolerance, f"{name}: {error:.2g} of the largest entry"
 
 
-def compare(op, default, params, grads, state, step: float, cautious: bool = True) -> None:
+def compare(op, default, params, grads, state, step: float, cautious: bool = True, lr: float = NUMBERS[0]) -> None:
     """Both kernels on copies: state to 2e-6 of its largest entry, parameters to 1e-4 of a step and one rounding."""
-    numbers = (cautious, *NUMBERS) if "agreement" in state else NUMBERS
+    numbers = (lr, *NUMBERS[1:])
+    if "agreement" in state:
+        numbers = (cautious, *numbers)
     other_params = [param.clone() for param in params]
     other = {name: None if value is None else value.clone() for name, value in state.items()}
     op(params, grads, *state.values(), *numbers)
@@ -103,6 +105,19 @@ def test_eigenbasis_kernel_equals_pytorch(level: str, r: int, l: int, k: int) ->
                     compare(
                         ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, NUMBERS[0], cautious
                     )
+
+
+@native
+@pytest.mark.parametrize("lr", [0.0, 1e-40])
+@pytest.mark.parametrize(("r", "l", "k"), [(16, 64, 16), (16, 70, 16), (12, 64, 4)])
+def test_which_entries_agree_does_not_depend_on_the_rate(level: str, r: int, l: int, k: int, lr: float) -> None:
+    """A schedule may reach zero, and a tiny rate times a step underflows; the share of the next step must not suffer."""
+    torch.manual_seed(r * l + k)
+    for dtype in DTYPES:
+        for tall in (False, True):
+            params, grads = members(3, r, l, dtype, tall)
+            state = eigenbasis_state(3, r, l, k)
+            compare(ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, lr, lr=lr)
 
 
 @native
