@@ -475,7 +475,7 @@ struct Step {
     }
     Output<CAUTIOUS>(*this, behind, 1 - slot, keep, lr).some(1, 1, &agreed);
     write<CAUTIOUS>(behind, 1 - slot, keep, lr, &agreed);
-    if (CAUTIOUS) *t.agreement = static_cast<float>(static_cast<double>(agreed) / static_cast<double>(r * l));
+    if (agreed) *t.agreement = static_cast<float>(static_cast<double>(agreed) / static_cast<double>(r * l));
   }
 
   void run() {

@@ -386,7 +386,7 @@ __global__ void finish(State s, Numbers n) {
   if (threadIdx.x == 0 && s.cautious) {
     float total = 0;
     for (int c = 0; c < s.chunks; c++) total += x.agreed[c];
-    s.agreement[matrix] = total / (static_cast<float>(s.r) * s.l);
+    if (total > 0) s.agreement[matrix] = total / (static_cast<float>(s.r) * s.l);
   }
   float sum = 0;
   for (int c = 0; c < s.chunks; c++) sum += x.rows[c * s.r + threadIdx.x];

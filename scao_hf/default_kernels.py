@@ -232,7 +232,7 @@ def _eigenbasis(
         direction = eigenbasis_direction(state, stacked, long_vectors.to(exp_avg.dtype), weights, bias, eps)
     direction.mul_(gain[:, None, None])
     if cautious:
-        direction = update.cautious(direction, stacked, agreement, finite)
+        direction = update.cautious(direction, stacked, agreement)
     _write(params, direction, finite, lr, weight_decay)
 
 

@@ -158,7 +158,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
             if o["cautious"]:
                 agrees = direction * g > 0  # (U16)
                 direction = direction * agrees / max(agreement, 0.5)
-                agreement = float(agrees.double().mean())
+                agreement = float(agrees.double().mean()) or agreement
             if o["tau"] is not None:
                 direction = direction * min(1.0, o["tau"] / float(direction.norm()))
             blend = _ramp(step, start, o["blend_steps"])

@@ -185,21 +185,22 @@ def eigenbasis_direction(
     return basis @ direction.baddbmm_(kept, long_basis)
 
 
-def cautious(direction: Tensor, grads: Tensor, agreement: Tensor, finite: Tensor) -> Tensor:
+def cautious(direction: Tensor, grads: Tensor, agreement: Tensor) -> Tensor:
     """(U16) Only the entries of a step that this gradient agrees with, larger by the share that agreed a step ago.
 
     ``D (D G > 0) / max(a, 1/2)``: the share of the step before stands for this step's own, which is known too late to be
-    used without another pass over the matrix. After C. Liang et al., Cautious Optimizers, 2024.
+    used without another pass over the matrix. A step in which nothing agrees, as without a gradient, leaves a as it is.
+    After C. Liang et al., Cautious Optimizers, 2024.
 
     Args:
         direction: D, ``[N, r, l]``, changed in place.
         grads: G, in the same coordinates; scratch.
-        agreement: a, ``[N]``, replaced by this step's share, not for a matrix that is skipped.
-        finite: 0 for a skipped matrix, ``[N, 1, 1]``.
+        agreement: a, ``[N]``, replaced by this step's share where that is above zero.
     """
     agrees = grads.mul_(direction).gt_(0)
     direction.mul_(agrees).div_(agreement.clamp_min(0.5)[:, None, None])
-    agreement.copy_(torch.where(finite[:, 0, 0] > 0, agrees.mean((1, 2)), agreement))
+    share = agrees.mean((1, 2))
+    agreement.copy_(torch.where(share > 0, share, agreement))
     return direction
 
 

@@ -154,6 +154,14 @@ def test_more_matrices_than_one_launch_takes(kernels) -> None:
     assert largest_error(params, state, other, expected) <= 1
 
 
+def test_a_step_without_gradient_keeps_the_share_that_agreed(kernels) -> None:
+    params, grads, state = case(8, 600, 8, torch.float32, torch.bfloat16)
+    grads[1].zero_()
+    before = state["agreement"].clone()
+    assert step(kernels, params, grads, state) == 0
+    assert (state["agreement"] == before).tolist() == [False, True, False]
+
+
 def test_skipping_and_bounding(kernels) -> None:
     params, grads, state = case(8, 600, 8, torch.float32, torch.bfloat16)
     grads[0][599, 7], grads[1][3, 70] = float("inf"), float("nan")

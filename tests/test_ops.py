@@ -120,6 +120,19 @@ def test_which_entries_agree_does_not_depend_on_the_rate(level: str, r: int, l: 
             compare(ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, lr, lr=lr)
 
 
+@pytest.mark.parametrize("kernel", [pytest.param("native", marks=native), "pytorch"])
+def test_a_step_without_gradient_keeps_the_share_that_agreed(kernel: str) -> None:
+    torch.manual_seed(0)
+    for tall in (False, True):
+        params, grads = members(3, 16, 70, torch.float32, tall)
+        grads[1].zero_()
+        state = eigenbasis_state(3, 16, 70, 16)
+        before = state["agreement"].clone()
+        op = ops.eigenbasis_step_ if kernel == "native" else default_kernels._eigenbasis
+        op(params, grads, *state.values(), True, *NUMBERS)
+        assert (state["agreement"] == before).tolist() == [False, True, False]
+
+
 @native
 @pytest.mark.parametrize(("r", "l", "k"), SIZES)
 def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> None:

@@ -181,7 +181,7 @@ class Eigenbasis:
         direction = eigenbasis_direction(state, grads, long_basis, tick.weights, tick.bias, eps)
         direction = direction.mul_(state["gain"][:, None, None])
         if tick.group["cautious"]:
-            direction = cautious(direction, grads, state["agreement"], tick.finite)
+            direction = cautious(direction, grads, state["agreement"])
         direction = clip_norm(direction, tick.group["tau"])
         if blend == 1.0:
             return direction
