@@ -195,15 +195,18 @@ class Bucket:
         first, last = (-(-part * self.cycle // period) for part in (slot, slot + 1))
         return slice(bisect_left(self.turns, first), bisect_left(self.turns, last))
 
-    def decay(self, factors: Tensor) -> None:
-        """Multiply each member's parameter by its factor, ``[N, 1, 1]``."""
-        shape = (-1, 1, 1) if self.packed else ()
-        torch._foreach_mul_(self._targets(), [factor.view(shape) for factor in self.split(factors)])
+    def subtract(self, delta: Tensor, decay: Tensor | None = None) -> None:
+        """``w <- w - (delta + decay w)`` for the members' parameters, rounded to their dtype once.
 
-    def subtract(self, delta: Tensor) -> None:
-        """Subtract ``delta``, ``[N, r, l]``, from the members' parameters."""
+        Args:
+            delta: ``[N, r, l]`` in the arithmetic dtype, changed in place.
+            decay: ``[N, 1, 1]``.
+        """
         targets = self._targets()
         pieces = [piece.view(target.shape) for piece, target in zip(self.split(delta), targets, strict=True)]
+        if decay is not None:
+            shape = (-1, 1, 1) if self.packed else ()
+            torch._foreach_addcmul_(pieces, targets, [factor.view(shape) for factor in self.split(decay)])
         torch._foreach_sub_(targets, pieces)
 
     def _targets(self) -> list[Tensor]:

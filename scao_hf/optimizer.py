@@ -268,9 +268,7 @@ class SCAO(Optimizer):
         lr, decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):
             lr = lr.detach().to(direction)
-        if decay:
-            bucket.decay(1 - finite * (lr * decay))
-        bucket.subtract(direction.mul_(finite * lr))
+        bucket.subtract(direction.mul_(finite * lr), finite * (lr * decay) if decay else None)
 
     def share_refresh(self, group: Any = None) -> None:
         """Share the refreshes out between the processes of a data-parallel run (DDP). Call it in all of them.

@@ -529,6 +529,26 @@ def test_the_optimizer_steps_the_same_with_and_without(rule: str, int8: bool, mo
         assert used == {"adamw_step_", "symmetric_eigh"} | ({"int8_ema_"} if int8 else set())
 
 
+@native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (40,)])
+def test_decay_and_step_are_rounded_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Neither path rounds the decayed weight before the step: both are the step in float32, then one rounding."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape).to(dtype), [torch.randn(shape).to(dtype) for _ in range(30)]
+    ends = []
+    for kernels in ("native", "pytorch"):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = SCAO([param], lr=2e-3, weight_decay=0.5)
+        for grad in grads:
+            param.grad = grad.clone()
+            for bucket in optimizer._plan():
+                bucket.native = kernels == "native"
+            optimizer.step()
+        ends.append(param.detach())
+    assert (ends[0] == ends[1]).float().mean() > 0.9
+
+
 class Dispatched(TorchDispatchMode):
     """Counts the operations that do work: views and the profiler's marks do none."""
 
