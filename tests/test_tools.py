@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import xml.dom.minidom
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -595,6 +596,20 @@ def test_a_run_that_diverged_is_reported(tmp_path: Path, value: float) -> None:
     said = " ".join(report.findings)
     assert "The loss was NaN or infinite at step 16" in said and "nan" not in said and "inf " not in said
     assert report.html.is_file() and report.png.is_file()
+
+
+@pytest.mark.parametrize("name", [r"$\frac$ {x}%s [x] <b>&", "two\nlines", os.fsdecode(b"byte \xff")])
+def test_report_of_a_folder_with_any_name(tmp_path: Path, name: str) -> None:
+    folder = matrix_records(run_folder(tmp_path / name, history(30, skipped=4)), 30)
+    text = (folder / STATISTICS_NAME).read_text(encoding="utf-8")
+    matrix = r"lone \ud800 $\\frac$ <i>"
+    (folder / STATISTICS_NAME).write_text(text.replace(NAMES[3], matrix), encoding="utf-8")
+    result = run("report", folder)
+    assert result.exit_code == 0, result.output
+    page = (folder / run_report.HTML_NAME).read_text(encoding="utf-8")
+    assert f"Run {escape(os.fsencode(name).decode(errors='replace'))}</h1>" in page
+    assert "lone ? $\\frac$ &lt;i&gt;" in page and r"lone \ud800" in result.stdout
+    assert (folder / run_report.PNG_NAME).read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_without_scao_figures_shows_the_rest(tmp_path: Path) -> None:

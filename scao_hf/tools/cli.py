@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -47,6 +48,8 @@ def common(
     ] = False,
 ) -> None:
     """Plan, watch and check fine-tuning with SCAO."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold bytes that are no text
 
 
 @contextmanager
@@ -131,7 +134,7 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
     chosen = plan.settings
     lora = f", {plan.lora_pairs} LoRA pairs of rank {chosen.rank}" if chosen.adapter else ""
     console.print(
-        f"[bold]{escape(chosen.model)}[/]: {plan.parameters / 1e9:.2f} billion parameters (from {plan.source}), "
+        f"[bold]{escape(chosen.model)}[/]: {plan.parameters / 1e9:.2f} billion parameters (from {escape(plan.source)}), "
         f"{plan.trainable / 1e6:.2f} million trainable{lora}; batch {chosen.batch} x {chosen.sequence} tokens, "
         f"gradient checkpointing {'on' if chosen.checkpointing else 'off'}"
     )
@@ -217,7 +220,7 @@ def compare(
         with _progress(console) as bars:
 
             def watch(arm: arms.Arm) -> Callable[[int], None]:
-                text = f"{arm.optimizer}, learning rate {arm.rate.text}"
+                text = f"{escape(arm.optimizer)}, learning rate {arm.rate.text}"
                 task = bars.add_task(text, total=steps)
                 return lambda done: bars.update(task, completed=done)
 
@@ -230,7 +233,7 @@ def compare(
     table = Table()
     table.add_column("")
     for side in sides:
-        table.add_column(side.optimizer, justify="right")
+        table.add_column(escape(side.optimizer), justify="right")
     for name, values in comparison.summary(sides):
         table.add_row(name, *values)
     if table.row_count:

@@ -211,7 +211,8 @@ def draw(sides: tuple[Side, Side], path: Path) -> None:
             axes.plot(x, side.best.losses, color=colour, linewidth=0.7, alpha=0.3)
             axes.plot(x, smoothed(side.best.losses), color=colour, linewidth=1.8, label=label)
     by_step.set_ylabel("training loss (strong: smoothed)")
-    by_step.legend()
+    for entry in by_step.legend().get_texts():
+        entry.set_parse_math(False)  # an optimizer's name is no formula
     for axes, label in ((by_step, "step"), (by_second, "seconds")):
         axes.set_xlabel(label)
         axes.grid(color="#c9ced6", linewidth=0.5)

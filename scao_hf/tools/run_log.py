@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -103,7 +104,8 @@ def read_run(run_dir: Path) -> Run:
             sorted(found.milliseconds),
             [found.milliseconds[s] for s in sorted(found.milliseconds)],
         )
-    return Run(run_dir.resolve().name, series, length or series["loss"][0][-1], planned, found)
+    name = os.fsencode(run_dir.resolve().name).decode(errors="replace")  # it may hold bytes that are no text
+    return Run(name, series, length or series["loss"][0][-1], planned, found)
 
 
 def findings(run: Run) -> list[str]:

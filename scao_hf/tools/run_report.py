@@ -141,7 +141,8 @@ def _png(run: Run, panels: list[Panel], path: Path) -> None:
     pictures = _pictures(run, panels)
     rows = -(-len(pictures) // 2)
     figure = Figure(figsize=(11, 2.7 * rows + 0.6), layout="constrained", facecolor="white")
-    figure.suptitle(f"{run.name}: grey phase 1 (AdamW), amber ramp, green phase 2 (curvature)", fontsize=12, color=INK)
+    title = f"{run.name}: grey phase 1 (AdamW), amber ramp, green phase 2 (curvature)"
+    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     parts = figure.subfigures(rows, 2, squeeze=False).flatten()
     for part, (panel, draw) in zip(parts, pictures, strict=False):
         part.suptitle(panel.title, fontsize=11, color=INK)
@@ -210,7 +211,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Report:
     html, png = folder / HTML_NAME, folder / PNG_NAME
     actions: list[Callable[[], Any]] = [
         lambda: folder.mkdir(parents=True, exist_ok=True),
-        lambda: html.write_text(_page(run, panels, said), encoding="utf-8"),
+        lambda: html.write_text(_page(run, panels, said), encoding="utf-8", errors="replace"),
         lambda: _png(run, panels, png),
     ]
     try:
