@@ -5,6 +5,8 @@ from __future__ import annotations
 # ruff: noqa: E402 -- what the notebook needs may be missing
 import json
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,10 @@ for package in ("nbclient", "nbformat", "ipykernel", "peft", "bitsandbytes", "da
     pytest.importorskip(package, reason=f"the notebook needs {package}")
 
 import nbformat
+from environments import copy_sources, run, setuptools_wheel, show_torch
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 from test_examples import chat_model  # noqa: F401 -- a fixture
 
 from scao_hf.tools.settings import from_yaml
@@ -39,6 +44,57 @@ def test_its_settings_are_those_of_the_reference_configuration() -> None:
     reference = from_yaml(ROOT / "examples" / "axolotl" / "qwen2.5-3b-qlora.yml")
     found = [chosen[name] for name in ("MODEL", "RANK", "BATCH", "LENGTH")]
     assert found == [reference.model, reference.rank, reference.batch, reference.sequence]
+
+
+def begin(folder: Path, work: Path, repo: str) -> str:
+    """Run the notebook up to its plan in a new environment without SCAO, from ``work``; what the cells print."""
+    made = run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
+    assert made.returncode == 0, made.stderr
+    python = folder / "env" / "bin" / "python"
+    show_torch(python)
+    setuptools_wheel(folder)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    plan = next(i for i, cell in enumerate(notebook.cells) if '"plan"' in cell.source)
+    notebook.cells = notebook.cells[: plan + 1]
+    install = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    install.source = install.source.replace('REPO, BRANCH = ""', f"REPO, BRANCH = {repo!r}")
+    notebook.cells.append(nbformat.v4.new_code_cell("import scao_hf\nprint(scao_hf.__file__)"))
+    kernel = AsyncKernelManager()
+    kernel.kernel_spec.argv[0] = str(python)
+    client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(work)}})
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    client.execute(env={**environment, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)})
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+
+
+@pytest.mark.parametrize("place", ["Colab", "a clone"])
+def test_the_first_cells_install_scao_and_plan(place: str, tmp_path: Path) -> None:
+    """Colab opens the notebook alone, in an empty folder; in a clone it lies in ``examples``."""
+    clone, work = tmp_path / "clone", tmp_path / "content"
+    for folder in (clone, work):
+        folder.mkdir()
+    copy_sources(clone)
+    if place == "Colab":
+        if shutil.which("git") is None:
+            pytest.skip("git is not on PATH")
+        commit = "git init -q -b main && git add -A && git -c user.name=any -c user.email=any@any commit -q -m any"
+        assert run("sh", "-c", commit, cwd=clone).returncode == 0
+        printed = begin(tmp_path, work, str(clone))
+    else:
+        (clone / "examples").mkdir()
+        printed = begin(tmp_path, clone / "examples", "")
+    assert "16 GB (yours)" in printed
+    assert printed.splitlines()[-1].startswith(str(tmp_path / "env"))
+
+
+@pytest.mark.parametrize(
+    ("repo", "message"), [("", "set REPO in this cell to the repository"), ("/nowhere", "git says above why")]
+)
+def test_an_installation_that_fails_says_why(repo: str, message: str, tmp_path: Path) -> None:
+    work = tmp_path / "content"
+    work.mkdir()
+    with pytest.raises(CellExecutionError, match=message):
+        begin(tmp_path, work, repo)
 
 
 def test_every_cell_runs(chat_model: Path, tmp_path: Path) -> None:  # noqa: F811 -- pytest's way

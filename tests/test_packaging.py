@@ -6,22 +6,17 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
-from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from environments import ROOT, copy_sources, run, setuptools_wheel, show_torch
 
 from scao_hf import ops
 
 pytest.importorskip("setuptools", minversion="77")
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (
-    "scao_hf", "axolotl_plugin", "csrc", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in",
-)  # fmt: skip
 COMPILER = os.environ.get("CXX", "g++")
 
 STEPS = """
@@ -48,13 +43,6 @@ print(scao_hf.backend()["cpu"])
 """
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command without this process's settings for SCAO."""
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("SCAO_") and k not in ("PYTHONPATH", "CXX")}
-    words = [str(part) for part in command]
-    return subprocess.run(words, cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True)
-
-
 def wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Build a wheel from a folder or a source distribution, with the setuptools and torch of this environment."""
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel")
@@ -64,16 +52,7 @@ def wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a checkout holds, without what was built in it."""
-    folder = tmp_path_factory.mktemp("sources")
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            shutil.copytree(
-                ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-            )
-        else:
-            shutil.copy(ROOT / name, folder)
-    return folder
+    return copy_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +74,6 @@ def plain_wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return next(out.glob("*.whl"))
 
 
-def show_torch(python: Path) -> None:
-    """Let an environment see what this one holds. A path in a .pth file does not make other .pth files run."""
-    packages = next((python.parents[1] / "lib").glob("python*/site-packages"))
-    (packages / "torch_of_the_tests.pth").write_text(sysconfig.get_path("purelib") + "\n")
-
-
 def installed(built: Path, folder: Path) -> Path:
     """The interpreter of a new environment that holds the wheel and, of the rest, what this environment has."""
     made = run(sys.executable, "-m", "venv", "--without-pip", folder / "env", cwd=folder)
@@ -116,16 +89,6 @@ def installed(built: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def plain(plain_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return installed(plain_wheel, tmp_path_factory.mktemp("plain-env"))
-
-
-def setuptools_wheel(folder: Path) -> None:
-    """The setuptools of this environment as a wheel, so that pip's build environment needs no network."""
-    found = distribution("setuptools")
-    assert found.files is not None
-    with zipfile.ZipFile(folder / f"setuptools-{found.version}-py3-none-any.whl", "w") as archive:
-        for file in found.files:
-            if ".." not in file.parts and file.suffix != ".pyc":
-                archive.write(file.locate(), str(file))
 
 
 @pytest.fixture(scope="module")
