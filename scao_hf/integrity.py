@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -60,12 +61,14 @@ def opened(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name != CHECKSUM}
 
 
-def check(state: dict[Any, dict[str, Any]]) -> None:
-    """Raise ``ValueError`` unless every entry that has a checksum fits it."""
+def check(state: dict[Any, dict[str, Any]], labels: Mapping[Any, str]) -> None:
+    """Raise ``ValueError`` unless every entry that has a checksum fits it; ``labels`` are what messages call the entries."""
     for key, entry in state.items():
         saved = entry.get(CHECKSUM)
         if CHECKSUM in entry and (not isinstance(saved, int) or saved != checksum(entry)):
             raise ValueError(
-                f"parameter {key}: the saved state does not fit its checksum, so the file is damaged or was edited: take "
-                f"an earlier checkpoint (after an edit of your own, delete {CHECKSUM!r} from the entry)"
+                f"{labels[key]}: the saved state does not fit its checksum: it has changed since state_dict() was called. If "
+                "it was kept in memory, its tensors are the live ones: keep copy.deepcopy(optimizer.state_dict()) instead. If "
+                "it comes from a file, the file is damaged: take an earlier checkpoint. After an edit of your own, delete "
+                f"{CHECKSUM!r} from the entry"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -111,7 +112,8 @@ class SCAO(Optimizer):
         self._shards: Shards | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_passed": self._passed}
+        state = defaultdict(dict, storage.apart(self.state))
+        return {**super().__getstate__(), "state": state, "_passed": self._passed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -287,13 +289,14 @@ class SCAO(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict: tensors and numbers only, loadable with ``torch.load(weights_only=True)``.
 
-        Each parameter's entry has a checksum (``scao_hf.integrity``), which ``load_state_dict`` checks.
+        As with AdamW the tensors are the live ones, which the next steps change: to keep a state in memory, copy it with
+        ``copy.deepcopy``. Each parameter's entry has a checksum (``scao_hf.integrity``), which ``load_state_dict`` checks.
 
         With sharded parameters (FSDP2) all processes have to call it together: each parameter's state is then its step
         and one DTensor of bytes (``scao_hf.distributed.serial``), which torch.distributed.checkpoint saves and cuts anew.
         """
         saved = super().state_dict()
-        saved["state"] = integrity.sealed(saved["state"])
+        saved["state"] = integrity.sealed(storage.apart(saved["state"]))
         # A schedule in NumPy leaves a learning rate that torch.load(weights_only=True) refuses.
         saved["param_groups"] = [
             {name: float(value) if isinstance(value, float) else value for name, value in group.items()}

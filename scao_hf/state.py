@@ -181,7 +181,7 @@ def labels(state_dict: dict[str, Any]) -> dict[Any, str]:
 
 
 def check_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor] = ()) -> None:
-    """Raise ``ValueError`` unless the entries of ``state_dict`` fit: these shapes, all their fields, all finite.
+    """Raise ``ValueError`` unless the entries of ``state_dict`` fit: all their fields, these shapes and kinds of numbers.
 
     Entries of the parameters ``elsewhere``, whose state another process holds, are not looked at.
     """
@@ -269,42 +269,60 @@ def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[s
         raise ValueError(
             f"{where}: the saved state lacks {sorted(missing)} and has {sorted(map(str, extra))} that do not belong"
         )
-    matrix = any(member.block is not None for _, member in _members(param, group))
-    for key, field in fields.items():
-        value, name = entry[key], key.partition(".")[0]
+    for name, field in fields.items():
+        value = entry[name]
         if not isinstance(value, Tensor) or value.shape != field.shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{where}: saved {key} is {found}, expected a tensor of shape {tuple(field.shape)}")
+            raise ValueError(f"{where}: saved {name} is {found}, expected a tensor of shape {tuple(field.shape)}")
         if value.dtype != field.dtype and not (value.is_floating_point() and field.is_floating_point()):
-            raise ValueError(f"{where}: saved {key} is {value.dtype}, expected {field.dtype}")
-        legal = {"taken": TAKEN._replace(high=step), "level": LEVEL}.get(name)
-        legal = legal or encoding.legal(name, rule_of(group, matrix))
-        offence = legal.offence(value.to(field.dtype))
-        if offence is not None:
-            raise ValueError(
-                f"{where}: saved {key} holds {offence:g}; its entries must be {legal}: the file is damaged or was edited, or "
-                "the run had diverged. Take an earlier checkpoint, or start from the weights alone"
-            )
+            raise ValueError(f"{where}: saved {name} is {value.dtype}, expected {field.dtype}")
 
 
 def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor] = ()) -> State:
     """Copies of a checked state dict's entries, by live parameter: on its device, in the dtypes that the rule uses.
 
     Of the parameters ``elsewhere``, whose state another process holds, only the step.
+
+    Raises:
+        ValueError: a field holds what it cannot.
     """
     fresh: State = {}
+    names = labels(state_dict)
     for key, param, saved in pairs(state_dict, groups):
         entry = state_dict["state"].get(key)
         if entry is None:
             continue
+        step = entry["step"]
+        fresh[param] = {"step": step}
         if param in elsewhere:
-            fresh[param] = {"step": entry["step"]}
             continue
-        fields = expected(param, saved, entry["step"])
-        fresh[param] = {
-            name: value.detach().to(device=param.device, dtype=fields[name].dtype, copy=True)
-            if isinstance(value, Tensor)
-            else value
-            for name, value in entry.items()
-        }
+        matrix = any(member.block is not None for _, member in _members(param, saved))
+        for name, like in expected(param, saved, step).items():
+            value = entry[name].detach().to(device=param.device, dtype=like.dtype, copy=True)
+            field = name.partition(".")[0]
+            own = {"taken": TAKEN._replace(high=step), "level": LEVEL}.get(field)
+            legal = own or encoding.legal(field, rule_of(saved, matrix))
+            offence = legal.offence(value)
+            if offence is not None:
+                raise ValueError(
+                    f"{names[key]} of shape {tuple(param.shape)}: saved {name} holds {offence:g}; its entries must be {legal}: "
+                    "the file is damaged or was edited, or the run had diverged. Take an earlier checkpoint, or start from "
+                    "the weights alone"
+                )
+            fresh[param][name] = value
     return fresh
+
+
+def apart(value: Any) -> Any:
+    """Nested dicts of state whose tensors have storages of their own, over the same memory.
+
+    A view of a stack is saved with all of that, and pickled with all of it once for each view.
+    """
+    if isinstance(value, dict):
+        return {name: apart(each) for name, each in value.items()}
+    if type(value) is not Tensor or value.untyped_storage().nbytes() <= value.nbytes:
+        return value
+    whole = value.contiguous()
+    first = whole.storage_offset() * whole.element_size()
+    part = whole.untyped_storage()[first : first + whole.nbytes]
+    return torch.empty(0, dtype=value.dtype, device=value.device).set_(part, 0, value.shape)  # type: ignore[call-overload]

@@ -79,7 +79,7 @@ def test_every_one_of_300_flipped_bits_is_noticed() -> None:
         entry[name] = entry[name].contiguous()
         data = entry[name].view(-1).view(torch.uint8)
         data[chance.randrange(data.numel())] ^= 1 << chance.randrange(8)
-        with pytest.raises(ValueError, match=r"checksum|its entries must be"):
+        with pytest.raises(ValueError, match="checksum"):
             optimizer.load_state_dict(wrong)
     assert equal(before, optimizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(params, weights, strict=True))

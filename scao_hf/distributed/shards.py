@@ -18,7 +18,7 @@ from scao_hf import integrity
 from scao_hf.distributed import serial
 from scao_hf.distributed.exchange import Exchange, chunks, is_sharded, shard_dim
 from scao_hf.distributed.serial import BYTES, as_bytes
-from scao_hf.state import Groups, State, Wholes, check_groups, check_state, exact_state, pairs
+from scao_hf.state import Groups, State, Wholes, check_groups, check_state, exact_state, labels, pairs
 
 
 def balance(costs: Sequence[int], loads: list[int]) -> list[int]:
@@ -282,6 +282,6 @@ def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[
     }
     state_dict = {**state_dict, "state": entries}
     check_state(state_dict, groups, elsewhere)
-    # Last, as the others say better what is wrong.
-    integrity.check(saved)
+    # Afterwards, as those checks say better what is wrong, and before single numbers are judged.
+    integrity.check(saved, labels(state_dict))
     return exact_state(state_dict, groups, elsewhere)
