@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import data
+import packed
 import torch
 import torch.nn.functional as F
 from models import GPT, GPT_SIZES, TARGETS, cached, device, prepare_smollm2, prepare_tiny
@@ -81,6 +82,7 @@ class LoraTask(Task):
         if not self.held_out:
             raise ValueError(f"no held-out row has at most {length} tokens: raise --max-tokens")
         self.bf16 = next(base.parameters()).dtype == torch.bfloat16
+        self.packed = device().type == "cpu" and packed.supports(base, targets)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
         self.model = get_peft_model(base, config).to(device())
         self.body, self.head = base.model, base.lm_head
@@ -116,6 +118,17 @@ class LoraTask(Task):
         return float(sum(total for total, _ in parts)) / sum(count for _, count in parts)
 
     def _summed(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
+        return self._summed_packed(rows) if self.packed else self._summed_padded(rows)
+
+    def _summed_packed(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
+        hidden = packed.hidden(self.body, [torch.tensor(prompt + answer) for prompt, answer in rows])
+        labels = torch.tensor(
+            [label for prompt, answer in rows for label in [-100] * (len(prompt) - 1) + answer + [-100]]
+        )
+        learned = labels != -100
+        return packed.SummedLoss.apply(hidden[learned], self.head.weight, labels[learned]), int(learned.sum())
+
+    def _summed_padded(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
         width = max(sum(map(len, row)) for row in rows)
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         labels = torch.full((len(rows), width), -100)
