@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from scao_hf.buckets import Bucket
-from scao_hf.distributed.exchange import is_sharded
-from scao_hf.state import Groups, Wholes
+from scao_hf.distributed.exchange import is_sharded, local_gradient
+from scao_hf.state import Groups
 
 #: Steps in a row without a finite gradient that end a run.
 PATIENCE = 10
@@ -15,24 +17,28 @@ PATIENCE = 10
 MEMORY = 10
 
 
-def nonfinite(groups: Groups, wholes: Wholes) -> RuntimeError | None:
-    """What ``on_nonfinite="raise"`` has to say about the gradients that are held whole here.
+def check_finite(groups: Groups) -> None:
+    """Raise ``RuntimeError`` where ``on_nonfinite="raise"`` refuses what this process has of the gradients."""
+    held = [
+        (group, param, local_gradient(param) if is_sharded(param) else param.grad)
+        for group in groups
+        if group["on_nonfinite"] == "raise"
+        for param in group["params"]
+        if param.grad is not None
+    ]
+    for group, param, grad in held:
+        if not bool(torch.isfinite(grad).all()):
+            raise RuntimeError(
+                f"the gradient of the parameter{_name(param, group)} of shape {tuple(param.shape)} holds NaN or Inf and "
+                "on_nonfinite='raise'; nothing was changed. Pass on_nonfinite='skip' to leave such a matrix as it is for "
+                "the step"
+            )
 
-    Args:
-        groups: the parameter groups.
-        wholes: for each sharded parameter the whole one, where this process has it.
-    """
-    for group in groups:
-        if group["on_nonfinite"] != "raise":
-            continue
-        for param in group["params"]:
-            held = wholes.get(param) if is_sharded(param) else param
-            if held is not None and held.grad is not None and not bool(torch.isfinite(held.grad).all()):
-                return RuntimeError(
-                    f"the gradient of a parameter of shape {tuple(param.shape)} holds NaN or Inf and on_nonfinite="
-                    "'raise'; nothing was changed. Pass on_nonfinite='skip' to leave such a matrix as it is for the step"
-                )
-    return None
+
+def _name(param: Tensor, group: dict[str, Any]) -> str:
+    """A parameter's name as a message has it, nothing where it has none."""
+    names = zip(group["params"], group.get("param_names", ()), strict=False)
+    return next((f" {name!r}" for each, name in names if each is param), "")
 
 
 class Watch:
@@ -48,17 +54,17 @@ class Watch:
         #: Of each bucket, by the places of its members: the last look at it, its step and its counters then.
         self._seen: dict[tuple[tuple[int, str], ...], tuple[int, int, Tensor]] = {}
 
-    def due(self) -> bool:
-        """Count a step; whether this is one to look in."""
+    def check(self, buckets: list[Bucket]) -> None:
+        """Count a step that is about to be taken; one synchronisation where it is one to look in.
+
+        Raises:
+            RuntimeError: names the first such parameter.
+        """
         self._steps += 1
         if self._steps < self._next:
-            return False
+            return
         self._looks += 1
         self._next += PATIENCE + (self._looks % 3 == 2)
-        return True
-
-    def problem(self, buckets: list[Bucket]) -> RuntimeError | None:
-        """The error for the first such parameter, before a step; one synchronisation where there has been a look before."""
         late: list[tuple[Bucket, Tensor]] = []
         look = self._looks
         seen = {key: last for key, last in self._seen.items() if last[0] > look - MEMORY}
@@ -74,17 +80,16 @@ class Watch:
             seen[key] = look, bucket.step, taken.clone()
         self._seen = seen
         if not late:
-            return None
+            return
         first = late[0][1].device
         stuck = torch.cat([skipped.to(first) for _, skipped in late])
         if not bool(stuck.any()):
-            return None
+            return
         owners = [(bucket, member) for bucket, _ in late for member in bucket.members for _ in range(member.size)]
         bucket, member = owners[int(stuck.int().argmax())]
         self._seen.clear()
-        names = zip(bucket.group["params"], bucket.group.get("param_names", ()), strict=False)
-        name = next((f" {name!r}" for param, name in names if param is member.param), "")
-        return RuntimeError(
+        name = _name(member.param, bucket.group)
+        raise RuntimeError(
             f"the parameter{name} of shape {tuple(member.param.shape)} has had a gradient with NaN or Inf in at least "
             f"{PATIENCE} steps in a row and does not train; nothing was changed in this one. Go back to a checkpoint from "
             "before that and lower the learning rate, or look for the cause in the data or in the loss"

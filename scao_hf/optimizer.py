@@ -16,11 +16,11 @@ from scao_hf import integrity, report
 from scao_hf import options as opt
 from scao_hf import state as storage
 from scao_hf.buckets import Bucket, is_matrix
-from scao_hf.distributed.exchange import check_flattened, check_placement
+from scao_hf.distributed.exchange import agreed, check_flattened, check_placement
 from scao_hf.distributed.shards import Shards, restored
 from scao_hf.distributed.sharing import Sharing
 from scao_hf.experts import Packing, find_experts, split_group
-from scao_hf.finite import Watch, nonfinite
+from scao_hf.finite import Watch, check_finite
 from scao_hf.precision import full_precision
 from scao_hf.rules import Tick, rule_of
 from scao_hf.storage import opened
@@ -175,20 +175,21 @@ class SCAO(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, a non-finite one under ``on_nonfinite="raise"``, or a parameter that has had no
-                finite gradient in ten steps or more. Before anything is changed.
+                finite gradient in ten steps or more. Before anything is changed, and with sharded parameters in all
+                processes where it is one's.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._agree(nonfinite(self.param_groups, {}))
-        buckets, shards = self._plan(), self._shards
-        if self._watch.due():
-            self._agree(self._watch.problem(buckets), shards)
+        buckets: list[Bucket] = []
+        with agreed(self.param_groups):
+            check_finite(self.param_groups)
+            buckets = self._plan()
+            self._watch.check(buckets)
+        shards = self._shards
         if shards is not None:
             shards.gather()
-            if any(group["on_nonfinite"] == "raise" for group in self.param_groups):
-                self._agree(nonfinite(self.param_groups, shards.wholes), shards)
         sharing = self._sharing
         parts = [] if sharing is None else sharing.split(buckets)
         for index, bucket in enumerate(buckets):
@@ -230,14 +231,6 @@ class SCAO(Optimizer):
         return storage.build_buckets(
             self.param_groups, self.state, include, self._shards.wholes if self._shards is not None else None
         )
-
-    @staticmethod
-    def _agree(problem: RuntimeError | None, shards: Shards | None = None) -> None:
-        """Raise ``problem``; with sharded parameters in all processes where one has one."""
-        if shards is not None:
-            shards.agree(problem)
-        elif problem is not None:
-            raise problem
 
     def _step_bucket(self, bucket: Bucket, due: slice | None) -> None:
         """One step of one bucket, whose moments are decoded for it where they are kept encoded.
@@ -313,11 +306,10 @@ class SCAO(Optimizer):
                 optimizer is unchanged then.
         """
         fresh: storage.State = {}
-        shards = Shards.of(self.param_groups)
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            incoming = storage.completed(incoming)
-            fresh.update(restored(incoming, self.param_groups, shards))
+            incoming, state = restored(incoming, self.param_groups)
+            fresh.update(state)
             return {**incoming, "state": {}}
 
         # The first hook runs after those of the user, which may replace the dict, and before torch changes anything.

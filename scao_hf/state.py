@@ -13,14 +13,10 @@ from scao_hf import ops, options
 from scao_hf import storage as encoding
 from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of, turns_of
 from scao_hf.experts import packing_of
-from scao_hf.rules import Legal, rule_of
-from scao_hf.update import LARGEST_GRADIENT
+from scao_hf.rules import COUNTERS, rule_of
 
 #: Version of the state's layout, kept in every parameter group.
 VERSION = 2
-
-#: What the counter and the level of every parameter can be (``create``); a parameter has not taken more steps than ``step``.
-TAKEN, LEVEL = Legal(0, whole=True), Legal(0, LARGEST_GRADIENT)
 
 State = dict[Tensor, dict[str, Any]]
 Groups = list[dict[str, Any]]
@@ -259,11 +255,16 @@ def check_groups(state_dict: dict[str, Any], groups: Groups) -> None:
         raise ValueError(f"the saved state has entries for unknown parameters: {sorted(map(str, strangers))[:5]}")
 
 
-def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+def check_step(where: str, entry: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless a saved entry has counted its steps."""
     step = entry.get("step")
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"{where}: the saved step is {step!r}: it must be an integer of at least 0")
-    fields = expected(param, group, step)
+
+
+def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+    check_step(where, entry)
+    fields = expected(param, group, entry["step"])
     missing, extra = fields.keys() - entry.keys(), entry.keys() - fields.keys() - {"step"}
     if missing or extra:
         raise ValueError(
@@ -300,8 +301,9 @@ def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
         for name, like in expected(param, saved, step).items():
             value = entry[name].detach().to(device=param.device, dtype=like.dtype, copy=True)
             field = name.partition(".")[0]
-            own = {"taken": TAKEN._replace(high=step), "level": LEVEL}.get(field)
-            legal = own or encoding.legal(field, rule_of(saved, matrix))
+            legal = COUNTERS.get(field) or encoding.legal(field, rule_of(saved, matrix))
+            if field == "taken":
+                legal = legal._replace(high=step)
             offence = legal.offence(value)
             if offence is not None:
                 raise ValueError(

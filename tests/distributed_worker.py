@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from scao_hf import SCAO, create_scao_optimizer, ops
 from scao_hf.experts import Packing, unpack
@@ -405,6 +405,63 @@ def refusals(rank: int, world: int) -> dict[str, str]:
         "share sharded": lambda: shared(shard(build())),
         "share different": lambda: shared(nn.Linear(3 + rank, 2)),
         "nan": lambda: stepped(on_nonfinite="raise"),
+    }
+    found = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (ValueError, RuntimeError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+@scenario
+def alone_with_it(rank: int, world: int, mesh: tuple[int, ...]) -> dict[str, str]:
+    """What the last process alone cannot do, with a sharded parameter and an ordinary one, and what the others say then."""
+    grid = init_device_mesh("cpu", mesh or (world,))
+    placements = [*[Replicate()] * (len(mesh) - 1), Shard(0)] if mesh else [Shard(0)]
+    last = rank == world - 1
+
+    def both(**options: Any) -> tuple[nn.Parameter, nn.Parameter, SCAO]:
+        cut, whole = nn.Parameter(distribute_tensor(torch.ones(8, 6), grid, placements)), nn.Parameter(torch.ones(8, 6))
+        cut.grad, whole.grad = torch.ones_like(cut), torch.ones_like(whole)
+        groups = [{"params": [("cut", cut)]}, {"params": [("whole", whole)]}]
+        return cut, whole, SCAO(groups, **{**QUICK, **options})
+
+    def stepped(spoil: Callable[[nn.Parameter, nn.Parameter, SCAO], Any], **options: Any) -> None:
+        cut, whole, optimizer = both(**options)
+        if last:
+            spoil(cut, whole, optimizer)
+        for _ in range(30):
+            optimizer.step()
+
+    def loaded(change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        _, _, optimizer = both()
+        optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(change(state) if last else state)
+
+    def nan(param: nn.Parameter) -> None:
+        assert param.grad is not None
+        (param.grad.to_local() if hasattr(param.grad, "to_local") else param.grad).fill_(float("nan"))
+
+    def flat(optimizer: SCAO) -> None:
+        optimizer.param_groups[1]["params"] = [nn.Parameter(torch.ones(48))]
+
+    def negative(state: dict[str, Any]) -> dict[str, Any]:
+        state["state"][1]["exp_avg_sq"].fill_(-1)
+        del state["state"][1]["checksum"]
+        return state
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "nan in a whole gradient": lambda: stepped(lambda _, whole, __: nan(whole), on_nonfinite="raise"),
+        "nan in a shard": lambda: stepped(lambda cut, *_: nan(cut), on_nonfinite="raise"),
+        "sparse": lambda: stepped(lambda _, whole, __: setattr(whole, "grad", torch.ones(8, 6).to_sparse())),
+        "stuck": lambda: stepped(lambda _, whole, __: nan(whole)),
+        "flattened": lambda: stepped(lambda *spoilt: flat(spoilt[2])),
+        "no state": lambda: loaded(lambda _: {"weights": 1}),
+        "no step": lambda: loaded(lambda state: (state["state"][0].pop("step"), state)[1]),
+        "negative": lambda: loaded(negative),
     }
     found = {}
     for name, attempt in attempts.items():

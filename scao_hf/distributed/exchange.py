@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,6 +69,55 @@ def shard_dim(param: Any) -> int:
             "tensor parallelism and shard_placement_fn"
         )
     return cut[0]
+
+
+@contextmanager
+def agreed(groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Raise what the block raises in all processes: one that has raised alone would leave the others waiting for it.
+
+    Without sharded parameters every process is on its own. Collective otherwise: one number where nothing is raised.
+
+    Raises:
+        ValueError, RuntimeError: the error of another process, with its number.
+    """
+    problem = None
+    try:
+        yield
+    except Exception as error:  # whatever it is, it is raised below
+        problem = error
+    params = (param for group in groups for param in group["params"])
+    sharded: Any = next(filter(is_sharded, params), None) if dist.is_available() and dist.is_initialized() else None
+    told = None if problem is None else (isinstance(problem, ValueError), str(problem))
+    if sharded is not None:
+        told = _told(told, sharded.device_mesh, sharded.to_local().device)
+    if problem is not None:
+        raise problem
+    if told is not None:
+        raise (ValueError if told[0] else RuntimeError)(told[1])
+
+
+def _told(told: tuple[bool, str] | None, mesh: Any, device: torch.device) -> tuple[bool, str] | None:
+    """What the first process that has something to tell tells, in all processes of the mesh."""
+    if told is not None:
+        told = told[0], f"process {dist.get_rank()}: {told[1]}"
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        count = torch.tensor(int(told is not None), device=device)
+        dist.all_reduce(count, group=group)
+        if int(count):
+            everywhere: list[tuple[bool, str] | None] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(everywhere, told, group=group)
+            told = next(filter(None, everywhere))
+    return told
+
+
+def local_gradient(param: Any) -> Tensor:
+    """This process's part of a sharded parameter's gradient, cut as the parameter is. Collective where it is not."""
+    grad = param.grad
+    if grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    local: Tensor = grad.to_local()
+    return local
 
 
 def chunks(length: int, world: int) -> list[tuple[int, int]]:

@@ -16,9 +16,20 @@ from torch import Tensor
 
 from scao_hf import integrity
 from scao_hf.distributed import serial
-from scao_hf.distributed.exchange import Exchange, chunks, is_sharded, shard_dim
+from scao_hf.distributed.exchange import Exchange, agreed, chunks, is_sharded, local_gradient, shard_dim
 from scao_hf.distributed.serial import BYTES, as_bytes
-from scao_hf.state import Groups, State, Wholes, check_groups, check_state, exact_state, labels, pairs
+from scao_hf.state import (
+    Groups,
+    State,
+    Wholes,
+    check_groups,
+    check_state,
+    check_step,
+    completed,
+    exact_state,
+    labels,
+    pairs,
+)
 
 
 def balance(costs: Sequence[int], loads: list[int]) -> list[int]:
@@ -103,7 +114,7 @@ class Shards:
             return
         exchange = self._exchange(active * 2, [_row_bytes(param) for param in active * 2])
         pieces = [as_bytes(param.to_local()) for param in active]
-        pieces += [as_bytes(_like(param.grad, param).to_local()) for param in active]
+        pieces += [as_bytes(local_gradient(param)) for param in active]
         received = exchange.to_owners(pieces)
         wholes = [whole for param in active if (whole := self.wholes[param]) is not None]
         targets = []
@@ -143,24 +154,13 @@ class Shards:
                 whole.grad = None
                 whole.untyped_storage().resize_(0)
 
-    def agree(self, problem: ValueError | RuntimeError | None) -> None:
-        """Raise in all processes where one has a ``problem``: its own there, an error that points to it elsewhere."""
-        flag = torch.tensor([int(problem is not None)], device=self.device)
-        dist.all_reduce(flag, group=self.group)
-        if problem is not None:
-            raise problem
-        if int(flag):
-            raise RuntimeError("another process has raised an error in this step; nothing was changed")
-
     def to_bytes(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
         """``state_dict`` with each sharded parameter's state as one DTensor of bytes under ``"bytes"``. Collective."""
         from torch.distributed.tensor import DTensor
 
         entries = dict(state_dict["state"])
         found: list[tuple[Any, Any, int]] = [
-            (key, param, serial.size_of(param, group))
-            for key, param, group in pairs(state_dict, groups)
-            if key in entries and param in self.wholes
+            (key, param, serial.size_of(param, group)) for key, param, group in self._saved(state_dict, groups)
         ]
         if not found:
             return state_dict
@@ -183,44 +183,41 @@ class Shards:
             entries[key] = {"step": entries[key]["step"], BYTES: vector}
         return {**state_dict, "state": entries}
 
-    def from_bytes(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
-        """The inverse of ``to_bytes``: fields by name with the owner, the step alone elsewhere. Collective.
+    def check(self, state_dict: dict[str, Any], groups: Groups) -> None:
+        """Raise ``ValueError`` for an entry that is neither SCAO's bytes nor a whole one."""
+        names = labels(state_dict)
+        for key, param, group in self._saved(state_dict, groups):
+            entry = state_dict["state"][key]
+            check_step(f"{names[key]} of shape {tuple(param.shape)}", entry)
+            if BYTES in entry:
+                serial.check_bytes(entry, param, serial.size_of(param, group))
+                _check_cut(entry[BYTES], param)
 
-        Raises:
-            ValueError: an entry that is neither SCAO's bytes nor a whole one, in all processes.
+    def collected(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
+        """A checked ``state_dict`` with the whole bytes of the parameters that this process owns, of others the step alone.
+
+        Collective.
         """
         from torch.distributed.tensor import DTensor
 
-        problem: ValueError | None = None
-        found: list[tuple[Any, Any, dict[str, Any], int]] = []
-        try:
-            check_groups(state_dict, groups)
-            found = [
-                (key, param, group, serial.size_of(param, group))
-                for key, param, group in pairs(state_dict, groups)
-                if key in state_dict["state"] and param in self.wholes
-            ]
-            for key, param, _, size in found:
-                if BYTES in (entry := state_dict["state"][key]):
-                    serial.check_bytes(entry, param, size)
-                    _check_cut(entry[BYTES], param)
-        except ValueError as error:
-            problem = error
-        self.agree(problem)
         entries = dict(state_dict["state"])
+        found = self._saved(state_dict, groups)
         cut = [item for item in found if isinstance(entries[item[0]].get(BYTES), DTensor)]
-        exchange = self._bytes([param for _, param, *_ in cut], [size for *_, size in cut])
+        exchange = self._bytes([param for _, param, _ in cut], [entries[key][BYTES].numel() for key, *_ in cut])
         received = exchange.to_owners([entries[key][BYTES].to_local().contiguous() for key, *_ in cut]) if cut else []
-        mine = [key for key, param, *_ in cut if param not in self.elsewhere]
-        vectors = {key: torch.cat(received[index :: len(mine)]) for index, key in enumerate(mine)}
-        for key, param, group, _ in found:
-            entry = entries[key]
-            if param in self.elsewhere:
-                entries[key] = {"step": entry["step"]}
-            elif BYTES in entry:
-                vector = vectors.get(key, entry[BYTES])
-                entries[key] = {"step": entry["step"], **serial.from_bytes(vector, param, group, entry["step"])}
+        mine = [key for key, param, _ in cut if param not in self.elsewhere]
+        for index, key in enumerate(mine):
+            entries[key] = {**entries[key], BYTES: torch.cat(received[index :: len(mine)])}
+        entries |= {key: {"step": entries[key]["step"]} for key, param, _ in found if param in self.elsewhere}
         return {**state_dict, "state": entries}
+
+    def _saved(self, state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Any, dict[str, Any]]]:
+        """Key, parameter and saved group of every sharded parameter that has an entry."""
+        return [
+            (key, param, group)
+            for key, param, group in pairs(state_dict, groups)
+            if key in state_dict["state"] and param in self.wholes
+        ]
 
     def adopt(self, fresh: State) -> State:
         """Named entries as the optimizer keeps them: a sharded parameter's fields under ``"bytes"``, with the owner."""
@@ -237,11 +234,6 @@ def _row_bytes(param: Tensor) -> int:
     return 0 if param.numel() == 0 else param.numel() // param.shape[0] * param.element_size()
 
 
-def _like(grad: Any, param: Any) -> Any:
-    """The gradient, cut as its parameter is."""
-    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
-
-
 def _cut(vector: Tensor, world: int) -> list[Tensor]:
     return [vector[first:last] for first, last in chunks(vector.numel(), world)]
 
@@ -254,26 +246,29 @@ def _check_cut(vector: Any, param: Any) -> None:
         )
 
 
-def restored(state_dict: dict[str, Any], groups: Groups, shards: Shards | None) -> State:
-    """The state that a state dict brings, checked, by parameter, as the optimizer keeps it. Nothing is changed.
+def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any], State]:
+    """A state dict, checked and with every option, and its state by parameter as the optimizer keeps it.
+
+    Nothing is changed. With sharded parameters collective.
 
     Raises:
-        ValueError: it does not fit; with sharded parameters in all processes (collective).
+        ValueError: it does not fit; in all processes where it does not in one.
     """
-    if shards is None:
-        return _restored(state_dict, groups, ())
     fresh: State = {}
-    problem = None
-    try:
-        fresh = _restored(shards.from_bytes(state_dict, groups), groups, shards.elsewhere)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: another process has refused
-        problem = error
-    shards.agree(problem)
-    return shards.adopt(fresh)
+    shards: Shards | None = None
+    with agreed(groups):
+        shards = Shards.of(groups)
+        state_dict = completed(state_dict)
+        check_groups(state_dict, groups)
+        if shards is not None:
+            shards.check(state_dict, groups)
+    whole = state_dict if shards is None else shards.collected(state_dict, groups)
+    with agreed(groups):
+        fresh = _restored(whole, groups, () if shards is None else shards.elsewhere)
+    return state_dict, fresh if shards is None else shards.adopt(fresh)
 
 
 def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor]) -> State:
-    check_groups(state_dict, groups)
     saved = state_dict["state"]
     entries = {
         key: serial.named(integrity.opened(saved[key]), param, group)

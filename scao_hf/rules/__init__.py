@@ -7,7 +7,7 @@ from typing import Any
 from scao_hf.rules.adamw import AdamW
 from scao_hf.rules.eigenbasis import Eigenbasis
 from scao_hf.rules.published import Published
-from scao_hf.rules.rule import Legal, Rule, Tick
+from scao_hf.rules.rule import COUNTERS, Legal, Rule, Tick
 
 _MATRIX_RULES: dict[str, Rule] = {"eigenbasis": Eigenbasis(), "published": Published()}
 _PLAIN = AdamW()
@@ -18,4 +18,4 @@ def rule_of(group: dict[str, Any], matrix: bool) -> Rule:
     return _MATRIX_RULES[group["rule"]] if matrix else _PLAIN
 
 
-__all__ = ["Legal", "Rule", "Tick", "rule_of"]
+__all__ = ["COUNTERS", "Legal", "Rule", "Tick", "rule_of"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scao_hf.quantization import LEVELS
 from scao_hf.refresh import write_finite
-from scao_hf.update import moment_schedule
+from scao_hf.update import LARGEST_GRADIENT, moment_schedule
 
 
 class Legal(NamedTuple):
@@ -53,6 +53,8 @@ FACTOR = Legal(0, diagonal=True)
 SHARE, VECTORS = Legal(0, 1.001), Legal(-10, 10)
 #: Codes of int8, of numbers with a sign.
 CODES = Legal(-LEVELS, LEVELS)
+#: What every parameter's state has beside its rule's fields; no more than ``step`` gradients are taken.
+COUNTERS = {"taken": Legal(0, whole=True), "level": Legal(0, LARGEST_GRADIENT)}
 
 
 @dataclass(frozen=True)
