@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from scao_hf.buckets import Bucket
 from scao_hf.distributed.exchange import is_sharded, local_gradient
+from scao_hf.names import name_of
 from scao_hf.state import Groups
 
 #: Steps in a row without a finite gradient that end a run.
@@ -29,16 +28,10 @@ def check_finite(groups: Groups) -> None:
     for group, param, grad in held:
         if not bool(torch.isfinite(grad).all()):
             raise RuntimeError(
-                f"the gradient of the parameter{_name(param, group)} of shape {tuple(param.shape)} holds NaN or Inf and "
+                f"the gradient of the parameter{name_of(param, group)} of shape {tuple(param.shape)} holds NaN or Inf and "
                 "on_nonfinite='raise'; nothing was changed. Pass on_nonfinite='skip' to leave such a matrix as it is for "
                 "the step"
             )
-
-
-def _name(param: Tensor, group: dict[str, Any]) -> str:
-    """A parameter's name as a message has it, nothing where it has none."""
-    names = zip(group["params"], group.get("param_names", ()), strict=False)
-    return next((f" {name!r}" for each, name in names if each is param), "")
 
 
 class Watch:
@@ -88,7 +81,7 @@ class Watch:
         owners = [(bucket, member) for bucket, _ in late for member in bucket.members for _ in range(member.size)]
         bucket, member = owners[int(stuck.int().argmax())]
         self._seen.clear()
-        name = _name(member.param, bucket.group)
+        name = name_of(member.param, bucket.group)
         raise RuntimeError(
             f"the parameter{name} of shape {tuple(member.param.shape)} has had a gradient with NaN or Inf in at least "
             f"{PATIENCE} steps in a row and does not train; nothing was changed in this one. Go back to a checkpoint from "

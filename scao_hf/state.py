@@ -13,10 +13,16 @@ from scao_hf import ops, options
 from scao_hf import storage as encoding
 from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of, turns_of
 from scao_hf.experts import packing_of
+from scao_hf.names import difference, in_order, labels
 from scao_hf.rules import COUNTERS, rule_of
 
 #: Version of the state's layout, kept in every parameter group.
 VERSION = 2
+
+AS_SAVED = (
+    "build it from the same model with the same trainable parameters and groups (adapter, decay) as in the run that was "
+    "saved, or start from the weights alone"
+)
 
 State = dict[Tensor, dict[str, Any]]
 Groups = list[dict[str, Any]]
@@ -165,17 +171,6 @@ def pairs(state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Tensor,
     ]
 
 
-def labels(state_dict: dict[str, Any]) -> dict[Any, str]:
-    """What messages call each saved parameter: its name where it has one, its number otherwise."""
-    found: dict[Any, str] = {}
-    for saved in state_dict["param_groups"]:
-        names = saved.get("param_names")
-        known = isinstance(names, list) and len(names) == len(saved["params"])
-        shown = zip(saved["params"], names if known else saved["params"], strict=True)
-        found |= {key: f"parameter {name!r}" for key, name in shown}
-    return found
-
-
 def check_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor] = ()) -> None:
     """Raise ``ValueError`` unless the entries of ``state_dict`` fit: all their fields, these shapes and kinds of numbers.
 
@@ -187,15 +182,18 @@ def check_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
             _check_entry(f"{names[key]} of shape {tuple(param.shape)}", state_dict["state"][key], param, saved)
 
 
-def completed(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose groups have every option: those that are newer than the file have their rule's defaults."""
+def completed(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """A state dict whose groups have every option and, by their names, the order of the live ones.
+
+    Options that are newer than the file have their rule's defaults.
+    """
     check_structure(state_dict)
-    groups = []
+    complete = []
     for saved in state_dict["param_groups"]:
         defaults = options.RULE_DEFAULTS.get(str(saved.get("rule")), {})
         given = {name: value for name, value in saved.items() if value is not None or name not in defaults}
-        groups.append({**defaults, **given})
-    return {**state_dict, "param_groups": groups}
+        complete.append({**defaults, **given})
+    return {**state_dict, "param_groups": in_order(complete, groups)}
 
 
 def check_structure(state_dict: dict[str, Any]) -> None:
@@ -227,8 +225,16 @@ def check_groups(state_dict: dict[str, Any], groups: Groups) -> None:
         )
     saved_sizes = [len(saved["params"]) for saved in saved_groups]
     live_sizes = [len(group["params"]) for group in groups]
+    unlike = difference(saved_groups, groups)
     if saved_sizes != live_sizes:
-        raise ValueError(f"the saved state has parameter groups of sizes {saved_sizes}, the optimizer has {live_sizes}")
+        raise ValueError(
+            f"the saved state has parameter groups of sizes {saved_sizes}, the optimizer has {live_sizes}{unlike}: {AS_SAVED}"
+        )
+    if unlike:
+        raise ValueError(
+            f"the saved state names other parameters than the optimizer{unlike}: {AS_SAVED}. To load it by position, "
+            "delete 'param_names' from its groups"
+        )
     for saved, group in zip(saved_groups, groups, strict=True):
         if not isinstance(saved["scao_version"], int) or saved["scao_version"] != VERSION:
             raise ValueError(

@@ -518,11 +518,12 @@ ARROWS = {
     "buckets": {"experts"},
     "curvature": set(),
     "default_kernels": {"curvature", "precision", "refresh", "update", "quantization"},
-    "distributed": {"distributed", "buckets", "integrity", "rules", "state"},
+    "distributed": {"distributed", "buckets", "integrity", "names", "rules", "state"},
     "experts": set(),
-    "finite": {"buckets", "distributed", "state"},
+    "finite": {"buckets", "distributed", "names", "state"},
     "integrity": set(),
     "moe": {"moe", "experts"},
+    "names": set(),
     "ops": {"default_kernels", "refresh"},
     "optimizer": {
         *("buckets", "distributed", "experts", "finite", "integrity", "options", "ops"),
@@ -536,7 +537,7 @@ ARROWS = {
     "refresh": {"curvature", "update"},
     "report": {"buckets", "rules", "state", "update"},
     "rules": {"rules", "curvature", "refresh", "update", "quantization", "ops"},
-    "state": {"experts", "options", "buckets", "rules", "ops", "storage"},
+    "state": {"experts", "options", "buckets", "names", "rules", "ops", "storage"},
     "storage": {"buckets", "quantization", "rules"},
     "tools": {
         *("tools", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),

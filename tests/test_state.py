@@ -383,6 +383,66 @@ def test_hooks_after_a_load_see_the_state() -> None:
     assert seen == [dict.fromkeys(params, 6)]
 
 
+def named(order: str, weights: dict[str, torch.Tensor], cut: int = 0, **options: Any) -> tuple[SCAO, dict[str, Any]]:
+    """Parameters of one shape in that order, those after the first ``cut`` without decay, and their optimizer."""
+    params = {name: torch.nn.Parameter(weights[name].clone()) for name in order}
+    pairs = list(params.items())
+    groups = [{"params": pairs[:cut]}, {"params": pairs[cut:], "weight_decay": 0.0}] if cut else [{"params": pairs}]
+    return SCAO(groups, lr=0.01, **QUICK, **options), params
+
+
+def stepped(optimizer: SCAO, params: dict[str, torch.nn.Parameter], steps: range) -> None:
+    for step in steps:
+        for name, param in params.items():
+            generator = torch.Generator().manual_seed(100 * step + ord(name))
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("order", "cut"), [("dcba", 0), ("badc", 2), ("cdba", 2)], ids=["one", "within", "groups"])
+def test_a_state_goes_to_the_parameters_of_its_names(order: str, cut: int) -> None:
+    weights = {name: torch.full((6, 30), float(index)) for index, name in enumerate("abcd")}
+    optimizer, params = named("abcd", weights, cut)
+    stepped(optimizer, params, range(9))
+    saved = through_file(optimizer.state_dict())
+    for group in saved["param_groups"]:
+        group["param_names"] = [f"module._orig_mod.{name}" for name in group["param_names"]]
+    other, others = named(order, {name: param.detach() for name, param in params.items()}, cut)
+    other.load_state_dict(saved)
+    for name, param in params.items():
+        entry, loaded = optimizer.state[param], other.state[others[name]]
+        assert entry.keys() == loaded.keys() and entry["step"] == 9
+        assert all(torch.equal(torch.as_tensor(entry[field]), torch.as_tensor(loaded[field])) for field in entry), name
+    stepped(other, others, range(9, 10))
+    assert [name for group in other.param_groups for name in group["param_names"]] == list(order)
+    decays = {param: group["weight_decay"] for group in other.param_groups for param in group["params"]}
+    assert [decays[others[name]] for name in "abcd"] == [0.01, 0.01, *[0.0 if cut else 0.01] * 2]
+
+
+@pytest.mark.parametrize(
+    ("order", "cut", "words"),
+    [
+        ("abce", 0, "only the saved state has ['d']; only the optimizer has ['e']"),
+        ("abc", 0, "sizes [4], the optimizer has [3]; only the saved state has ['d']: build it"),
+        ("abcdefghij", 0, "only the optimizer has ['e', 'f', 'g', 'h', 'i'] and 1 more"),
+        ("abcd", 2, "sizes [4], the optimizer has [2, 2]; 'c' is in group 0 there and in group 1 here"),
+    ],
+)
+def test_a_state_of_other_names_is_refused_with_these(order: str, cut: int, words: str) -> None:
+    weights = {name: torch.ones(6, 30) for name in "abcdefghij"}
+    optimizer, params = named("abcd", weights)
+    stepped(optimizer, params, range(3))
+    other, others = named(order, weights, cut)
+    with pytest.raises(ValueError) as error:
+        other.load_state_dict(optimizer.state_dict())
+    assert words in str(error.value) and not other.state
+    if len(others) == 4 and not cut:
+        state = optimizer.state_dict()
+        for group in state["param_groups"]:
+            del group["param_names"]
+        other.load_state_dict(state)  # by position, as the message says
+
+
 def test_options_come_from_the_checkpoint() -> None:
     params, optimizer = make(use_int8_ema=True, moment_dtype="int8")  # of all kinds that change the shape of the state
     others, other = make(k_max=2, precond_freq=5, max_precond_dim=6)

@@ -18,6 +18,7 @@ from scao_hf import integrity
 from scao_hf.distributed import serial
 from scao_hf.distributed.exchange import Exchange, agreed, chunks, is_sharded, local_gradient, shard_dim
 from scao_hf.distributed.serial import BYTES, as_bytes
+from scao_hf.names import labels
 from scao_hf.state import (
     Groups,
     State,
@@ -27,7 +28,6 @@ from scao_hf.state import (
     check_step,
     completed,
     exact_state,
-    labels,
     pairs,
 )
 
@@ -258,7 +258,7 @@ def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any]
     shards: Shards | None = None
     with agreed(groups):
         shards = Shards.of(groups)
-        state_dict = completed(state_dict)
+        state_dict = completed(state_dict, groups)
         check_groups(state_dict, groups)
         if shards is not None:
             shards.check(state_dict, groups)

@@ -1,0 +1,82 @@
+"""Which saved parameter is which live one: by name where both sides have names, by position otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+#: What wrappers put into the names of a module's parameters.
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def name_of(param: Tensor, group: dict[str, Any]) -> str:
+    """A parameter's name as a message has it, nothing where it has none."""
+    names = zip(group["params"], group.get("param_names", ()), strict=False)
+    return next((f" {name!r}" for each, name in names if each is param), "")
+
+
+def labels(state_dict: dict[str, Any]) -> dict[Any, str]:
+    """What messages call each saved parameter: its name where it has one, its number otherwise."""
+    found: dict[Any, str] = {}
+    for saved in state_dict["param_groups"]:
+        names = saved.get("param_names")
+        known = isinstance(names, list) and len(names) == len(saved["params"])
+        shown = zip(saved["params"], names if known else saved["params"], strict=True)
+        found |= {key: f"parameter {name!r}" for key, name in shown}
+    return found
+
+
+def names_of(group: dict[str, Any]) -> list[str] | None:
+    """The names of a group's parameters without those of wrappers; None where they are not known, or not one each."""
+    names = group.get("param_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    for wrapper in WRAPPERS:
+        names = [name.replace(wrapper, "") for name in names]
+    names = [name.removeprefix("module.") for name in names]
+    return names if len(set(names)) == len(names) == len(group["params"]) else None
+
+
+def in_order(saved_groups: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups and their parameters in the live ones' order, where both have names and these are the same."""
+    sets = {frozenset(names): saved for saved in saved_groups if (names := names_of(saved)) is not None}
+    wanted = [names for group in groups if (names := names_of(group)) is not None]
+    if not len(sets) == len(saved_groups) == len(groups) == len(wanted) or any(
+        frozenset(w) not in sets for w in wanted
+    ):
+        return saved_groups
+    ordered = []
+    for group, names in zip(groups, wanted, strict=True):
+        saved = sets[frozenset(names)]
+        places = dict(zip(names_of(saved) or (), saved["params"], strict=True))
+        # torch.distributed.checkpoint, whose keys are names, has put them into this order, and left the list of names.
+        arranged = all(isinstance(key, str) for key in saved["params"])
+        keys = saved["params"] if arranged else [places[name] for name in names]
+        ordered.append({**saved, "params": keys, "param_names": group["param_names"]})
+    return ordered
+
+
+def difference(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> str:
+    """What the names tell about parameters that do not fit; nothing where they are not known."""
+    sides = []
+    for side in (saved_groups, groups):
+        named = [names_of(group) for group in side]
+        sides.append({name: index for index, names in enumerate(named) for name in names or ()})
+        if None in named:
+            return ""
+    saved, live = sides
+    parts = [
+        f"; only {who} has {_few([name for name in ours if name not in others])}"
+        for who, ours, others in (("the saved state", saved, live), ("the optimizer", live, saved))
+        if ours.keys() - others.keys()
+    ]
+    moved = [name for name in saved if name in live and saved[name] != live[name]]
+    if moved and not parts:
+        parts = [f"; {moved[0]!r} is in group {saved[moved[0]]} there and in group {live[moved[0]]} here"]
+    return "".join(parts)
+
+
+def _few(names: list[str], most: int = 5) -> str:
+    return f"{names[:most]}" + (f" and {len(names) - most} more" if len(names) > most else "")
