@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from scao_hf.options import OPTIONS, SWITCHES, TORCH_OPTIONS, read_value
-from scao_hf.trainer import did_you_mean
+from scao_hf.options import OPTIONS, SWITCHES, TORCH_OPTIONS, did_you_mean, read_value
 
 PREFIX = "scao_"
 #: Keys that optim_args may hold beside SCAO's options, and the config key that says the same.

@@ -6,8 +6,10 @@ README's option table is checked against it, so a name, a range or a default is 
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -172,6 +174,12 @@ def read_value(name: str, value: Any, option: Option) -> Any:
         value = value.strip().lower()
     check(name, value, option)
     return value
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``" (did you mean 'k_max'?)"`` for the nearest known word, or an empty string where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:

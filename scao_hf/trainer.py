@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import logging
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from scao_hf.distributed.exchange import WAYS_OUT
 from scao_hf.experts import find_experts, without_gradient
 from scao_hf.optimizer import SCAO, trainable_parameters
-from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, resolve
+from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, did_you_mean, resolve
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.rules import rule_of
 
@@ -31,12 +29,6 @@ logger = logging.getLogger(__name__)
 
 #: Optimizer options that have a home in TrainingArguments, and its name there.
 TRAINING_ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay", "eps": "adam_epsilon"}
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'k_max'?)"`` for the nearest known word, or an empty string where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def choose_betas(rule: str | None, beta1: float | None, beta2: float | None) -> tuple[float, float] | None:

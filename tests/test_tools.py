@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import math
@@ -29,6 +30,7 @@ import scao_hf
 from scao_hf import SCAO, default_kernels, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.tools import ToolError, doctor, matrices, run_log, run_report, settings, simulate
+from scao_hf.tools import axolotl_keys as keys_of
 from scao_hf.tools import plan as planning
 from scao_hf.tools.cli import app
 from scao_hf.tools.shapes import SHAPES, builtin
@@ -326,6 +328,26 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
 )
 def test_mistakes_in_a_yaml(tmp_path: Path, text: str, words: str) -> None:
     assert words in mistake("plan", yaml_file(tmp_path, text))
+
+
+def test_every_key_of_axolotl_and_its_plugins_is_known() -> None:
+    pytest.importorskip("axolotl")
+    import axolotl.integrations
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+    from pydantic import BaseModel
+
+    models: set[type[BaseModel]] = {AxolotlInputConfig}
+    for folder in Path(axolotl.integrations.__path__[0]).glob("*/args.py"):
+        if folder.parent.name == "llm_compressor":  # imports the package of that name; its one key is llmcompressor
+            continue
+        module = vars(importlib.import_module(f"axolotl.integrations.{folder.parent.name}.args"))
+        models |= {kind for kind in module.values() if isinstance(kind, type) and issubclass(kind, BaseModel)}
+    keys = {field.alias or name for model in models for name, field in model.model_fields.items()}
+    top = {field.alias or name for name, field in AxolotlInputConfig.model_fields.items()}
+    groups = [keys_of.READ, set(keys_of.REFUSED), keys_of.LESS, keys_of.MORE, keys_of.OTHER]
+    assert sum(map(len, groups)) == len(set().union(*groups)), "a key is in two groups"
+    assert not set().union(*groups) - keys - {"llmcompressor"}, "no such key in Axolotl"
+    assert not top - set().union(*groups), "say what these change in memory"
 
 
 def test_a_yaml_is_read_as_the_plugin_reads_it(tmp_path: Path) -> None:

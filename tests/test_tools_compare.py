@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from test_tools import mistake, run
 
-from scao_hf.tools import arms, comparison, measure
+from scao_hf.tools import ToolError, arms, comparison, measure
 from scao_hf.tools.arms import Arm, Job, Outcome, Rate
 from scao_hf.tools.comparison import Side
 
@@ -67,7 +67,8 @@ def test_a_plain_trainer_gets_scao_as_the_mixin_builds_it(tmp_path: Path) -> Non
     for name, kind in (("scao", "SCAO"), ("adamw_torch", "AdamW")):
         trainer = Trainer(model=transformers.LlamaForCausalLM(config), args=args)
         asked = {"optimizer": name, "steps": 8, "save_steps": 2, "output_dir": "x", "learning_rate": None, "scale": 0.5}
-        measure.prepare_trainer(trainer, asked, tmp_path / "m")
+        measure.prepare_trainer(trainer, {**asked, "seed": 3}, tmp_path / "m")
+        assert (trainer.args.seed, args.seed, torch.initial_seed()) == (45, 42, 45)
         assert type(trainer.optimizer).__name__ == kind
         assert trainer.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
         assert (trainer.args.learning_rate, trainer.args.max_steps, args.learning_rate) == (5e-4, 8, 1e-3)
@@ -75,11 +76,12 @@ def test_a_plain_trainer_gets_scao_as_the_mixin_builds_it(tmp_path: Path) -> Non
 
 def test_the_yamls_own_optimizer_is_what_scao_is_compared_with(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
-    assert arms.baseline_of(job(tmp_path)) == "adamw_torch"
+    assert arms.rival_of(job(tmp_path)) == "adamw_torch"
     own = job(tmp_path, optimizer="adamw_bnb_8bit", optim_args={"percentile_clipping": 95})
-    assert arms.baseline_of(own) == "adamw_bnb_8bit"
+    assert arms.rival_of(own) == "adamw_bnb_8bit" and arms.rival_of(own, "lion_8bit") == "lion_8bit"
     assert "optim_args" in Arm(own, "adamw_bnb_8bit", Rate(1e-3)).config()
     assert "optim_args" not in Arm(own, "scao", Rate(1e-3)).config()
+    assert arms.rival_of(job(tmp_path, optimizer="muon")) == "muon"  # Axolotl's, not one of transformers
 
 
 def test_another_run_has_another_folder(tmp_path: Path) -> None:
@@ -108,8 +110,16 @@ def test_mistakes_of_compare(tmp_path: Path) -> None:
     assert "the value is no YAML" in mistake("compare", path, "--set", "seed=[1")
     assert "arguments after -- are for a script" in mistake("compare", path, "--", "--model", "x")
     assert "--against scao would compare SCAO with itself" in mistake("compare", path, "--against", "scao")
+    assert "'adamw_tor' is not an optimizer of Axolotl (did you mean 'adamw_torch'?)" in mistake(
+        "compare", path, "--against", "adamw_tor"
+    )
+    said = mistake("compare", path, "--set", "sed=1", "--set", "lora_rank=4", "--set", "learning_rate=1")
+    assert "--set has " in said and "'sed' (did you mean 'seed'?)" in said and "'lora_rank' (did you mean" in said
+    assert "'learning_rate'" not in said
+    assert "--seeds is 0: it must be at least 1" in mistake("compare", path, "--seeds", 0)
     (tmp_path / "train.py").write_text("", encoding="utf-8")
     assert "pass a script's arguments after --" in mistake("compare", tmp_path / "train.py", "--set", "seed=1")
+    assert "'foo' is not an optimizer of transformers" in mistake("compare", tmp_path / "train.py", "--against", "foo")
     (tmp_path / "notes.txt").write_text("", encoding="utf-8")
     assert "is neither a YAML" in mistake("compare", tmp_path / "notes.txt")
     path.write_text("optimizer: scao", encoding="utf-8")
@@ -136,6 +146,9 @@ def test_seed_zero_is_a_seed(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
     for seed, expected in ({}, 42), ({"seed": 0}, 0):
         assert Arm(job(tmp_path, **seed), "scao", Rate(1e-3)).config()["seed"] == expected
+        assert Arm(job(tmp_path, **seed), "scao", Rate(1e-3), seed=2).config()["seed"] == expected + 2
+    with pytest.raises(ToolError, match="seed is 'x': it must be an integer"):
+        Arm(job(tmp_path, seed="x"), "scao", Rate(1e-3)).config()
 
 
 def test_a_yaml_needs_axolotl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +170,8 @@ def lines(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def step_row(step: int, loss: float) -> dict[str, Any]:
-    return {"step": step, "loss": loss, "seconds": 0.5, "data": step, "state_bytes": step, "peak_bytes": 9}
+def step_row(step: int, loss: float, **more: Any) -> dict[str, Any]:
+    return {"step": step, "loss": loss, "seconds": 0.5, "data": step, "state_bytes": step, "peak_bytes": 9, **more}
 
 
 def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
@@ -172,6 +185,14 @@ def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
         file.write('{"step": 5, "lo')  # cut off while it was written
     assert arms.read_outcome(tmp_path / "m", 4).losses == read.losses
     assert arms.read_outcome(tmp_path / "none", 4).failure == "it stopped after step 0 of 4"
+
+
+def test_a_run_is_judged_by_its_reward_where_every_step_has_one(tmp_path: Path) -> None:
+    rows = [step_row(step, 0.0, reward=float(step), blend=step / 4) for step in (1, 2, 3)]
+    read = arms.read_outcome(lines(tmp_path / "m", *rows), 3)
+    assert (read.figure, read.curve, read.score, read.blends) == ("reward", [1.0, 2.0, 3.0], -3.0, [0.25, 0.5, 0.75])
+    read = arms.read_outcome(lines(tmp_path / "m", *rows, step_row(4, 0.0, reward=None)), 4)
+    assert (read.figure, read.curve, read.blends) == ("loss", [0.0] * 4, [])
 
 
 def test_the_reason_is_the_message_of_the_exception() -> None:
@@ -198,6 +219,16 @@ def test_batches_are_told_apart() -> None:
     assert measure.batch_checksum(batch) != measure.batch_checksum({**batch, "input_ids": batch["input_ids"].flip(0)})
 
 
+def test_batches_of_prompts_are_told_apart() -> None:
+    """GRPO's are lists of rows as the dataset has them."""
+    rows = [{"prompt": [{"role": "user", "content": text}], "n": n, "score": 0.5} for n, text in enumerate("abc")]
+    known = measure.batch_checksum(rows)
+    assert known == measure.batch_checksum([{**row, "score": 0.7} for row in rows])
+    assert known != measure.batch_checksum(rows[::-1])
+    assert known != measure.batch_checksum([{**rows[0], "prompt": [{"role": "user", "content": "z"}]}, *rows[1:]])
+    assert known != measure.batch_checksum([{**row, "n": 7} for row in rows])
+
+
 # --- the search, the table and the verdict
 
 
@@ -212,8 +243,10 @@ def test_auto_brackets_the_best_learning_rate(
 
     monkeypatch.setattr(comparison, "run_arm", fake)
     asked = Job.__new__(Job)
-    sides = comparison.compare(asked, ("adamw_torch", "scao"), None, lambda arm: lambda done: None)
+    sides = comparison.compare(asked, ("adamw_torch", "scao"), None, 3, lambda arm: lambda done: None)
+    assert 2 * (tried + 2) <= comparison.most_runs(None, 3)
     for side in sides:
+        assert side.best is not None and [one.learning_rate for one in side.repeats] == [side.best.learning_rate] * 2
         rates = sorted(rate.value for rate in side.runs)
         assert len(rates) == tried and side.best is not None
         assert side.place == f"best of {tried}" + ("" if inside else ", at the edge")
@@ -236,27 +269,91 @@ def test_table_and_verdict_at_equal_steps_and_seconds(tmp_path: Path) -> None:
     assert rows["held-out loss"] == ["2.0000", ""] and rows["peak memory of the process"] == ["1,024 MiB"] * 2
     # After 40 seconds SCAO has made 26 of its steps.
     assert rows["loss after 40.0 seconds"][1] == f"{comparison.smoothed(fast.losses)[25]:.4f}"
-    said = " ".join(comparison.verdict(sides))
-    step = next(n for n, loss in enumerate(comparison.smoothed(fast.losses), 1) if loss <= 3 - 37 / 20)
-    assert f"after {step} of 40 steps and {1.5 * step:.1f} of 40.0 seconds" in said
-    assert "the same batches in the same order" in said and "One seed" in said and "itself" not in said
-    flat = outcome([3 - min(step, 20) / 20 for step in range(40)])
-    said = " ".join(comparison.verdict((Side("adamw_torch", {Rate(1e-3): flat}), sides[1])))
-    assert "adamw_torch itself had first come down to it after 25." in said  # the mean of five steps
+    assert comparison.verdict(sides) == [
+        "scao against adamw_torch: loss 122.2% lower, lower on 13 of the last 13 batches, steps 50% longer, peak memory "
+        "the same: better; 1 seed.",
+        "All runs have read the same batches in the same order.",
+        "Another seed moves the losses too: repeat with --seeds 3 before you rely on a small gap.",
+    ]
     paths = comparison.write(sides, tmp_path / "new")
     assert [path.name for path in paths] == ["comparison.json", "comparison.png"]
     assert (tmp_path / "new/comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+def noisy(gap: float, spread: float = 0.01, **fields: Any) -> Outcome:
+    """A loss with large differences between batches, the same for all, and smaller ones of its own."""
+    own = torch.randn(60, generator=torch.Generator().manual_seed(1)) * spread
+    shared = torch.randn(60, generator=torch.Generator().manual_seed(0))
+    return outcome(
+        [2.0 + float(noise) / 4 + gap + float(mine) for noise, mine in zip(shared, own, strict=True)], **fields
+    )
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        (
+            -0.014,
+            "loss 0.7% lower, lower on 20 of the last 20 batches, steps the same, peak memory the same: slightly better",
+        ),
+        (-0.2, "lower, lower on 20 of the last 20 batches, steps the same, peak memory the same: better; 1 seed."),
+        (
+            0.014,
+            "loss 0.7% higher, lower on 0 of the last 20 batches, steps the same, peak memory the same: slightly worse",
+        ),
+        (0.2, "higher, lower on 0 of the last 20 batches, steps the same, peak memory the same: worse; 1 seed."),
+        (0.0, "loss the same, lower on 0 of the last 20 batches, steps the same, peak memory the same: no difference"),
+    ],
+)
+def test_differences_are_judged_batch_by_batch(gap: float, words: str) -> None:
+    """The losses vary by 0.25 from batch to batch, far more than the gap."""
+    sides = Side("adamw_torch", {Rate(1e-3): noisy(0.0)}), Side("scao", {Rate(1e-3): noisy(gap)})
+    assert words in comparison.headline(sides)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "words"),
+    [
+        ((-0.02, -0.03, -0.025), "(by seed -1.0%, -1.5%, -1.2%), lower on 60 of the last 60 batches"),
+        ((-0.02, -0.03, -0.025), "slightly better; 3 seeds."),
+        ((-0.02, 0.03, -0.025), "no difference; 3 seeds."),
+        ((0.1, 0.12, 0.09), "worse; 3 seeds."),
+    ],
+)
+def test_several_seeds_are_judged_by_their_own_spread(gaps: tuple[float, ...], words: str) -> None:
+    first, *more = (noisy(gap) for gap in gaps)
+    sides = (
+        Side("adamw_torch", {Rate(1e-3): noisy(0.0)}, [noisy(0.0)] * 2),
+        Side("scao", {Rate(1e-3): first}, more),
+    )
+    assert words in comparison.headline(sides)
+    assert not any("repeat with --seeds" in sentence for sentence in comparison.verdict(sides))
+    broken = dataclasses.replace(more[1], failure="it stopped: no")
+    said = comparison.verdict((sides[0], Side("scao", {Rate(1e-3): first}, [more[0], broken])))
+    assert said[0] == "scao failed: it stopped: no" and "; 2 seeds." in said[1]
+
+
+def test_rewards_are_better_where_they_are_higher() -> None:
+    rewards = [{"rewards": [start + step / 40 for step in range(40)]} for start in (-1.0, -0.5)]
+    sides = Side("adamw_torch", {Rate(1e-3): outcome([0.0] * 40, **rewards[0])}), Side("scao")
+    sides[1].runs[Rate(1e-3)] = outcome([0.0] * 40, **rewards[1])
+    said = comparison.headline(sides)
+    assert "reward 0.5 higher, higher on 13 of the last 13 batches" in said and said.endswith(": better; 1 seed.")
+    assert dict(comparison.summary(sides))["reward after 40 steps"] == ["-0.0750", "0.4250"]
+
+
 @pytest.mark.parametrize(
     ("scao", "words"),
     [
-        (outcome([3.0] * 40), "has not come down to the loss at which adamw_torch ended"),
         (outcome([math.nan] * 40), "The loss of scao was NaN or infinite"),
         (dataclasses.replace(outcome([1.0] * 40), data=[7] * 40), "have NOT read the same batches"),
         (
-            outcome([3.0] * 40, phase=1.0),
+            outcome([3.0] * 40, blends=[0.0] * 40),
             "scao has not reached phase 2 in 40 steps: all of them were plain AdamW steps",
+        ),
+        (
+            outcome([3.0] * 40, blends=[0.0] * 10 + [0.5] * 12 + [1.0] * 18),
+            "22 of the 40 steps were AdamW steps or the ramp to SCAO's curvature",
         ),
         (outcome([], failure="it stopped: ValueError: no"), "scao failed: it stopped: ValueError: no"),
     ],
@@ -264,10 +361,19 @@ def test_table_and_verdict_at_equal_steps_and_seconds(tmp_path: Path) -> None:
 def test_verdict_names_what_is_wrong(scao: Outcome, words: str, tmp_path: Path) -> None:
     adamw = outcome([3 - step / 20 for step in range(40)])
     sides = Side("adamw_torch", {Rate(1e-3): adamw}), Side("scao", {Rate(1e-3): scao})
-    assert words in " ".join(comparison.verdict(sides))
+    said = " ".join(comparison.verdict(sides))
+    assert words in said
+    assert ("scao against adamw_torch" in said) is (bool(scao.blends))
     rows = dict(comparison.summary(sides))
     assert rows["loss, last third of the steps"][0] == f"{adamw.score:.4f}"
     comparison.write(sides, tmp_path)
+
+
+def test_the_time_of_all_runs_is_estimated_from_the_first_steps() -> None:
+    assert comparison.estimate(outcome([1.0] * 3), 400) == ""
+    said = "about {} of training in all, besides loading and evaluation"
+    assert comparison.estimate(outcome([1.0] * 9, each=0.5), 400) == "0.5 seconds a step: " + said.format("3.3 minutes")
+    assert said.format("1.7 hours") in comparison.estimate(outcome([1.0] * 9, each=30.0), 200)
 
 
 # --- real runs
@@ -323,11 +429,42 @@ def test_a_script_is_compared_resumed_and_a_failed_arm_leaves_the_other(
     assert found["scao"]["losses"][:2] == found["adamw_torch"]["losses"][:2]
     assert found["scao"]["losses"][-1] != found["adamw_torch"]["losses"][-1]
     assert found["scao"]["state_bytes"] > 0 and found["scao"]["learning_rate"] == 0.01
-    assert found["scao"]["phase"] == 2 and found["adamw_torch"]["phase"] is None
+    assert found["scao"]["blends"][-1] == 1 and not found["adamw_torch"]["blends"]
     assert not Path("never").exists() or not any(Path("never").iterdir())
     assert not Path("saved").exists()
     again = [row["loss"] for row in written if row.get("step") in (7, 8)]
     assert again[:2] == again[2:], "the steps after the checkpoint went another way than before"
+
+
+def preference_rows(chars: str = "ab") -> dict[str, list[str]]:
+    prompts = [f"count {n}: " for n in range(32)]
+    return {"prompt": prompts, "chosen": [chars[0] * (3 + n % 4) for n in range(32)], "rejected": ["zz"] * 32}
+
+
+@pytest.mark.parametrize("kind", ["DPO", "GRPO", "RLOO"])
+def test_trainers_of_trl_are_measured(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    common = {"max_steps": 4, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "seed": 3}
+    on_policy = {"num_generations": 2, "max_completion_length": 8}
+    outcomes = []
+    for name in ("adamw_torch", "scao"):
+        options = {**common, **({} if kind == "DPO" else on_policy)}
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=str(tiny_llama),
+            args=getattr(trl, f"{kind}Config")(str(tmp_path / "own"), per_device_train_batch_size=2, **options),
+            train_dataset=datasets.Dataset.from_dict(preference_rows()),
+            **(
+                {} if kind == "DPO" else {"reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]}
+            ),
+        )
+        arm = {"optimizer": name, "steps": 4, "save_steps": 4, "output_dir": str(tmp_path / name), "seed": 0}
+        measure.prepare_trainer(trainer, {**arm, "learning_rate": 1e-3, "scale": 1.0}, tmp_path / f"{name}.jsonl")
+        trainer.train()
+        outcomes.append(arms.read_outcome(tmp_path / f"{name}.jsonl", 4))
+    assert [one.failure for one in outcomes] == [None, None]
+    assert outcomes[0].data == outcomes[1].data and len(set(outcomes[0].data)) > 1
+    assert {one.figure for one in outcomes} == {"loss" if kind == "DPO" else "reward"}
+    assert outcomes[1].blends == [0.0] * 4 and outcomes[0].blends == []
 
 
 def test_an_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

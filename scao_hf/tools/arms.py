@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from scao_hf.options import RULES, resolve
+from scao_hf.options import RULES, did_you_mean, resolve
 from scao_hf.rules import rule_of
 from scao_hf.tools import ToolError, logged
+from scao_hf.tools.axolotl_keys import unknown
 from scao_hf.tools.settings import collection, read_yaml, scao_options
 
 ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
@@ -52,7 +54,7 @@ class Rate:
 
     @property
     def text(self) -> str:
-        """For folders and messages."""
+        """For folders."""
         return f"{'x' if self.relative else ''}{self.value:g}"
 
 
@@ -88,13 +90,25 @@ class Job:
                 f"--steps is {self.steps}: it must be at least 2, and above SCAO's phase 1 to show anything"
             )
         if self.script and self.changes:
-            raise ToolError("--set changes keys of a YAML: pass a script's arguments after --")
+            raise ToolError(
+                "--set changes keys of a YAML: pass a script's arguments after --, and --seeds for more seeds"
+            )
         if not self.script and self.arguments:
             raise ToolError("arguments after -- are for a script: change keys of a YAML with --set KEY=VALUE")
         if not self.script:
+            self._check_keys()
             self._check_scao()
             if importlib.util.find_spec("axolotl") is None:
                 raise ToolError("comparing with an Axolotl YAML needs axolotl: pip install 'scao-hf[axolotl]'")
+
+    def _check_keys(self) -> None:
+        """Refuse a misspelt key, which Axolotl would ignore."""
+        strange = unknown(set(self.changes) - set(read_yaml(self.source)))
+        if strange:
+            named = ", ".join(f"{key!r}{near}" for key, near in strange.items())
+            raise ToolError(
+                f"--set has {named}, which Axolotl does not read; a key that is newer than this goes into the YAML"
+            )
 
     def _check_scao(self) -> None:
         """Refuse what SCAO would refuse, before the other optimizer's run has taken its time."""
@@ -128,10 +142,36 @@ def parse_changes(pairs: list[str]) -> dict[str, Any]:
     return changes
 
 
-def baseline_of(job: Job) -> str:
-    """What SCAO is compared with: the YAML's own optimizer, AdamW where that is SCAO or absent."""
-    named = "" if job.script else str({**read_yaml(job.source), **job.changes}.get("optimizer") or "")
-    return "adamw_torch" if named.strip().lower() in ("", "scao") else named
+def rival_of(job: Job, against: str | None = None) -> str:
+    """What SCAO is compared with: the optimizer that is asked for, else the YAML's own, else AdamW.
+
+    Raises:
+        ToolError: no optimizer of that name.
+    """
+    own = "" if job.script else str({**read_yaml(job.source), **job.changes}.get("optimizer") or "").strip().lower()
+    name = against or (own if own not in ("", "scao") else "adamw_torch")
+    if name == "scao":
+        raise ToolError(
+            "--against scao would compare SCAO with itself: name another optimizer, for example adamw_torch"
+        )
+    from transformers.training_args import OptimizerNames
+
+    known = [str(known.value) for known in OptimizerNames]
+    if name not in known and not job.script:
+        known += axolotl_optimizers()
+    if name not in known:
+        near = did_you_mean(name, known)
+        raise ToolError(
+            f"{name!r} is not an optimizer of {'transformers' if job.script else 'Axolotl'}{near}: name another with --against"
+        )
+    return name
+
+
+def axolotl_optimizers() -> list[str]:
+    """Those that Axolotl adds to the ones of transformers, asked of it in a process of its own."""
+    code = "from axolotl.utils.schemas.enums import CustomSupportedOptimizers as known; print(*(one.value for one in known))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.stdout.split() if done.returncode == 0 else []
 
 
 def _number(value: Any) -> float:
@@ -142,13 +182,23 @@ def _number(value: Any) -> float:
         return math.nan
 
 
+def _seed(raw: dict[str, Any]) -> int:
+    value = raw.get("seed")
+    if value is None:
+        return 42  # Axolotl's default
+    if not isinstance(value, int):
+        raise ToolError(f"seed is {value!r}: it must be an integer")
+    return value
+
+
 @dataclass(frozen=True)
 class Arm:
-    """One run: an optimizer at a learning rate."""
+    """One run: an optimizer at a learning rate; ``seed`` is added to the configuration's own."""
 
     job: Job
     optimizer: str
     rate: Rate
+    seed: int = 0
 
     def config(self) -> dict[str, Any]:
         """The YAML of the run, without its folders; for a script, what ``measure.prepare_trainer`` takes."""
@@ -156,7 +206,13 @@ class Arm:
         if self.job.script:
             rate = {"learning_rate": None, "scale": self.rate.value} if self.rate.relative else {}
             rate = rate or {"learning_rate": self.rate.value, "scale": 1.0}
-            return {"optimizer": self.optimizer, "steps": self.job.steps, "save_steps": save, **rate}
+            return {
+                "optimizer": self.optimizer,
+                "steps": self.job.steps,
+                "save_steps": save,
+                "seed": self.seed,
+                **rate,
+            }
         raw = {**read_yaml(self.job.source), **self.job.changes}
         own = str(raw.get("optimizer") or "adamw_torch").strip().lower()
         kept = {key: value for key, value in raw.items() if key not in DROPPED and not key.startswith(SERVICES)}
@@ -180,7 +236,7 @@ class Arm:
             "logging_steps": 1,
             "save_steps": save,
             "save_total_limit": 1,
-            "seed": 42 if raw.get("seed") is None else raw["seed"],
+            "seed": _seed(raw) + self.seed,
             "auto_resume_from_checkpoints": True,
         }
         kept.setdefault("dataset_prepared_path", str(self.job.out / "prepared"))
@@ -228,8 +284,9 @@ class Outcome:
 
     Attributes:
         learning_rate: the peak rate.
-        phase: the last phase of SCAO that was logged, None for another optimizer.
         losses, seconds, data: of each step: training loss, time, checksum of the batch.
+        blends: of each step, the share of SCAO's curvature in it; empty for another optimizer.
+        rewards: of each step, empty where the trainer has none.
         eval_loss: at the end, None without held-out data.
         state_bytes, peak_bytes: largest optimizer state and memory.
         device: "cuda" or "cpu", which says what ``peak_bytes`` counts.
@@ -244,14 +301,31 @@ class Outcome:
     state_bytes: int = 0
     peak_bytes: int = 0
     device: str = "cpu"
-    phase: float | None = None
+    blends: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
     failure: str | None = None
 
     @property
+    def figure(self) -> str:
+        """What tells how good a run is: its reward where it has one, for the loss of GRPO and the like says nothing."""
+        return "reward" if self.rewards else "loss"
+
+    @property
+    def curve(self) -> list[float]:
+        """That figure, of each step."""
+        return self.rewards or self.losses
+
+    @property
+    def tail(self) -> list[float]:
+        """The last third of the curve."""
+        return self.curve[-max(1, len(self.curve) // 3) :]
+
+    @property
     def score(self) -> float:
-        """Mean loss of the last third of the steps; infinite where a loss is not finite or there is none."""
-        last = self.losses[-max(1, len(self.losses) // 3) :]
-        return sum(last) / len(last) if last and all(map(math.isfinite, self.losses)) else math.inf
+        """Mean of the last third, lower is better; infinite where a figure is not finite or there is none."""
+        if not (self.curve and all(map(math.isfinite, self.curve))):
+            return math.inf
+        return fmean(self.tail) * (-1 if self.rewards else 1)
 
 
 def read_outcome(path: Path, steps: int) -> Outcome:
@@ -271,9 +345,16 @@ def read_outcome(path: Path, steps: int) -> Outcome:
         state_bytes=max((row["state_bytes"] for row in ordered), default=0),
         peak_bytes=max((row["peak_bytes"] for row in ordered), default=0),
         device=begin.get("device", "cpu"),
-        phase=max((row["phase"] for row in ordered if row.get("phase") is not None), default=None),
+        blends=_of_all(ordered, "blend"),
+        rewards=_of_all(ordered, "reward"),
         failure=None if complete else f"it stopped after step {len(ordered)} of {steps}",
     )
+
+
+def _of_all(rows: list[dict[str, Any]], key: str) -> list[float]:
+    """A figure of every step, nothing where a step lacks it."""
+    values = [row.get(key) for row in rows]
+    return [] if None in values else [logged(value) for value in values if value is not None]
 
 
 def reason(log: str) -> str:
@@ -287,12 +368,12 @@ def reason(log: str) -> str:
     return re.sub(r"^[\w.]+\.(?=\w)", "", said.partition(" [type=")[0])[:600]
 
 
-def run_arm(arm: Arm, progress: Callable[[int], None]) -> Outcome:
+def run_arm(arm: Arm, progress: Callable[[Outcome], None]) -> Outcome:
     """Run one arm in a process of its own, or take it as it is where it is complete already.
 
     Args:
         arm: what to run.
-        progress: told the number of steps done, several times a second.
+        progress: told what is there so far, several times a second.
 
     Returns:
         The outcome; ``failure`` says what went wrong and where the log is.
@@ -304,7 +385,7 @@ def run_arm(arm: Arm, progress: Callable[[int], None]) -> Outcome:
     measurements, log = folder / "measurements.jsonl", folder / "log.txt"
     done = read_outcome(measurements, steps)
     if done.failure is None:
-        progress(steps)
+        progress(done)
         return done
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -320,14 +401,14 @@ def run_arm(arm: Arm, progress: Callable[[int], None]) -> Outcome:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **variables})
         try:
             while process.poll() is None:
-                progress(len(read_outcome(measurements, steps).losses))
+                progress(read_outcome(measurements, steps))
                 time.sleep(0.3)
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
     outcome = read_outcome(measurements, steps)
-    progress(len(outcome.losses))
+    progress(outcome)
     if outcome.failure is None:
         return outcome
     said = reason(log.read_text(encoding="utf-8", errors="replace"))

@@ -192,6 +192,7 @@ def compare(
         str,
         typer.Option(help="config: the configuration's own for both; auto: each optimizer's best; or a number."),
     ] = "config",
+    seeds: Annotated[int, typer.Option(help="Seeds for each optimizer; from 3 on, small gaps mean something.")] = 1,
     against: Annotated[
         str | None, typer.Option(help="The other optimizer; adamw_torch, or the YAML's own, if not given.")
     ] = None,
@@ -210,28 +211,39 @@ def compare(
     with _mistakes_in_one_line():
         from scao_hf.tools import arms, comparison
 
-        job = arms.Job(config, steps, out, tuple(arguments or ()), arms.parse_changes(changes or []))
+        if seeds < 1:
+            raise ToolError(f"--seeds is {seeds}: it must be at least 1, and 3 to tell a small gap from chance")
         rate = comparison.parse_rate(lr)
-        optimizers = (against or arms.baseline_of(job), "scao")
-        if optimizers[0] == "scao":
-            raise ToolError(
-                "--against scao would compare SCAO with itself: name another optimizer, for example adamw_torch"
-            )
+        with _libraries_silent():
+            job = arms.Job(config, steps, out, tuple(arguments or ()), arms.parse_changes(changes or []))
+            optimizers = (arms.rival_of(job, against), "scao")
+        runs = comparison.most_runs(rate, seeds)
+        told = f"{'' if rate else 'Up to '}{runs} runs of {steps} steps, {' and '.join(optimizers)}, into {out}"
+        print(told, flush=True)
+        estimated = ""
         with _progress(console) as bars:
 
-            def watch(arm: arms.Arm) -> Callable[[int], None]:
-                text = f"{escape(arm.optimizer)}, learning rate {arm.rate.text}"
+            def watch(arm: arms.Arm) -> Callable[[arms.Outcome], None]:
+                text = f"{escape(arm.optimizer)}{f', seed + {arm.seed}' if arm.seed else ''}"
                 task = bars.add_task(text, total=steps)
-                return lambda done: bars.update(task, completed=done)
+
+                def show(outcome: arms.Outcome) -> None:
+                    nonlocal estimated
+                    rate = f", learning rate {outcome.learning_rate:g}" if outcome.learning_rate > 0 else ""
+                    bars.update(task, completed=len(outcome.losses), description=text + rate)
+                    if not estimated and (estimated := comparison.estimate(outcome, runs * steps)):
+                        bars.console.print(estimated)
+
+                return show
 
             try:
-                sides = comparison.compare(job, optimizers, rate, watch)
+                sides = comparison.compare(job, optimizers, rate, seeds, watch)
             except KeyboardInterrupt:
                 bars.stop()
                 print(f"scao-hf: interrupted; the same command goes on from what is in {out}", file=sys.stderr)
                 raise typer.Exit(130) from None
     table = Table()
-    table.add_column("")
+    table.add_column("" if seeds == 1 else "first seed")
     for side in sides:
         table.add_column(escape(side.optimizer), justify="right")
     for name, values in comparison.summary(sides):
@@ -246,7 +258,12 @@ def compare(
 
 
 def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     return Progress(*columns, console=console)
 
 

@@ -1,4 +1,8 @@
-"""``scao-hf compare``: two optimizers on one configuration, each at its learning rate, and what came out."""
+"""``scao-hf compare``: two optimizers on one configuration, each at its learning rate, and what came out.
+
+Both read the same batches, so that their losses are compared batch by batch: a difference that is small beside the
+losses' own spread is still seen.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any
+from statistics import fmean, median, stdev
+from typing import Any, NamedTuple
 
 from scao_hf.tools import ToolError
 from scao_hf.tools.arms import Arm, Job, Outcome, Rate, run_arm
@@ -18,14 +22,23 @@ from scao_hf.tools.arms import Arm, Job, Outcome, Rate, run_arm
 MOST_RUNS, FACTOR = 5, 2.0
 PNG_NAME, JSON_NAME = "comparison.png", "comparison.json"
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
+#: A difference counts from this many standard errors on, and is slight below this share of the loss.
+ERRORS, SLIGHT = 2.0, 0.02
 
 
 @dataclass
 class Side:
-    """One of the two optimizers: its runs by learning rate, the best one, and whether that lies between two others."""
+    """One of the two optimizers: its runs by learning rate, the best one, and whether that lies between two others.
+
+    Attributes:
+        optimizer: its name.
+        runs: with the configuration's own seed, by learning rate.
+        repeats: with other seeds, at the best rate.
+    """
 
     optimizer: str
     runs: dict[Rate, Outcome] = field(default_factory=dict)
+    repeats: list[Outcome] = field(default_factory=list)
 
     @property
     def usable(self) -> dict[Rate, Outcome]:
@@ -37,8 +50,10 @@ class Side:
 
     @property
     def failure(self) -> str | None:
-        """Why there is no run of this optimizer, None where there is one."""
-        return None if self.usable else next((outcome.failure for outcome in self.runs.values()), "it was not run")
+        """Why there is no run of this optimizer, or one too few; None where all are there."""
+        if not self.usable:
+            return next((outcome.failure for outcome in self.runs.values()), "it was not run")
+        return next((outcome.failure for outcome in self.repeats if outcome.failure), None)
 
     @property
     def place(self) -> str:
@@ -78,8 +93,26 @@ def next_rate(runs: dict[Rate, Outcome]) -> Rate | None:
     return Rate(best * FACTOR, relative=True) if best == tried[-1] else None
 
 
+def most_runs(rate: Rate | None, seeds: int) -> int:
+    """How many runs a comparison makes at most."""
+    return 2 * ((1 if rate else MOST_RUNS) + seeds - 1)
+
+
+def estimate(outcome: Outcome, steps: int) -> str:
+    """How long so many steps will take, in words, from the first ones of a run; empty before there are enough."""
+    if len(outcome.seconds) < 4:
+        return ""
+    each = median(outcome.seconds[1:])  # the first step warms up
+    whole = f"{steps * each / 3600:.1f} hours" if steps * each > 3600 else f"{steps * each / 60:.1f} minutes"
+    return f"{each:.2g} seconds a step: about {whole} of training in all, besides loading and evaluation"
+
+
 def compare(
-    job: Job, optimizers: tuple[str, str], rate: Rate | None, watch: Callable[[Arm], Callable[[int], None]]
+    job: Job,
+    optimizers: tuple[str, str],
+    rate: Rate | None,
+    seeds: int,
+    watch: Callable[[Arm], Callable[[Outcome], None]],
 ) -> tuple[Side, Side]:
     """Make every run that is not there yet; a run that fails ends its own side only.
 
@@ -87,7 +120,8 @@ def compare(
         job: what is run.
         optimizers: the one to compare with, and SCAO.
         rate: one learning rate for both, or None to search each one's own.
-        watch: called when a run begins; what it returns is told the number of steps done.
+        seeds: how many; the search is made with the first.
+        watch: called when a run begins; what it returns is told what is there of it so far.
     """
     sides = Side(optimizers[0]), Side(optimizers[1])
     for side in sides:
@@ -96,6 +130,11 @@ def compare(
             arm = Arm(job, side.optimizer, chosen)
             side.runs[chosen] = run_arm(arm, watch(arm))
             chosen = None if rate else next_rate(side.runs)
+    for side in sides if all(side.best for side in sides) else ():
+        best = next(rate for rate, outcome in side.runs.items() if outcome is side.best)
+        for seed in range(1, seeds):
+            arm = Arm(job, side.optimizer, best, seed)
+            side.repeats.append(run_arm(arm, watch(arm)))
     return sides
 
 
@@ -110,15 +149,50 @@ def times(outcome: Outcome) -> list[float]:
     return list(accumulate(outcome.seconds))
 
 
-def reached(outcome: Outcome, loss: float) -> int | None:
-    """The first step from which the smoothed loss is at most that, None if it never is."""
-    return next((step for step, value in enumerate(smoothed(outcome.losses), 1) if value <= loss), None)
+def pairs(sides: tuple[Side, Side]) -> list[tuple[Outcome, Outcome]]:
+    """For each seed the runs of both sides at their best rates, where both are complete."""
+    first, second = ([side.best, *side.repeats] if side.best else [] for side in sides)
+    return [(one, two) for one, two in zip(first, second, strict=False) if not (one.failure or two.failure)]
 
 
 def same_data(sides: tuple[Side, Side]) -> bool:
-    """Whether all complete runs have read the same batches in the same order."""
+    """Whether all complete runs with the same seed have read the same batches in the same order."""
     read = [outcome.data for side in sides for outcome in side.usable.values()]
-    return all(data == read[0] for data in read)
+    return all(data == read[0] for data in read) and all(one.data == two.data for one, two in pairs(sides))
+
+
+class Gap(NamedTuple):
+    """How much better the second run of each pair is in the last third of its steps: negative differences are better.
+
+    Attributes:
+        seeds: for each seed, the difference of each batch.
+        level: mean of the first runs, without its sign.
+    """
+
+    seeds: list[list[float]]
+    level: float
+
+    @property
+    def mean(self) -> float:
+        return fmean(map(fmean, self.seeds))
+
+    @property
+    def judgement(self) -> str:
+        """In a word or two: better, worse, or no difference where the spread of batches (one seed) or seeds has room for it."""
+        parts = list(map(fmean, self.seeds)) if len(self.seeds) > 1 else self.seeds[0]
+        error = stdev(parts) / math.sqrt(len(parts)) if len(parts) > 1 else math.inf
+        if not abs(self.mean) > ERRORS * error:
+            return "no difference"
+        slightly = "slightly " if abs(self.mean) < SLIGHT * self.level else ""
+        return slightly + ("better" if self.mean < 0 else "worse")
+
+
+def gap(sides: tuple[Side, Side]) -> Gap:
+    """The gap between the two sides, over all seeds."""
+    both = pairs(sides)
+    sign = -1 if both[0][0].rewards else 1
+    seeds = [[sign * (two - one) for one, two in zip(first.tail, second.tail, strict=True)] for first, second in both]
+    return Gap(seeds, abs(fmean(fmean(first.tail) for first, _ in both)))
 
 
 def summary(sides: tuple[Side, Side]) -> list[tuple[str, list[str]]]:
@@ -129,6 +203,7 @@ def summary(sides: tuple[Side, Side]) -> list[tuple[str, list[str]]]:
         return name, ["" if outcome is None else value(outcome) for outcome in best]
 
     shown = [outcome for outcome in best if outcome is not None]
+    figure = shown[0].figure if shown else "loss"
     memory = "peak memory" if any(outcome.device == "cuda" for outcome in shown) else "peak memory of the process"
     rates = [
         "" if outcome is None else f"{outcome.learning_rate:g}{f' ({side.place})' if side.place else ''}"
@@ -136,7 +211,7 @@ def summary(sides: tuple[Side, Side]) -> list[tuple[str, list[str]]]:
     ]
     rows = [
         ("learning rate", rates),
-        row("loss, last third of the steps", lambda outcome: f"{outcome.score:.4f}"),
+        row(f"{figure}, last third of the steps", lambda outcome: f"{fmean(outcome.tail):.4f}"),
         row("held-out loss", lambda outcome: "" if outcome.eval_loss is None else f"{outcome.eval_loss:.4f}"),
         row("seconds", lambda outcome: f"{sum(outcome.seconds):.1f}"),
         row("seconds per step, median", lambda outcome: f"{median(outcome.seconds):.3f}"),
@@ -146,18 +221,45 @@ def summary(sides: tuple[Side, Side]) -> list[tuple[str, list[str]]]:
     if len(shown) == 2:
         for part in QUARTERS:
             step = max(1, round(part * len(shown[0].losses)))
-            rows.append((f"loss after {step} steps", [f"{smoothed(one.losses)[step - 1]:.4f}" for one in shown]))
+            rows.append((f"{figure} after {step} steps", [f"{smoothed(one.curve)[step - 1]:.4f}" for one in shown]))
         shortest = min(sum(outcome.seconds) for outcome in shown)
         for part in QUARTERS:
-            rows.append(
-                (f"loss after {part * shortest:.1f} seconds", [_loss_at(one, part * shortest) for one in shown])
-            )
+            after = [at(one, part * shortest) for one in shown]
+            values = ["" if value is None else f"{value:.4f}" for value in after]
+            rows.append((f"{figure} after {part * shortest:.1f} seconds", values))
     return [entry for entry in rows if any(entry[1])]
 
 
-def _loss_at(outcome: Outcome, seconds: float) -> str:
+def at(outcome: Outcome, seconds: float) -> float | None:
+    """The smoothed figure after so many seconds, None where the first step took longer."""
     done = sum(time <= seconds * (1 + 1e-9) for time in times(outcome))
-    return f"{smoothed(outcome.losses)[done - 1]:.4f}" if done else ""
+    return smoothed(outcome.curve)[done - 1] if done else None
+
+
+def _change(ratio: float, more: str, less: str) -> str:
+    return "the same" if abs(ratio - 1) < 0.005 else f"{abs(ratio - 1):.0%} {more if ratio > 1 else less}"
+
+
+def headline(sides: tuple[Side, Side]) -> str:
+    """The result in one sentence."""
+    first, second = sides
+    both, found = pairs(sides), gap(sides)
+    figure = both[0][0].figure
+    relative = figure == "loss" and found.level > 0  # a reward may be anything, zero on average too
+    parts = [mean / found.level if relative else -mean for mean in (found.mean, *map(fmean, found.seeds))]
+    form = "{:.1%}" if relative else "{:.3g}"
+    size = f"{form.format(abs(parts[0]))} {'higher' if parts[0] > 0 else 'lower'}" if parts[0] else "the same"
+    if len(both) > 1:
+        size += f" (by seed {', '.join(('+' if part > 0 else '') + form.format(part) for part in parts[1:])})"
+    batches = [difference for seed in found.seeds for difference in seed]
+    better = sum(difference < 0 for difference in batches)
+    slower = fmean(median(two.seconds) / median(one.seconds) for one, two in both)
+    larger = fmean(two.peak_bytes / one.peak_bytes for one, two in both)
+    return (
+        f"{second.optimizer} against {first.optimizer}: {figure} {size}, {'higher' if both[0][0].rewards else 'lower'} on "
+        f"{better} of the last {len(batches)} batches, steps {_change(slower, 'longer', 'shorter')}, peak memory "
+        f"{_change(larger, 'more', 'less')}: {found.judgement}; {len(both)} seed{'s' if len(both) > 1 else ''}."
+    )
 
 
 def verdict(sides: tuple[Side, Side]) -> list[str]:
@@ -166,52 +268,61 @@ def verdict(sides: tuple[Side, Side]) -> list[str]:
     said = [f"{side.optimizer} failed: {side.failure}" for side in sides if side.failure]
     if first.best is None or second.best is None:
         return said
-    target = smoothed(first.best.losses)[-1]
-    step = reached(second.best, target)
-    if not all(math.isfinite(outcome.score) for outcome in (first.best, second.best)):
-        diverged = " and ".join(side.optimizer for side in sides if side.best and not math.isfinite(side.best.score))
-        said.append(f"The loss of {diverged} was NaN or infinite: lower its learning rate.")
-    elif step is None:
-        said.append(f"{second.optimizer} has not come down to the loss at which {first.optimizer} ended.")
-    else:
-        seconds, whole = times(second.best)[step - 1], sum(first.best.seconds)
+    diverged = [
+        side.optimizer
+        for side, outcomes in zip(sides, zip(*pairs(sides), strict=True), strict=True)
+        if not all(math.isfinite(outcome.score) for outcome in outcomes)
+    ]
+    if diverged:
         said.append(
-            f"{second.optimizer} came down to the loss at which {first.optimizer} ended after {step} of "
-            f"{len(first.best.losses)} steps and {seconds:.1f} of {whole:.1f} seconds."
+            f"The {first.best.figure} of {' and '.join(diverged)} was NaN or infinite: lower its learning rate."
         )
-        own = reached(first.best, target) or len(first.best.losses)
-        if own < len(first.best.losses):
-            said[-1] += f" {first.optimizer} itself had first come down to it after {own}."
-    if second.best.phase is not None and second.best.phase < 2:
-        said.append(
-            f"{second.optimizer} has not reached phase 2 in {len(second.best.losses)} steps: all of them were plain AdamW "
-            "steps. Raise --steps, or lower scao_warmup_steps, scao_min_precond_updates or scao_precond_freq."
-        )
-    if same_data(sides):
-        said.append("All runs have read the same batches in the same order.")
-    else:
+    elif not same_data(sides):
         said.append("The runs have NOT read the same batches: their losses must not be compared step by step.")
+    else:
+        said.append(headline(sides))
+        said.append("All runs have read the same batches in the same order.")
+    said += _short(second)
     if any("edge" in side.place for side in sides):
         said.append("A best learning rate lies at the edge of those tried: the optimum may lie beyond it.")
-    said.append("One seed: another one moves the losses too. Repeat with --set seed=1 before you rely on a small gap.")
+    if len(pairs(sides)) == 1:
+        said.append("Another seed moves the losses too: repeat with --seeds 3 before you rely on a small gap.")
     return said
 
 
-def draw(sides: tuple[Side, Side], path: Path) -> None:
-    """Write the picture: loss against steps and against seconds, each side at its best learning rate."""
+def _short(side: Side) -> list[str]:
+    """A sentence where a good part of the run was over before SCAO's curvature was in full effect."""
+    assert side.best is not None
+    blends = side.best.blends
+    full, steps = sum(blend >= 1 for blend in blends), len(blends)
+    if not blends or 2 * full >= steps:
+        return []
+    if not any(blends):
+        return [
+            f"{side.optimizer} has not reached phase 2 in {steps} steps: all of them were plain AdamW steps. Raise --steps, "
+            "or lower scao_warmup_steps, scao_min_precond_updates or scao_precond_freq."
+        ]
+    return [
+        f"{steps - full} of the {steps} steps were AdamW steps or the ramp to SCAO's curvature: raise --steps for more of it."
+    ]
+
+
+def draw(sides: tuple[Side, Side], title: str, path: Path) -> None:
+    """Write the picture: loss or reward against steps and against seconds, each side at its best learning rate."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
+    title_text = figure.suptitle(title, fontsize=9)
     by_step, by_second = figure.subplots(1, 2, sharey=True)
     for side, colour in zip(sides, ("#a65300", "#1f5fbf"), strict=True):
         if side.best is None:
             continue
         label = f"{side.optimizer}, learning rate {side.best.learning_rate:g}"
-        for axes, x in ((by_step, range(1, len(side.best.losses) + 1)), (by_second, times(side.best))):
-            axes.plot(x, side.best.losses, color=colour, linewidth=0.7, alpha=0.3)
-            axes.plot(x, smoothed(side.best.losses), color=colour, linewidth=1.8, label=label)
-    by_step.set_ylabel("training loss (strong: smoothed)")
-    for entry in by_step.legend().get_texts():
+        for axes, x in ((by_step, range(1, len(side.best.curve) + 1)), (by_second, times(side.best))):
+            axes.plot(x, side.best.curve, color=colour, linewidth=0.7, alpha=0.3)
+            axes.plot(x, smoothed(side.best.curve), color=colour, linewidth=1.8, label=label)
+    by_step.set_ylabel(f"{next(side.best.figure for side in sides if side.best)} in training (strong: smoothed)")
+    for entry in (title_text, *by_step.legend().get_texts()):
         entry.set_parse_math(False)  # an optimizer's name is no formula
     for axes, label in ((by_step, "step"), (by_second, "seconds")):
         axes.set_xlabel(label)
@@ -223,13 +334,19 @@ def write(sides: tuple[Side, Side], out: Path) -> list[Path]:
     """Write the picture and all figures of all runs as JSON; the paths."""
     out.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = [
-        {"optimizer": side.optimizer, "best": outcome is side.best, "score": outcome.score, **vars(outcome)}
+        {
+            "optimizer": side.optimizer,
+            "seed": seed,
+            "best": outcome is side.best,
+            "score": outcome.score,
+            **vars(outcome),
+        }
         for side in sides
-        for outcome in side.runs.values()
+        for seed, outcome in [*((0, one) for one in side.runs.values()), *enumerate(side.repeats, 1)]
     ]
     (out / JSON_NAME).write_text(json.dumps(found), encoding="utf-8")
     written = [out / JSON_NAME]
     if any(side.best for side in sides):
-        draw(sides, out / PNG_NAME)
+        draw(sides, next(iter(verdict(sides)), ""), out / PNG_NAME)
         written.append(out / PNG_NAME)
     return written

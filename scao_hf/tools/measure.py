@@ -13,12 +13,13 @@ import runpy
 import sys
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from scao_hf.tools.arms import ARM_VARIABLE, FILE_VARIABLE
@@ -48,12 +49,17 @@ def state_bytes(optimizer: Any) -> int:
     return sum(found.values())
 
 
-def batch_checksum(inputs: dict[str, Any], before: int = 0) -> int:
-    """A checksum of the integers in a batch (tokens, labels, masks)."""
-    for name in sorted(inputs):
-        value = inputs[name]
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            before = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), before)
+def batch_checksum(inputs: Any, before: int = 0) -> int:
+    """A checksum of the integers and texts in a batch (tokens, labels, masks; the prompts of GRPO), however they are nested."""
+    if isinstance(inputs, Mapping):
+        inputs = [part for name in sorted(inputs, key=str) for part in (str(name), inputs[name])]
+    if isinstance(inputs, (list, tuple)):
+        for part in inputs:
+            before = batch_checksum(part, before)
+    elif isinstance(inputs, Tensor) and not inputs.is_floating_point():
+        before = zlib.crc32(inputs.detach().cpu().contiguous().numpy().tobytes(), before)
+    elif isinstance(inputs, (str, int)):
+        before = zlib.crc32(str(inputs).encode(errors="replace"), before)
     return before
 
 
@@ -76,7 +82,7 @@ class Recorder(TrainerCallback):
         trainer.add_callback(recorder)
         step = trainer.training_step
 
-        def training_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        def training_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             # One micro-batch a step is enough to see that two runs read the same data, and waits for the device once.
             if recorder.batches % recorder.accumulation == 0:
                 recorder.checksum = batch_checksum(inputs)
@@ -127,7 +133,8 @@ class Recorder(TrainerCallback):
                 data=self.checksum,
                 state_bytes=state_bytes(kwargs.get("optimizer")),
                 peak_bytes=peak_bytes(),
-                phase=logs.get("scao/phase"),
+                blend=logs.get("scao/blend"),
+                reward=logs.get("reward"),
             )
         if logs and "eval_loss" in logs:
             self.write(step=state.global_step, eval_loss=float(logs["eval_loss"]))
@@ -144,7 +151,8 @@ def prepare_trainer(trainer: Any, arm: dict[str, Any], path: Path) -> None:
 
     Args:
         trainer: any ``transformers.Trainer``; its own optimizer is replaced, its SCAO options are kept.
-        arm: ``optimizer``, ``steps``, ``output_dir``, ``save_steps`` and ``scale`` or ``learning_rate``.
+        arm: ``optimizer``, ``steps``, ``output_dir``, ``save_steps``, ``seed`` (what is added to the trainer's own) and
+            ``scale`` or ``learning_rate``.
         path: where the recorder writes.
     """
     args = trainer.args = copy.copy(trainer.args)
@@ -155,6 +163,9 @@ def prepare_trainer(trainer: Any, arm: dict[str, Any], path: Path) -> None:
         args.eval_strategy, args.eval_steps = type(args.eval_strategy)("steps"), arm["steps"]
     args.save_total_limit, args.output_dir, args.push_to_hub = 1, arm["output_dir"], False
     args.learning_rate = arm["learning_rate"] or args.learning_rate * arm["scale"]
+    if arm["seed"]:
+        args.seed, args.data_seed = args.seed + arm["seed"], None
+        set_seed(args.seed)  # the order of the data and dropout follow it; what the script has drawn before stays
     callbacks = trainer.callback_handler.callbacks
     callbacks[:] = [one for one in callbacks if not type(one).__module__.startswith("transformers.integrations")]
     trainer.optimizer = trainer.lr_scheduler = trainer.optimizer_cls_and_kwargs = None
