@@ -159,7 +159,7 @@ def _check_experts(get: Get, findings: Findings) -> None:
 def _state_of(rows: int, cols: int, options: dict[str, Any]) -> str:
     """How much state a matrix needs under valid options, in words."""
     own = {name: value for name, value in options.items() if name in OPTIONS}
-    size = SCAO([torch.empty(rows, cols, device="meta")], **own).memory_report()["peak"]
+    size = SCAO([torch.empty(rows, cols, device="meta", requires_grad=True)], **own).memory_report()["peak"]
     return f"{rows} x {cols} weights take {size / 2**20:.0f} MiB of state (AdamW: {8 * rows * cols / 2**20:.0f} MiB)"
 
 

@@ -357,8 +357,14 @@ class SCAO(Optimizer):
         return report.statistics(buckets, names)
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes of optimizer state by kind, for real and for meta parameters, whether or not a step was taken."""
-        return report.memory_report(self.param_groups)
+        """Bytes of optimizer state by kind, for real and for meta parameters, whether or not a step was taken.
+
+        Of the parameters that require a gradient or have state; with sharded ones, of those that this process owns.
+        """
+        shards = Shards.of(self.param_groups)
+        params = [param for group in self.param_groups for param in group["params"]]
+        held = {param for param in params if param.requires_grad or param in self.state}
+        return report.memory_report(self.param_groups, held if shards is None else held - shards.elsewhere)
 
 
 @contextmanager

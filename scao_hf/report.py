@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +100,30 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
     return rows
 
 
-def memory_report(groups: Groups) -> dict[str, int]:
+def memory_report(groups: Groups, counted: Collection[Tensor]) -> dict[str, int]:
     """Bytes of state by kind (moments, curvature, bases, counters) and in total in phase 2; allocates nothing.
 
     ``peak`` is the larger of phase 1, which holds AdamW's second moment, and phase 2. Beside the state, four bytes per
     matrix remember how many gradients it had taken at the last look for gradients that are never finite.
+
+    Args:
+        groups: the parameter groups.
+        counted: the parameters whose state is asked for.
     """
     sizes: Counter[str] = Counter()
-    before = sum(
-        field.numel() * field.element_size()
-        for group in groups
-        for param in group["params"]
-        for field in expected(param, group, 0).values()
-    )
-    for group in groups:
-        for param in group["params"]:
-            for name, field in expected(param, group, sys.maxsize).items():
-                kind = (
-                    "counters"
-                    if name.startswith(("taken", "level"))
-                    else rule_of(group, is_matrix(param)).kind(name.partition(".")[0])
-                )
-                sizes[kind] += field.numel() * field.element_size()
+    before = 0
+    owned = [(param, group) for group in groups for param in group["params"] if param in counted]
+    for param, group in owned:
+        before += sum(field.nbytes for field in expected(param, group, 0).values())
+        for name, field in expected(param, group, sys.maxsize).items():
+            kind = (
+                "counters"
+                if name.startswith(("taken", "level"))
+                else rule_of(group, is_matrix(param)).kind(name.partition(".")[0])
+            )
+            sizes[kind] += field.nbytes
     total = sum(sizes.values())
-    count = sum(param.numel() for group in groups for param in group["params"])
-    return {**sizes, "total": total, "peak": max(before, total), "parameters": count}
+    return {**sizes, "total": total, "peak": max(before, total), "parameters": sum(param.numel() for param, _ in owned)}
 
 
 class StatisticsFile:

@@ -283,7 +283,12 @@ def trajectories(rank: int, world: int, runs: dict[str, dict[str, Any]]) -> dict
             model, optimizer = sharded(**settings)
         with counted() as counts:
             train(model, optimizer, range(STEPS), rank, world, poisoned)
-        report = {"held": held(optimizer), "metrics": optimizer.metrics(), "rows": optimizer.statistics()}
+        report = {
+            "held": held(optimizer),
+            "memory": optimizer.memory_report(),
+            "metrics": optimizer.metrics(),
+            "rows": optimizer.statistics(),
+        }
         results[name] = weights(model), {**counts, **report}
     return results
 

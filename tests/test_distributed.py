@@ -119,7 +119,8 @@ def test_refreshes_and_state_are_shared_out(ends: dict[int, list[dict[str, Any]]
     owned = [results["fsdp-deep"][1] for results in ends[world]]
     assert sum(report["decomposed"] for report in owned) == counts["decomposed"]
     assert max(report["decomposed"] for report in owned) <= share * counts["decomposed"]
-    assert sum(report["held"] for report in owned) == held(optimizer)
+    assert sum(report["held"] for report in owned) == held(optimizer) == optimizer.memory_report()["total"]
+    assert all(report["held"] == report["memory"]["total"] for report in owned)
     assert max(report["held"] for report in owned) <= share * held(optimizer)
     print(f"{world} processes: {shared} of {sum(shared)} refreshes, {[each['held'] for each in owned]} bytes of state")
 

@@ -86,8 +86,8 @@ class Shards:
         for param in self.params:
             mine = self.owners[param] == self.rank
             self.wholes[param] = torch.empty(param.shape, dtype=param.dtype, device=self.device) if mine else None
+            self._release(param)
         self.elsewhere = {param for param, whole in self.wholes.items() if whole is None}
-        self._release()
 
     @classmethod
     def of(cls, groups: Groups) -> Shards | None:
@@ -145,14 +145,13 @@ class Shards:
         torch._foreach_copy_([as_bytes(param.to_local()) for param in active], received)
         for param in active:
             state[param]["step"] += 1
-        self._release()
+            self._release(param)
 
-    def _release(self) -> None:
-        """Free the memory of the wholes; they keep their shapes."""
-        for whole in self.wholes.values():
-            if whole is not None:
-                whole.grad = None
-                whole.untyped_storage().resize_(0)
+    def _release(self, param: Tensor) -> None:
+        """Free the memory of a whole parameter, which keeps its shape."""
+        if (whole := self.wholes[param]) is not None:
+            whole.grad = None
+            whole.untyped_storage().resize_(0)
 
     def to_bytes(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
         """``state_dict`` with each sharded parameter's state as one DTensor of bytes under ``"bytes"``. Collective."""
