@@ -64,7 +64,7 @@ RULES = ("eigenbasis", "published")
 #: Options that every rule has, beside torch's own lr, betas, eps and weight_decay.
 OPTIONS: dict[str, Option] = {
     "rule": Option(str, "the update rule: SCAO's own, or the published one as a reference", choices=RULES),
-    "warmup_steps": Option(int, "steps of plain AdamW before phase 2", low=0),
+    "warmup_steps": Option(int, "AdamW steps, with these betas, before phase 2", low=0),
     "blend_steps": Option(int, "length of the ramp from the AdamW step to the curvature step", low=0),
     "min_precond_updates": Option(int, "refreshes of the curvature basis required before phase 2", low=1),
     "precond_freq": Option(int, "steps between two refreshes of a matrix's curvature basis", low=1),

@@ -253,7 +253,7 @@ def glance(found: Iterable[Setting]) -> str:
         "SCAO",
         "difference",
         "AdamW's loss sooner: steps / seconds",
-        "state, bytes/parameter: SCAO (AdamW)",
+        "state in phase 2, bytes/parameter: SCAO (AdamW)",
     ]
     rows, elsewhere, ahead = [], [], []
     order = list(sweep.BATCH)  # fine-tuning, what SCAO is meant for, before training from scratch
