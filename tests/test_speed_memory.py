@@ -444,3 +444,24 @@ def test_the_command_fails_where_a_kernel_is_wrong(
     assert "step_: 9 calls, largest difference" in capsys.readouterr().out
     table = costs.tables(costs.records([out]))["gpu-kernels"]
     assert f"| Tesla T4 | `step_` | 9 | {'1.0e-07 | yes' if passed else '1.0e-01 | NO'} |" in table
+
+
+@pytest.mark.parametrize("spec", memory.BFLOAT16[:3])
+def test_state_of_parameters_in_bfloat16_is_counted_at_its_largest_too(spec: str) -> None:
+    found = memory.bfloat16({"rank": 16, "reduced": True, "optimizers": [spec]}, lambda _: None)
+    with torch.device("meta"):
+        models = {"LoRA": loads.qwen(shrink=16), "full": loads.llama_layer(16)}
+    for kind, model in models.items():
+        report = SCAO(model.bfloat16().parameters(), **peers.parse(spec)[1]).memory_report()
+        for measured, stated in (("bytes", "total"), ("largest", "peak")):
+            assert found[kind][measured] == pytest.approx(report[stated], rel=2e-3), (kind, measured)
+
+
+def test_the_readme_states_the_state_of_weights_in_bfloat16() -> None:
+    with torch.device("meta"):
+        params = list(loads.llama_layer().bfloat16().parameters())
+    report = SCAO(params, moment_dtype="bfloat16").memory_report()
+    rest, peak = (report[name] / report["parameters"] for name in ("total", "peak"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{peak:.2f} bytes per parameter in phase 1 and {rest:.2f} in phase 2, against AdamW's 4.00" in text
+    assert SCAO(params, moment_dtype="int8").memory_report()["peak"] < 4 * report["parameters"] < report["peak"]

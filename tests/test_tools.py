@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import xml.dom.minidom
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,17 @@ def test_training_without_an_adapter_counts_every_parameter(tmp_path: Path) -> N
     plan = planning.make_plan(settings.Settings(str(tmp_path), adapter=False, four_bit=False, sequence=32))
     assert plan.trainable == plan.parameters
     assert {row.name: row.size for row in plan.rows}["gradients"] == 2 * plan.parameters
+
+
+def test_a_plan_names_the_option_that_holds_the_moments_of_16_bit_weights_in_16_bit(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    whole = settings.Settings(str(tmp_path), adapter=False, four_bit=False, sequence=32)
+    plan = planning.make_plan(whole)
+    assert plan.adamw == 4 * plan.parameters < plan.scao["peak"]
+    half = planning.make_plan(replace(whole, scao={"moment_dtype": "bfloat16"}))
+    sizes = f"{plan.scao['peak'] / 2**20:,.0f} to {half.scao['peak'] / 2**20:,.0f} MiB at its peak"
+    assert [sizes in note and "scao_moment_dtype: bfloat16" in note for note in plan.notes] == [True]
+    assert not half.notes and not planning.make_plan(settings.Settings(str(tmp_path), rank=4, sequence=32)).notes
 
 
 def yaml_file(folder: Path, text: str) -> Path:

@@ -196,6 +196,22 @@ def state_table(found: Sequence[Record]) -> str:
     return "\n".join([texts.table(head, rows), caption, *notes]) + "\n"
 
 
+def bfloat16_table(found: Sequence[Record]) -> str:
+    """Bytes of state of parameters in bfloat16."""
+    kinds = {"full": "all matrices of Llama-3.1-8B", "LoRA": "LoRA r = 16 of Qwen2.5-3B"}
+    rows = []
+    for record in found:
+        if "unavailable_here" not in record:
+            parts = [record[kind] for kind in kinds]
+            sizes = [f"{part[name] / part['parameters']:.2f}" for part in parts for name in ("bytes", "largest")]
+            rows.append([f"`{record['cell']['optimizers'][0]}`", *sizes])
+    head = ["optimizer", *(name for words in kinds.values() for name in (words, "largest at any time"))]
+    caption = (
+        f"Bytes per parameter, measured after each step on a matrix of each shape or a strip of it. {origin(found)}"
+    )
+    return f"{texts.table(head, rows)}\n{caption}\n"
+
+
 def scratch_table(found: Sequence[Record]) -> str:
     """Peak of what steps allocate."""
     rows = []
@@ -303,7 +319,7 @@ def tables(found: Sequence[Record]) -> dict[str, str]:
     if part(speed, "training"):
         made["speed-training"] = training_table(part(speed, "training"))
     memory = [record for record in found if record["cell"]["benchmark"] == "memory"]
-    for name, make in (("state", state_table), ("scratch", scratch_table)):
+    for name, make in (("state", state_table), ("bfloat16", bfloat16_table), ("scratch", scratch_table)):
         chosen = [record for record in memory if record["cell"]["part"] == name]
         if chosen:
             made[f"memory-{name}"] = make(chosen)

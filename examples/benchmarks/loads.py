@@ -55,6 +55,14 @@ def qwen(layers: int = 36, rank: int = 16, shrink: int = 1) -> nn.Module:
     return lora(rank, [(inputs // shrink, outputs // shrink) for inputs, outputs in QWEN_3B], layers)
 
 
+def llama_layer(shrink: int = 1) -> nn.Module:
+    """The matrices of one layer of Llama-3.1-8B: hidden 4096, eight key-value heads of 128, MLP 14336."""
+    hidden, values, inner = 4096 // shrink, 1024 // shrink, 14336 // shrink
+    sides = [(hidden, hidden), (hidden, values), (hidden, values), (hidden, hidden)]
+    sides += [(hidden, inner), (hidden, inner), (inner, hidden)]
+    return nn.ModuleList(nn.Linear(*side, bias=False) for side in sides)
+
+
 def gpt2_block(width: int = 768) -> nn.Module:
     """One transformer block of GPT-2 small: four matrices with both sides large, and its vectors."""
     return nn.ModuleDict(
@@ -87,7 +95,10 @@ class Gradients:
         generator = torch.Generator(device).manual_seed(seed)
         self.params = [param for param in model.parameters() if param.requires_grad]
         self.sets = [
-            [torch.randn(param.shape, generator=generator, device=device).mul_(1e-3) for param in self.params]
+            [
+                torch.randn(param.shape, generator=generator, device=device).mul_(1e-3).to(param.dtype)
+                for param in self.params
+            ]
             for _ in range(GRADIENT_SETS)
         ]
 

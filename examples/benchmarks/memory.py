@@ -5,6 +5,7 @@
 
 ``state``: bytes of optimizer state on the reference load. One matrix of each shape is stepped, all that the optimizer
 holds afterwards is counted, and the sum is taken over the load; SCAO's own count (``memory_report``) stands beside it.
+``bfloat16``: the same of parameters in bfloat16, after each step, for LoRA and for the whole matrices of Llama-3.1-8B.
 ``scratch``: what a step allocates beyond what it leaves behind, from torch's allocator: the peak of a step and the
 largest single allocation, for each kind of step.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import shlex
 import sys
@@ -34,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from scao_hf import SCAO
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.jsonl"
-PARTS = ("state", "scratch")
+PARTS = ("state", "bfloat16", "scratch")
 
 #: SCAO and its options, then the others, in the order of the table.
 STATE = (
@@ -52,6 +54,7 @@ STATE = (
     "scao-pypi",
     "scao-pypi:use_int8_ema=True",
 )
+BFLOAT16 = ("scao", "scao:moment_dtype='bfloat16'", "scao:moment_dtype='int8'", "adamw", "adamw8bit")
 SCRATCH = ("scao", "scao-pytorch", "scao:moment_dtype='int8':use_int8_ema=True", "adamw-foreach", "muon", "polora")
 
 
@@ -65,11 +68,36 @@ class OneMatrix(nn.Module):
 
 def state_bytes(spec: str, model: nn.Module) -> int:
     """Bytes that an optimizer holds after it has stepped ``model``: SCAO in phase 2, the others after the first step."""
+    return list(bytes_held(spec, model))[-1]
+
+
+def bytes_held(spec: str, model: nn.Module) -> Iterator[int]:
+    """The same after each step up to that one."""
     stepper = loads.Stepper.of(spec, model)
     gradients = loads.Gradients(model)
     for _ in range(stepper.settle if isinstance(stepper.optimizer, SCAO) else 1):
         stepper.step(gradients)
-    return peers.state_bytes(stepper.optimizer, model)
+        yield peers.state_bytes(stepper.optimizer, model)
+
+
+def bfloat16(cell: speed.Cell, progress: Callable[[str], None]) -> dict[str, Any]:
+    """State of parameters in bfloat16, at rest and at its largest; of a large matrix a strip is stepped and scaled."""
+    spec, found = cell["optimizers"][0], {}
+    shrink = 16 if cell["reduced"] else 1
+    with torch.device("meta"):
+        kinds = {"LoRA": loads.qwen(rank=cell["rank"], shrink=shrink), "full": loads.llama_layer(shrink)}
+    for kind, model in kinds.items():
+        totals: Counter[int] = Counter()
+        for (rows, cols), count in Counter(tuple(param.shape) for param in model.parameters()).items():
+            progress(f"{spec} {kind} {rows} x {cols}")
+            # Blocks of the small side have states of their own, so that a strip of them takes its share of the memory.
+            strip = (min(rows, 256), cols) if rows <= cols else (rows, min(cols, 256))
+            times = count * rows * cols // math.prod(strip)
+            for step, held in enumerate(bytes_held(spec, OneMatrix(strip).to(torch.bfloat16))):
+                totals[step] += times * held
+            gc.collect()
+        found[kind] = {"parameters": loads.size(model), "bytes": totals[max(totals)], "largest": max(totals.values())}
+    return found
 
 
 def state(cell: speed.Cell, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -161,7 +189,7 @@ def load(cell: speed.Cell) -> nn.Module:
 def cells(arguments: argparse.Namespace) -> Iterator[speed.Cell]:
     """Every measurement that the command line asks for."""
     for part in arguments.parts:
-        for spec in {"state": STATE, "scratch": SCRATCH}[part]:
+        for spec in {"state": STATE, "bfloat16": BFLOAT16, "scratch": SCRATCH}[part]:
             yield {
                 "benchmark": "memory",
                 "part": part,
@@ -174,7 +202,7 @@ def cells(arguments: argparse.Namespace) -> Iterator[speed.Cell]:
 def measure(cell: speed.Cell, progress: Callable[[str], None]) -> dict[str, Any]:
     """One measurement; why it could not be made where an optimizer does not run here."""
     try:
-        return {"state": state, "scratch": scratch}[cell["part"]](cell, progress)
+        return {"state": state, "bfloat16": bfloat16, "scratch": scratch}[cell["part"]](cell, progress)
     except peers.Unavailable as reason:
         return {"unavailable_here": str(reason)}
     finally:

@@ -110,7 +110,7 @@ def make_plan(settings: Settings) -> Plan:
     except (ValueError, TypeError) as error:
         raise ToolError(str(error)) from error
     scao, adamw = optimizer.memory_report(), sum(2 * size_of(param) for _, param in trainable)
-    notes = list(settings.notes)
+    notes = [*settings.notes, *_moments_note(trainable, settings, scao["peak"], adamw)]
     try:
         flags = {"off": False, "on": True}
         peaks = {name: step_peaks(model, settings.batch, settings.sequence, flag) for name, flag in flags.items()}
@@ -124,6 +124,18 @@ def make_plan(settings: Settings) -> Plan:
     rows.append(Row("CUDA context, workspaces, allocator", OVERHEAD, False, "assumed"))
     count = sum(param.numel() for _, param in trainable)
     return Plan(settings, source, rows, parameters, count, pairs, scao, adamw, peaks, notes)
+
+
+def _moments_note(trainable: list[tuple[str, Tensor]], settings: Settings, peak: int, adamw: int) -> list[str]:
+    """Which option holds SCAO's moments in the 16 bits of the parameters, as AdamW does; nothing where they are."""
+    if "moment_dtype" in settings.scao or all(param.element_size() > 2 for _, param in trainable):
+        return []
+    smaller = SCAO(trainable, **settings.scao, moment_dtype="bfloat16").memory_report()["peak"]
+    sizes = " to ".join(f"{size / 2**20:,.0f}" for size in (peak, smaller))
+    return [
+        "AdamW holds the moments of 16-bit weights in 16 bit and SCAO in 32: scao_moment_dtype: bfloat16 takes SCAO's state "
+        f"from {sizes} MiB at its peak (AdamW: {adamw / 2**20:,.0f} MiB)"
+    ]
 
 
 def build_model(config: Any) -> nn.Module:
