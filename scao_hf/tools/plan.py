@@ -126,7 +126,7 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(settings, source, rows, parameters, count, pairs, scao, adamw, peaks, notes)
 
 
-def _moments_note(trainable: list[tuple[str, Tensor]], settings: Settings, peak: int, adamw: int) -> list[str]:
+def _moments_note(trainable: list[tuple[str, nn.Parameter]], settings: Settings, peak: int, adamw: int) -> list[str]:
     """Which option holds SCAO's moments in the 16 bits of the parameters, as AdamW does; nothing where they are."""
     if "moment_dtype" in settings.scao or all(param.element_size() > 2 for _, param in trainable):
         return []
