@@ -41,6 +41,8 @@ class SCAOConfigRules(BaseModel):
                     findings.errors.append(f"{'.'.join(map(str, part['loc']))} {part['msg']}".strip())
                 findings.report(LOG)
             raise
+        # What was passed and nothing else: a release of Axolotl may come to have fields of these names, with defaults.
+        vars(config).update({key: data.get(key) for key in _FIELDS})
         check_config(vars(config).get, findings)  # not getattr: it warns about fields that Axolotl has deprecated
         findings.report(LOG)
         return config

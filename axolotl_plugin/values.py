@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from scao_hf.namesake import foreign_option
 from scao_hf.options import OPTIONS, SWITCHES, TORCH_OPTIONS, did_you_mean, read_value
 
 PREFIX = "scao_"
@@ -34,6 +35,8 @@ class Findings:
 
 
 def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
+    if told := foreign_option(word, prefix):
+        return told
     known = list(known)
     near = did_you_mean(word, (*known, *SYNONYMS))
     for synonym, name in SYNONYMS.items():

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from scao_hf.distributed.exchange import WAYS_OUT
 from scao_hf.experts import find_experts, without_gradient
+from scao_hf.namesake import foreign_option
 from scao_hf.optimizer import SCAO, trainable_parameters
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, did_you_mean, resolve
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
@@ -51,7 +52,7 @@ def check_scao_kwargs(scao_kwargs: dict[str, Any]) -> None:
         if name in TRAINING_ARGUMENTS:
             raise ValueError(f"scao_kwargs: {name!r} belongs to the training arguments: set {TRAINING_ARGUMENTS[name]}")
         if name not in OPTIONS and name != "betas":
-            near = did_you_mean(name, (*OPTIONS, "betas"))
+            near = foreign_option(name) or did_you_mean(name, (*OPTIONS, "betas"))
             raise ValueError(f"scao_kwargs: {name!r} is not an option of SCAO{near}; they are: {', '.join(OPTIONS)}")
     passed = {name: value for name, value in scao_kwargs.items() if name != "rule"}
     resolve(scao_kwargs.get("rule") or RULES[0], passed)

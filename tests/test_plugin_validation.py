@@ -15,10 +15,11 @@ import pytest
 pytest.importorskip("axolotl", reason="needs axolotl")
 
 import torch
-from axolotl.cli.config import load_cfg
+from axolotl.cli.config import load_cfg, prepare_plugins
 from axolotl.integrations.base import PluginManager
-from axolotl.utils.config import prepare_plugins, validate_config
+from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
+from pydantic import BaseModel
 
 from axolotl_plugin import SCAOPlugin
 from axolotl_plugin.args import SCAOArgs
@@ -41,6 +42,7 @@ BASE: dict[str, Any] = {
     "lora_alpha": 16,
     "lora_target_linear": True,
     "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
     "num_epochs": 1,
     "sequence_len": 128,
     "bf16": False,
@@ -106,6 +108,21 @@ def test_every_option_is_a_field_with_its_description() -> None:
     assert SCAOArgs(optimizer="scao", scao_k_max=8).scao_k_max == 8  # valid on its own, without Axolotl's schema
 
 
+def test_defaults_of_fields_that_axolotl_may_have_are_not_taken_for_passed_options() -> None:
+    class Later(BaseModel):
+        optimizer: str = "scao"
+        adapter: str = "qlora"
+        load_in_4bit: bool = True
+        scao_k_max: int = 128
+        scao_k_min: int = 8
+
+    class Merged(Later, SCAOArgs):  # type: ignore[misc, valid-type]
+        """In the order in which Axolotl merges the fields of plugins into its own."""
+
+    assert Merged(scao_k_min="5").model_dump(exclude_none=True).items() >= {"scao_k_min": 5}.items()
+    assert Merged().scao_k_max is None
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_illegal_values_are_refused_with_the_range(name: str) -> None:
     for value in illegal(OPTIONS[name]):
@@ -146,6 +163,11 @@ ERRORS = {
         {"optim_args": "k_mx=8"},
         "k_mx is not an option of SCAO (did you mean 'k_max'?)",
     ),
+    "optim_args of the PyPI package": (
+        {"optim_args": {"precond_freq": 10, "k_max": 64, "sparsity": 0.3}},
+        "optim_args: sparsity is not an option of SCAO (it belongs to the PyPI package scao, another project's: remove it)",
+    ),
+    "key of the PyPI package": ({"scao_lazy_precond": True}, "remove it; the nearest here is scao_precond_freq)"),
     "optim_args range": ({"optim_args": {"rho": 2}}, "optim_args: rho=2 is not valid: it must be a number in [0, 1)"),
     "optim_args lr": ({"optim_args": {"lr": 1}}, "set learning_rate in the config instead"),
     "optim_args betas": ({"optim_args": {"betas": 0.9}}, "betas=0.9 is not valid"),

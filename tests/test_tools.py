@@ -317,6 +317,7 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
         (GOOD.replace("qlora", "ia3"), "adapter 'ia3' cannot be planned"),
         (GOOD.replace("lora_target_linear", "x"), "there is no LoRA target"),
         (GOOD + "scao_kmax: 4", "did you mean scao_k_max?"),
+        (GOOD + "scao_sparsity: 0.3", "not an option of SCAO (it belongs to the PyPI package scao"),
         (GOOD + "scao_k_max: 0", "k_max=0 is not valid"),
         (GOOD + "lora_r: big", "rank is 'big': it must be an integer"),
         (GOOD + "lora_dropout: big", "could not convert string to float: 'big'"),
@@ -384,10 +385,27 @@ def test_a_yaml_without_the_plugin_is_planned_and_told(tmp_path: Path) -> None:
     result = run("plan", yaml_file(tmp_path, text))
     shown = " ".join(result.output.split())
     assert result.exit_code == 0
-    assert (
-        "the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`" in shown and "`optimizer: adamw_torch_fused`" in shown
-    )
+    assert "the YAML says `optimizer: adamw_torch_fused`: planned as if it said scao, with the line" in shown
     assert "trainable copies" in shown
+    result = run("plan", yaml_file(tmp_path, text + "\noptimizer: scao"))
+    assert "the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        ({"optimizer": "scao"}, True),
+        ({"optimizer": " SCAO", "plugins": None}, True),
+        ({"optimizer": "scao", "plugins": ["some.Other"]}, True),
+        ({"optimizer": "scao", "plugins": ["some.Other", "axolotl_plugin.SCAOPlugin"]}, False),
+        ({"optimizer": "adamw_torch"}, False),
+        ({}, False),
+    ],
+)
+def test_a_yaml_that_would_train_with_another_scao_is_known(raw: dict[str, Any], told: bool) -> None:
+    note = settings.plugin_note(raw)
+    assert (note is not None) is told
+    assert not told or "without which `optimizer: scao` is not this SCAO" in str(note)
 
 
 def test_mistakes_of_the_plan(tmp_path: Path) -> None:
@@ -791,6 +809,22 @@ def test_doctor_prints_a_block_for_bug_reports(monkeypatch: Any) -> None:
     assert result.output.startswith("```\n") and "\n```\nNothing is broken." in result.output
     for words in ("torch ", "transformers ", "bitsandbytes ", "cuda ", "backend, cpu ", torch.__version__):
         assert words in result.output
+
+
+def test_doctor_tells_two_packages_of_the_name_apart(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(doctor, "axolotl_plugin", lambda: ("loads", True))
+    monkeypatch.setattr(doctor, "other_package", lambda: Path("/somewhere/scao"))
+    text = GOOD + "optimizer: scao"
+    assert (
+        "the YAML lacks"
+        not in run("doctor", yaml_file(tmp_path, text + "\nplugins: [axolotl_plugin.SCAOPlugin]")).output
+    )
+    result = run("doctor", yaml_file(tmp_path, text))
+    assert result.exit_code == 0 and "package scao " in result.output and "another project's" in result.output
+    assert result.output.splitlines()[-1].startswith(f"{tmp_path / 'config.yml'}: the YAML lacks `plugins:")
+    assert run("doctor", tmp_path / "nowhere.yml").exit_code == 2
+    monkeypatch.setattr(doctor, "other_package", lambda: None)
+    assert "not installed" in next(row for row in run("doctor").output.splitlines() if row.startswith("package scao "))
 
 
 def test_doctor_says_why_the_plugin_does_not_load(monkeypatch: Any) -> None:

@@ -84,6 +84,12 @@ def test_the_yamls_own_optimizer_is_what_scao_is_compared_with(tmp_path: Path) -
     assert arms.rival_of(job(tmp_path, optimizer="muon")) == "muon"  # Axolotl's, not one of transformers
 
 
+def test_a_yaml_without_the_plugin_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("axolotl")
+    assert "the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`" in str(job(tmp_path, optimizer="scao").note)
+    assert job(tmp_path, optimizer="scao", plugins=["axolotl_plugin.SCAOPlugin"]).note is None
+
+
 def test_another_run_has_another_folder(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
     first = Arm(job(tmp_path), "scao", Rate(1e-3)).folder

@@ -203,6 +203,10 @@ def test_the_callers_arguments_stay_usable_for_adamw(tiny_llama: Path, tmp_path:
     [
         ({"k_mx": 4}, r"'k_mx' is not an option of SCAO \(did you mean 'k_max'\?\)"),
         ({"zzz": 4}, r"'zzz' is not an option of SCAO; they are: rule, warmup_steps"),
+        (
+            {"sparsity": 0.3},
+            r"not an option of SCAO \(it belongs to the PyPI package scao, another project's: remove it",
+        ),
         ({"lr": 1e-3}, r"'lr' belongs to the training arguments: set learning_rate"),
         ({"eps": 1e-3}, r"set adam_epsilon"),
         ({"rho": 2.0}, r"rho=2.0 is not valid: it must be a number in \[0, 1\)"),

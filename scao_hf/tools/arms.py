@@ -22,7 +22,7 @@ from scao_hf.options import RULES, did_you_mean, resolve
 from scao_hf.rules import rule_of
 from scao_hf.tools import ToolError, logged
 from scao_hf.tools.axolotl_keys import unknown
-from scao_hf.tools.settings import collection, read_yaml, scao_options
+from scao_hf.tools.settings import collection, plugin_note, read_yaml, scao_options
 
 ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
 #: Environment variables of a run: where its measurements go, and for a script what is to be run (JSON).
@@ -79,6 +79,11 @@ class Job:
     @property
     def script(self) -> bool:
         return self.source.suffix == ".py"
+
+    @property
+    def note(self) -> str | None:
+        """What the reader should know about the YAML as it stands."""
+        return None if self.script else plugin_note({**read_yaml(self.source), **self.changes})
 
     def __post_init__(self) -> None:
         if not self.source.is_file():

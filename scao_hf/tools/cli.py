@@ -220,6 +220,8 @@ def compare(
         runs = comparison.most_runs(rate, seeds)
         told = f"{'' if rate else 'Up to '}{runs} runs of {steps} steps, {' and '.join(optimizers)}, into {out}"
         print(told, flush=True)
+        if job.note:
+            console.print(f"[yellow]Note:[/] {escape(job.note)}; the runs with SCAO are given it.")
         estimated = ""
         with _progress(console) as bars:
 
@@ -286,11 +288,21 @@ def report(
 
 
 @app.command()
-def doctor() -> None:
-    """Is the installation sound? Versions, backend, self-test; a block to paste into a bug report."""
-    from scao_hf.tools.doctor import examine
+def doctor(
+    config: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, show_default=False)] = None,
+) -> None:
+    """Is the installation sound? Versions, backend, self-test; a block to paste into a bug report.
 
+    With CONFIG, an Axolotl YAML: also whether it trains with this SCAO.
+    """
+    with _mistakes_in_one_line():
+        from scao_hf.tools.doctor import examine
+        from scao_hf.tools.settings import plugin_note, read_yaml
+
+        note = plugin_note(read_yaml(config)) if config else None
     with _libraries_silent():
         found = examine()
     print(found.text)
+    if note:
+        print(f"{config}: {note}.")
     raise typer.Exit(1 if found.broken else 0)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import scao_hf
 from scao_hf import SCAO, ops, options, quantization
+from scao_hf.namesake import other_package
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "axolotl", "bitsandbytes")
 
@@ -47,6 +48,7 @@ def examine() -> Findings:
         ("scao_hf", scao_hf.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
         *((name, _version(name)) for name in PACKAGES),
+        ("package scao", f"in {other}: another project's" if (other := other_package()) else "not installed"),
         ("cuda", cuda_state()),
         *((f"backend, {device}", text) for device, text in ops.backend().items()),
     ]

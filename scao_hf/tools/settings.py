@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scao_hf.namesake import foreign_option
 from scao_hf.options import OPTIONS, SWITCHES, read_value
 from scao_hf.tools import ToolError
 from scao_hf.tools.shapes import SHAPES, builtin
@@ -178,18 +179,30 @@ def scao_options(raw: dict[str, Any]) -> dict[str, Any]:
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, n=1)
             hint = f"did you mean scao_{near[0]}?" if near else f"the options are {', '.join(OPTIONS)}"
-            raise ToolError(f"scao_{name} is not an option of SCAO: {hint}")
+            raise ToolError(f"scao_{name} is not an option of SCAO{foreign_option(name, 'scao_') or f': {hint}'}")
         options[name] = read_value(str(key), value, OPTIONS[name])
     return options
 
 
+def plugin_note(raw: dict[str, Any]) -> str | None:
+    """What a YAML with ``optimizer: scao`` trains with where it lacks the plugin's line; None for any other."""
+    named = any("axolotl_plugin" in str(plugin) for plugin in collection(raw, "plugins", list))
+    if named or str(raw.get("optimizer")).strip().lower() != "scao":
+        return None
+    return (
+        "the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`, without which `optimizer: scao` is not this SCAO: Axolotl "
+        "up to 0.19 refuses it, later releases take the PyPI package scao, another project's"
+    )
+
+
 def _notes(raw: dict[str, Any]) -> list[str]:
     notes = []
-    if not any("axolotl_plugin" in str(plugin) for plugin in collection(raw, "plugins", list)):
-        notes.append("the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`, without which Axolotl knows no scao")
+    if note := plugin_note(raw):
+        notes.append(note)
     if str(raw.get("optimizer")).strip().lower() != "scao":
         notes.append(
-            f"the YAML says `optimizer: {raw.get('optimizer', 'adamw_torch_fused')}`: planned as if it said scao"
+            f"the YAML says `optimizer: {raw.get('optimizer', 'adamw_torch_fused')}`: planned as if it said scao, with the "
+            "line `plugins: [axolotl_plugin.SCAOPlugin]`"
         )
     savers = ("cut_cross_entropy", "chunked_cross_entropy", "liger_fused_linear_cross_entropy")
     if any(raw.get(key) for key in savers):
