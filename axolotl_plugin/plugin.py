@@ -1,8 +1,10 @@
-"""The four hooks through which Axolotl's own trainers, of any kind, get SCAO as their optimizer."""
+"""The hooks through which Axolotl's own trainers, of any kind, get SCAO as their optimizer."""
 
 from __future__ import annotations
 
+import inspect
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
@@ -15,6 +17,14 @@ if TYPE_CHECKING:
 # that "scao" is not a valid optimizer name.
 
 LOG = get_logger(__name__)
+
+
+class _Builtin(str):
+    """The optimizer that Axolotl's builder is told to take, marked as one that ``post_trainer_create`` replaces."""
+
+
+def _is_scao(cfg: Any) -> bool:
+    return cfg.optimizer == "scao" or isinstance(cfg.optimizer, _Builtin)
 
 
 class SCAOPlugin(BasePlugin):
@@ -38,11 +48,14 @@ class SCAOPlugin(BasePlugin):
         """The pydantic model of the ``scao_*`` options and their rules."""
         return "axolotl_plugin.args.SCAOArgs"
 
+    def pre_model_load(self, cfg: Any) -> None:
+        """Take ``scao`` out of the config before a builder reads it: later releases than 0.19 build one of their own."""
+        if cfg.optimizer == "scao":
+            cfg.optimizer = _Builtin("adamw_torch")
+
     def get_training_args(self, cfg: Any) -> dict[str, Any] | None:
-        """A stand-in that passes the closed list of names in TrainingArguments; ``post_trainer_create`` replaces it."""
-        if cfg.optimizer != "scao":
-            return None
-        return {"optim": "adamw_torch", "optim_args": None}
+        """A name that TrainingArguments accepts, without the options of SCAO; ``post_trainer_create`` replaces it."""
+        return {"optim": "adamw_torch", "optim_args": None} if _is_scao(cfg) else None
 
     def post_trainer_create(self, cfg: Any, trainer: Trainer) -> None:
         """Hand SCAO and its options to the trainer that Axolotl has built, and fuse LoRA on experts if that is asked for.
@@ -55,8 +68,9 @@ class SCAOPlugin(BasePlugin):
             from scao_hf.moe import fuse_moe_lora
 
             LOG.info("scao_fuse_moe: fused the LoRA of %d expert modules", len(fuse_moe_lora(trainer.model)))
-        if cfg.optimizer != "scao":
+        if not _is_scao(cfg):
             return
+        cfg.optimizer = "scao"
         from axolotl_plugin.rules import check_run, optimizer_kwargs
         from axolotl_plugin.values import Findings
         from scao_hf import SCAO
@@ -75,14 +89,29 @@ class SCAOPlugin(BasePlugin):
         trainer.optimizer_cls_and_kwargs = (SCAO, kwargs)
         trainer.args.optim = "scao"
         SCAOCallback.attach(trainer)
-        trainable = [param for param in trainer.model.parameters() if param.requires_grad]
-        own = {name: value for name, value in kwargs.items() if not name.startswith("loraplus_")}
-        state, adamw = SCAO(trainable, **own).memory_report()["peak"], sum(8 * param.numel() for param in trainable)
-        LOG.log(
-            logging.WARNING if state > 4 * adamw else logging.INFO,
-            "optimizer: scao with %s. Its state takes %.1f MiB (AdamW's %.1f MiB) for %d trainable parameters",
-            told,
-            state / 2**20,
-            adamw / 2**20,
-            sum(param.numel() for param in trainable),
-        )
+        _log_choice(trainer, kwargs, told)
+
+
+def _log_choice(trainer: Trainer, kwargs: dict[str, Any], told: str) -> None:
+    """Which SCAO trains, with which options, and what its state takes."""
+    from scao_hf import SCAO, __version__
+    from scao_hf.namesake import other_package
+
+    folder, other = Path(inspect.getfile(SCAO)).parent, other_package()
+    not_this = f", not the package scao in {other}, another project's" if other else ""
+    LOG.info("optimizer: scao is SCAO of scao-hf %s in %s%s", __version__, folder, not_this)
+    trainable = [param for param in trainer.model.parameters() if param.requires_grad]
+    own = {name: value for name, value in kwargs.items() if not name.startswith("loraplus_")}
+    int8 = {**own, "moment_dtype": "int8", "use_int8_ema": True}
+    state, least = (SCAO(trainable, **options).memory_report()["peak"] for options in (own, int8))
+    smaller = f", or {least / 2**20:.1f} MiB with scao_moment_dtype: int8 and scao_use_int8_ema: true"
+    adamw = sum(8 * param.numel() for param in trainable)
+    LOG.log(
+        logging.WARNING if state > 4 * adamw else logging.INFO,
+        "optimizer: scao with %s. Its state takes %.1f MiB%s (AdamW's %.1f MiB) for %d trainable parameters",
+        told,
+        state / 2**20,
+        smaller if least < state else "",
+        adamw / 2**20,
+        sum(param.numel() for param in trainable),
+    )

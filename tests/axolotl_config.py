@@ -25,6 +25,7 @@ def tiny_run(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "lora_mlp_kernel": False,
         "lora_embedding_kernel": False,
         "learning_rate": 0.01,
+        "gradient_accumulation_steps": 1,
         "num_epochs": 1,
         "val_set_size": 0,
         "logging_steps": 1,

@@ -279,20 +279,24 @@ def test_precision_that_auto_chose_is_checked() -> None:
     assert "leaves the adapter in bfloat16" in findings.warnings[0]
 
 
-def command_line(file: Path, *flags: str) -> str:
-    """What ``axolotl train`` prints, in a process of its own."""
-    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(file), "--launcher", "python", *flags]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        command,
+def axolotl_cli(command: str, file: Path, *flags: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``axolotl COMMAND file`` in a process of its own, which looks for packages in ``first`` before all others."""
+    places = [str(first or ""), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return subprocess.run(
+        [sys.executable, "-m", "axolotl.cli.main", command, str(file), *flags],
         cwd=file.parent,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+def command_line(file: Path, *flags: str) -> str:
+    """What ``axolotl train`` prints, in a process of its own."""
+    done = axolotl_cli("train", file, "--launcher", "python", *flags)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
