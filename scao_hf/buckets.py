@@ -99,6 +99,19 @@ class Member(NamedTuple):
         return self.block.size if self.block else 1
 
 
+class Layout(NamedTuple):
+    """What a tensor's memory means."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """That of ``tensor``."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+
 @dataclass
 class Bucket:
     """Blocks of one shape that are stepped together: of ordinary parameters, or of such as pack E experts each.
@@ -109,9 +122,11 @@ class Bucket:
         step: how many steps these blocks have taken, skipped ones included.
         dtype: arithmetic and moment dtype: float64 for float64 parameters, float32 for all others.
         members: what is stacked, in order.
-        entries: where each member's state is published.
+        owners: the parameter in whose state each member's is: the member's own, or the sharded one that it is the whole of.
+        fields: the fields of the state and how each is stacked.
+        pointers: where each field of each member has been put in memory.
+        entries: where each member's state is entered. This and the next one are filled during a step alone.
         state: the stacked state, one tensor of leading size N, the number of matrices, per field.
-        native: whether native kernels can step it.
         turns: how many entries of the group's matrices come before each of the N (``turns_of``), rising.
         cycle: how many entries the group's matrices have.
     """
@@ -121,9 +136,11 @@ class Bucket:
     step: int
     dtype: torch.dtype
     members: list[Member] = field(default_factory=list)
+    owners: list[Tensor] = field(default_factory=list)
+    fields: dict[str, Layout] = field(default_factory=dict)
+    pointers: list[int] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
-    native: bool = False
     turns: list[int] = field(default_factory=list)
     cycle: int = 1
 

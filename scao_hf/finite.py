@@ -78,12 +78,16 @@ class Watch:
         stuck = torch.cat([skipped.to(first) for _, skipped in late])
         if not bool(stuck.any()):
             return
-        owners = [(bucket, member) for bucket, _ in late for member in bucket.members for _ in range(member.size)]
-        bucket, member = owners[int(stuck.int().argmax())]
+        owners = [
+            (bucket.group, owner)
+            for bucket, _ in late
+            for member, owner in zip(bucket.members, bucket.owners, strict=True)
+            for _ in range(member.size)
+        ]
+        group, param = owners[int(stuck.int().argmax())]
         self._seen.clear()
-        name = name_of(member.param, bucket.group)
         raise RuntimeError(
-            f"the parameter{name} of shape {tuple(member.param.shape)} has had a gradient with NaN or Inf in at least "
-            f"{PATIENCE} steps in a row and does not train; nothing was changed in this one. Go back to a checkpoint from "
-            "before that and lower the learning rate, or look for the cause in the data or in the loss"
+            f"the parameter{name_of(param, group)} of shape {tuple(param.shape)} has had a gradient with NaN or Inf in at "
+            f"least {PATIENCE} steps in a row and does not train; nothing was changed in this one. Go back to a checkpoint "
+            "from before that and lower the learning rate, or look for the cause in the data or in the loss"
         )

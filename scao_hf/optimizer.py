@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
-from scao_hf import integrity, report
+from scao_hf import integrity, ops, report
 from scao_hf import options as opt
 from scao_hf import state as storage
 from scao_hf.buckets import Bucket, is_matrix
 from scao_hf.distributed.exchange import agreed, check_flattened, check_placement
 from scao_hf.distributed.shards import Shards, restored
 from scao_hf.distributed.sharing import Sharing
+from scao_hf.edits import Edits, check_lr
 from scao_hf.experts import Packing, find_experts, split_group
 from scao_hf.finite import Watch, check_finite
 from scao_hf.precision import full_precision
 from scao_hf.rules import Tick, rule_of
+from scao_hf.stacks import Stacks, publish
 from scao_hf.storage import opened
 from scao_hf.update import sanitize
 
@@ -94,22 +95,19 @@ class SCAO(Optimizer):
             "moment_dtype": moment_dtype,
             "on_nonfinite": on_nonfinite,
         }
-        self._reset_plan()
-        self._watch = Watch()
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **opt.resolve(rule, passed)}
         defaults["scao_version"] = storage.VERSION
         self._passed = {name: value for name, value in passed.items() if value is not None}
         self._sharing: Sharing | None = None
-        self._had_matrices: list[bool] = []
-        self._given = WeakIdKeyDictionary()
         self._experts = experts or {}
+        #: For each group that was added, whether it had a matrix; the ids of all parameters that were none. A weak reference
+        #: would forbid torch.utils.swap_tensors, with which modules are moved and cast.
+        self._had_matrices: list[bool] = []
+        self._vectors: set[int] = set()
+        self._edits = Edits([])
         super().__init__(params, defaults)
         self._experts = {}
-
-    def _reset_plan(self) -> None:
-        self._signature: tuple[Any, ...] = ()
-        self._buckets: list[Bucket] = []
-        self._shards: Shards | None = None
+        self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
         state = defaultdict(dict, storage.apart(self.state))
@@ -120,13 +118,17 @@ class SCAO(Optimizer):
         if "defaults" in state:  # a copy or an unpickled one; torch's load_state_dict calls this too, with less
             self._passed = dict(state.get("_passed", {}))
             self._sharing = None
-            self._had_matrices = []
             self._experts = {}
-            self._given = WeakIdKeyDictionary()
+            self._had_matrices, self._vectors = [], set()
             for group in self.param_groups:
                 self._remember(group["params"])
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what belonged to other parameter groups or another state."""
+        self._stacks: Stacks | None = None
         self._watch = Watch()
-        self._reset_plan()
+        self._edits = Edits(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not name are those that the optimizer was given, or its rule's defaults.
@@ -145,8 +147,8 @@ class SCAO(Optimizer):
         group.update(opt.resolve(rule, {**self._passed, **named}))
         settings = {**self.defaults, **group}
         lr = settings["lr"]
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"lr is a tensor of {lr.numel()} elements: it must have one element")
+        if isinstance(lr, Tensor):
+            check_lr(lr)
         opt.check_torch_options(
             float(lr) if isinstance(lr, Tensor) else lr, settings["betas"], settings["eps"], settings["weight_decay"]
         )
@@ -154,14 +156,14 @@ class SCAO(Optimizer):
         for param in self.param_groups[-1]["params"]:
             check_placement(param)
         self._remember(self.param_groups[-1]["params"])
-        self._reset_plan()
+        self._edits.add(self.param_groups[-1])
         for other in others:
             self.add_param_group(other)
 
     def _remember(self, params: list[Tensor]) -> None:
         """What a group was given, to know flattened matrices by."""
         self._had_matrices.append(any(map(is_matrix, params)))
-        self._given.update({param: is_matrix(param) for param in params})
+        self._vectors.update(id(param) for param in params if not is_matrix(param))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -182,12 +184,29 @@ class SCAO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets: list[Bucket] = []
-        with agreed(self.param_groups):
-            check_finite(self.param_groups)
-            buckets = self._plan()
-            self._watch.check(buckets)
-        shards = self._shards
+        self._step()
+        return loss
+
+    def _step(self) -> None:
+        try:
+            with agreed(self.param_groups):
+                self._follow_edits()
+                check_finite(self.param_groups)
+                stacks = self._current()
+                self._watch.check(stacks.buckets)
+            self._step_stacks(stacks.buckets, stacks.shards)
+        finally:
+            if self._stacks is not None:
+                self._stacks.close()
+
+    def _current(self) -> Stacks:
+        """The stacks of the parameters that have a gradient now; built again only where something in them has changed."""
+        stacks = self._stacks
+        if stacks is None or not stacks.fits(self.param_groups) or not stacks.open(self.state):
+            self._stacks = stacks = self._stack(lambda param: param.grad is not None)
+        return stacks
+
+    def _step_stacks(self, buckets: list[Bucket], shards: Shards | None) -> None:
         if shards is not None:
             shards.gather()
         sharing = self._sharing
@@ -201,36 +220,29 @@ class SCAO(Optimizer):
             sharing.exchange(buckets, parts)
         if shards is not None:
             shards.scatter(self.state)
-        return loss
 
-    def _plan(self) -> list[Bucket]:
-        """The buckets of the parameters that have a gradient now; built anew only when these or their states have changed."""
-        if self._present() != self._signature:
-            self._buckets = self._build(lambda param: param.grad is not None)
-            self._signature = self._present()
-        return self._buckets
+    def _follow_edits(self) -> None:
+        """Check options that were edited in the groups, and lay the state out as they say.
 
-    def _present(self) -> tuple[Any, ...]:
-        """What a plan depends on: the parameters with a gradient, and whose state is where (users may take it away)."""
-        state = self.state
-        return tuple(
-            (id(param), param.dtype, param.device, grad.layout, (entry := state.get(param)) and id(entry))
-            for group in self.param_groups
-            for param in group["params"]
-            if (grad := param.grad) is not None
-        )
+        Raises:
+            ValueError: an illegal option, or one that existing state cannot follow. Nothing is changed then.
+        """
+        if self._edits.shaping(self.param_groups):
+            self._stack_all().close()
+            self._edits.accept(self.param_groups)
 
-    def _build(self, include: Callable[[Tensor], bool]) -> list[Bucket]:
+    def _stack(self, include: Callable[[Tensor], bool]) -> Stacks:
         for group in self.param_groups:
             for param in group["params"]:
                 check_placement(param)
         for group, had in zip(self.param_groups, self._had_matrices, strict=False):
             # Users may take matrices out of a group: vectors that it was given are no flattened ones.
-            check_flattened(group["params"], had and any(self._given.get(param, True) for param in group["params"]))
-        self._shards = Shards.of(self.param_groups)
-        return storage.build_buckets(
-            self.param_groups, self.state, include, self._shards.wholes if self._shards is not None else None
-        )
+            check_flattened(group["params"], had and any(id(param) not in self._vectors for param in group["params"]))
+        return Stacks(self.param_groups, self.state, include, self._edits.known())
+
+    def _stack_all(self) -> Stacks:
+        """Of every parameter with state, whether or not it has a gradient now."""
+        return self._stack(lambda param: "step" in self.state.get(param, ()))
 
     def _step_bucket(self, bucket: Bucket, due: slice | None) -> None:
         """One step of one bucket, whose moments are decoded for it where they are kept encoded.
@@ -239,7 +251,7 @@ class SCAO(Optimizer):
         """
         with opened(bucket) as state:
             self._step_state(bucket, state, due)
-        storage.publish(bucket)
+        publish(bucket)
 
     def _step_state(self, bucket: Bucket, state: dict[str, Tensor], due: slice | None) -> None:
         """One step: moments and curvature, direction, decay, write-back."""
@@ -249,7 +261,8 @@ class SCAO(Optimizer):
         # A learning rate on a device would have to be waited for.
         waits = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
         # The kernels' v += (1 - b2) (g^2 - v) loses all digits of a small g^2 where b2 is next to zero; lerp does not.
-        if bucket.native and not waits and group["betas"][1] >= 0.5:
+        native = ops.supports([member.param for member in bucket.members], bucket.shape, bucket.matrix)
+        if native and not waits and group["betas"][1] >= 0.5:
             params, parts = bucket.parts()
             if rule.fused(state, params, parts, bucket.step + 1, group, due):
                 bucket.step += 1
@@ -288,6 +301,8 @@ class SCAO(Optimizer):
         With sharded parameters (FSDP2) all processes have to call it together: each parameter's state is then its step
         and one DTensor of bytes (``scao_hf.distributed.serial``), which torch.distributed.checkpoint saves and cuts anew.
         """
+        with agreed(self.param_groups):
+            self._follow_edits()
         saved = super().state_dict()
         saved["state"] = integrity.sealed(storage.apart(saved["state"]))
         # A schedule in NumPy leaves a learning rate that torch.load(weights_only=True) refuses.
@@ -325,17 +340,19 @@ class SCAO(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _all_buckets(self) -> list[Bucket]:
-        """Buckets of every parameter with state, whether or not it has a gradient now."""
-        return self._build(lambda param: param in self.state)
-
     def metrics(self) -> dict[str, float]:
         """The figures for a training log: scao/phase, blend, rank, captured_mass, curvature_norm, damped, skipped.
 
         Averages over the matrices of the latest step; one device synchronisation. With sharded parameters, over those
         that this process owns.
         """
-        return report.metrics(self._buckets or self._all_buckets())
+        stacks = self._stacks
+        if stacks is None or not stacks.buckets or not stacks.open(self.state):
+            stacks = self._stack_all()
+        try:
+            return report.metrics(stacks.buckets)
+        finally:
+            stacks.close()
 
     def statistics(self, names: Mapping[Tensor, str] | None = None) -> list[dict[str, Any]]:
         """One plain row per matrix: name, shape, phase, rank, captured mass, curvature norm, damped, skipped steps.
@@ -350,11 +367,11 @@ class SCAO(Optimizer):
             for group in self.param_groups
             for param, name in zip(group["params"], group.get("param_names", ()), strict=False)
         }
-        buckets = self._all_buckets()
-        wholes = {} if self._shards is None else self._shards.wholes
-        names |= {whole: names[param] for param, whole in wholes.items() if whole is not None and param in names}
-        self._reset_plan()
-        return report.statistics(buckets, names)
+        stacks = self._stack_all()
+        try:
+            return report.statistics(stacks.buckets, names)
+        finally:
+            stacks.close()
 
     def memory_report(self) -> dict[str, int]:
         """Bytes of optimizer state by kind, for real and for meta parameters, whether or not a step was taken.

@@ -14,10 +14,16 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+#: What an edit of an option in ``optimizer.param_groups`` does, from the next step on.
+AT_ONCE = "acts at once"
+CONVERTS = "converts the state"
+LAYOUT = "an error where it changes the layout of existing state"
+PHASE = "acts at once; an error where it puts existing state into the other phase"
+
 
 @dataclass(frozen=True)
 class Option:
-    """One option: its type, its legal range (bounds included unless ``open_*``) and what it does."""
+    """One option: its type, its legal range (bounds included unless ``open_*``), what it does, what an edit of it does."""
 
     kind: type
     doc: str
@@ -27,6 +33,7 @@ class Option:
     open_high: bool = False
     optional: bool = False
     choices: tuple[str, ...] = ()
+    edited: str = AT_ONCE
 
     @property
     def valid(self) -> str:
@@ -63,22 +70,27 @@ RULES = ("eigenbasis", "published")
 
 #: Options that every rule has, beside torch's own lr, betas, eps and weight_decay.
 OPTIONS: dict[str, Option] = {
-    "rule": Option(str, "the update rule: SCAO's own, or the published one as a reference", choices=RULES),
-    "warmup_steps": Option(int, "AdamW steps, with these betas, before phase 2", low=0),
+    "rule": Option(
+        str, "the update rule: SCAO's own, or the published one as a reference", choices=RULES, edited=LAYOUT
+    ),
+    "warmup_steps": Option(int, "AdamW steps, with these betas, before phase 2", low=0, edited=PHASE),
     "blend_steps": Option(int, "length of the ramp from the AdamW step to the curvature step", low=0),
-    "min_precond_updates": Option(int, "refreshes of the curvature basis required before phase 2", low=1),
-    "precond_freq": Option(int, "steps between two refreshes of a matrix's curvature basis", low=1),
+    "min_precond_updates": Option(int, "refreshes of the curvature basis required before phase 2", low=1, edited=PHASE),
+    "precond_freq": Option(int, "steps between two refreshes of a matrix's curvature basis", low=1, edited=PHASE),
     "rho": Option(float, "EMA decay of the curvature per step", low=0, high=1, open_high=True),
     "epsilon_sparse": Option(
         float, "spectral mass that the truncated basis may leave out", low=0, high=1, open_high=True
     ),
     "k_min": Option(int, "smallest rank of the truncated basis", low=1),
-    "k_max": Option(int, "largest rank of the truncated basis", low=1),
+    "k_max": Option(int, "largest rank of the truncated basis", low=1, edited=LAYOUT),
     "tau": Option(float, "bound on the natural-gradient norm, None for no bound", low=0, open_low=True, optional=True),
     "max_precond_dim": Option(
-        int, "largest dense curvature factor; a larger side that has a dense factor is cut into blocks", low=2
+        int,
+        "largest dense curvature factor; a larger side that has a dense factor is cut into blocks",
+        low=2,
+        edited=LAYOUT,
     ),
-    "use_int8_ema": Option(bool, "hold the curvature as blockwise int8 with stochastic rounding"),
+    "use_int8_ema": Option(bool, "hold the curvature as blockwise int8 with stochastic rounding", edited=LAYOUT),
     "cautious": Option(
         bool, "leave out the entries of a curvature step whose sign is not this gradient's; False with 'published'"
     ),
@@ -86,6 +98,7 @@ OPTIONS: dict[str, Option] = {
         str,
         "how the moments are kept between steps; below float32 with stochastic rounding, int8 in blocks of 128",
         choices=("float32", "bfloat16", "int8"),
+        edited=CONVERTS,
     ),
     "on_nonfinite": Option(
         str,
@@ -221,6 +234,27 @@ def check_torch_options(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> Non
         check(f"betas[{index}]", beta, TORCH_OPTIONS["beta"])
     check("eps", eps, TORCH_OPTIONS["eps"])
     check("weight_decay", weight_decay, TORCH_OPTIONS["weight_decay"])
+
+
+#: What a parameter group must have, apart from its parameters.
+GROUP_KEYS = ("lr", "betas", "eps", "weight_decay", *OPTIONS, "scao_version")
+#: The options that existing state depends on.
+SHAPING = tuple(name for name, option in OPTIONS.items() if option.edited != AT_ONCE)
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` unless a parameter group, which may have been edited, has every option, all legal but its lr."""
+    missing = [name for name in GROUP_KEYS if name not in group]
+    if missing:
+        raise ValueError(
+            f"a parameter group lacks {', '.join(missing)}: add it with optimizer.add_param_group, or copy one of "
+            "optimizer.param_groups"
+        )
+    check_foreign(group)
+    check_torch_options(0, group["betas"], group["eps"], group["weight_decay"])
+    for name, option in OPTIONS.items():
+        check(name, group[name], option)  # None is a default in a constructor alone
+    resolve(group["rule"], {name: group[name] for name in RULE_DEFAULTS[group["rule"]]})
 
 
 def check_foreign(group: dict[str, Any]) -> None:

@@ -74,8 +74,8 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
         }
         skipped = _skipped(bucket).tolist()
         matrices = [
-            (names.get(param, "") + suffix + (f"[{expert}]" if bucket.packed else ""), shape)
-            for param, suffix, block in bucket.members
+            (names.get(owner, "") + suffix + (f"[{expert}]" if bucket.packed else ""), shape)
+            for (param, suffix, block), owner in zip(bucket.members, bucket.owners, strict=True)
             if block is not None
             # Of a tensor without memory, as a sharded parameter has none between two steps.
             for shape in [

@@ -1,17 +1,16 @@
-"""The state of an optimizer: building stacked buckets from it, publishing it per parameter, saving and loading it exactly."""
+"""The state of an optimizer: what it consists of, and saving and loading it exactly."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scao_hf import ops, options
+from scao_hf import options
 from scao_hf import storage as encoding
-from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of, turns_of
+from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of
 from scao_hf.experts import packing_of
 from scao_hf.names import difference, in_order, labels
 from scao_hf.rules import COUNTERS, rule_of
@@ -29,81 +28,8 @@ Groups = list[dict[str, Any]]
 Wholes = dict[Tensor, Tensor | None]
 
 
-def build_buckets(
-    groups: Groups, state: State, include: Callable[[Tensor], bool], wholes: Wholes | None = None
-) -> list[Bucket]:
-    """Group the blocks of the included parameters by shape, dtype, device, age and parameter group.
-
-    Existing state is stacked (without a copy where it already is), missing state is created and entered in ``state``.
-
-    Args:
-        groups: the parameter groups.
-        state: the optimizer's state.
-        include: which parameters.
-        wholes: for each sharded parameter the whole one that this process steps in its place, None where another
-            process does. Its state is then entered as ``state[param]["bytes"]``, empty in the other processes.
-
-    Raises:
-        RuntimeError: a sparse gradient.
-    """
-    for param in (param for group in groups for param in group["params"] if include(param)):
-        if param.grad is not None and param.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"SCAO does not support sparse gradients (parameter of shape {tuple(param.shape)}): use "
-                "torch.optim.SparseAdam for it, or an embedding with sparse=False"
-            )
-    buckets: dict[tuple[Any, ...], Bucket] = {}
-    entries_of: Counter[tuple[Any, ...]] = Counter()
-    for index, group in enumerate(groups):
-        turns, cycle = turns_of(entry for param in group["params"] for entry in _members(param, group))
-        for param in group["params"]:
-            if not include(param) or param.numel() == 0:
-                continue
-            step = state[param].get("step", 0) if param in state else 0
-            dtype = arithmetic_dtype(param)
-            entry = state.setdefault(param, {})
-            whole: Tensor | None = param
-            if wholes is not None and param in wholes:
-                entry["step"] = step
-                whole, entry = wholes[param], entry.setdefault("bytes", {})
-            for shape, member in [] if whole is None else _members(whole, group):
-                key: tuple[Any, ...] = (index, shape, dtype, param.dtype, param.device, step, member.block is None)
-                if group["moment_dtype"] != "float32":
-                    key += (entries_of[key] // encoding.CHUNK,)
-                    entries_of[key[:-1]] += member.size * shape[0] * shape[1]
-                bucket = buckets.setdefault(key, Bucket(group, shape, step, dtype, cycle=cycle))
-                bucket.members.append(member)
-                bucket.entries.append(entry)
-                first = turns.get((id(param), member.suffix), 0)
-                bucket.turns.extend(first + index * shape[0] * shape[1] for index in range(member.size))
-    before = _storages(value for bucket in buckets.values() for entry in bucket.entries for value in entry.values())
-    for bucket in buckets.values():
-        bucket.native = ops.supports([member.param for member in bucket.members], bucket.shape, bucket.matrix)
-        bucket.state = _stacked(bucket) if bucket.step else create(bucket, bucket.members[0].param.device)
-    # The old entries go only when every block has been read: the blocks of one parameter may lie in several buckets.
-    for bucket in buckets.values():
-        for entry in bucket.entries:
-            entry.clear()
-    for bucket in buckets.values():
-        publish(bucket)
-    _detach(state, before - _storages(value for bucket in buckets.values() for value in bucket.state.values()))
-    return list(buckets.values())
-
-
-def _storages(values: Iterable[Any]) -> set[int]:
-    return {value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)}
-
-
-def _detach(state: State, left: set[int]) -> None:
-    """Copy what still lies in the stacks ``left``, whose other members have gone: a part would keep the whole alive."""
-    for entry in state.values() if left else ():
-        fields = entry.get("bytes", entry)
-        for name, value in fields.items():
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in left:
-                fields[name] = value.clone()
-
-
-def _members(param: Tensor, group: dict[str, Any]) -> list[tuple[tuple[int, int], Member]]:
+def members(param: Tensor, group: dict[str, Any]) -> list[tuple[tuple[int, int], Member]]:
+    """The blocks of a parameter under the options of its group, with their shapes."""
     split = rule_of(group, matrix=True).split_long_side
     return members_of(param, group["max_precond_dim"], split, packing_of(group))
 
@@ -118,44 +44,10 @@ def create(bucket: Bucket, device: torch.device) -> dict[str, Tensor]:
     return {"taken": taken, "level": torch.zeros_like(taken), **encoding.zeros(fields, bucket.group)}
 
 
-def _stacked(bucket: Bucket) -> dict[str, Tensor]:
-    first, suffix = bucket.entries[0], bucket.members[0].suffix
-    names = [key.removesuffix(suffix) for key in first if key != "step" and key.endswith(suffix)]
-    stacks = {}
-    for name in names:
-        pieces = [entry[name + member.suffix] for entry, member in zip(bucket.entries, bucket.members, strict=True)]
-        base = pieces[0]._base
-        in_place = (
-            base is not None
-            and base.shape == (bucket.size, *pieces[0].shape[int(bucket.packed) :])
-            and all(piece.data_ptr() == part.data_ptr() for piece, part in zip(pieces, bucket.split(base), strict=True))
-        )
-        together = torch.cat if bucket.packed else torch.stack
-        stacks[name] = base if in_place and base is not None else together(pieces)
-    return stacks
-
-
-def publish(bucket: Bucket) -> None:
-    """Enter the step and, where the fields are others than before, views of the stacked tensors for each parameter."""
-    first, suffix = bucket.entries[0], bucket.members[0].suffix
-    known = {key.removesuffix(suffix) for key in first if key != "step" and key.endswith(suffix)}
-    pieces = {}
-    if known != bucket.state.keys():
-        pieces = {name: bucket.split(stack) for name, stack in bucket.state.items()}
-    for index, (entry, member) in enumerate(zip(bucket.entries, bucket.members, strict=True)):
-        suffix = member.suffix
-        entry["step"] = bucket.step
-        if known != bucket.state.keys():
-            for name in known - bucket.state.keys():
-                del entry[name + suffix]
-            for name, parts in pieces.items():
-                entry[name + suffix] = parts[index]
-
-
 def expected(param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
     """The fields of a parameter's state after ``step`` steps as meta tensors, for checks and for counting bytes."""
     fields: dict[str, Tensor] = {}
-    for shape, member in _members(param, group):
+    for shape, member in members(param, group):
         bucket = Bucket(group, shape, step, arithmetic_dtype(param), [member])
         for name, stack in create(bucket, torch.device("meta")).items():
             fields[name + member.suffix] = bucket.split(stack)[0]
@@ -303,7 +195,7 @@ def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
         fresh[param] = {"step": step}
         if param in elsewhere:
             continue
-        matrix = any(member.block is not None for _, member in _members(param, saved))
+        matrix = any(member.block is not None for _, member in members(param, saved))
         for name, like in expected(param, saved, step).items():
             value = entry[name].detach().to(device=param.device, dtype=like.dtype, copy=True)
             field = name.partition(".")[0]

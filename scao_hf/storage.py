@@ -78,15 +78,19 @@ def opened(bucket: Bucket) -> Iterator[dict[str, Tensor]]:
     _encode(bucket, state, bucket.state["taken"] != before)
 
 
+def convert(bucket: Bucket) -> None:
+    """Keep the moments of a bucket as its group's ``moment_dtype`` says, where they were kept in another way."""
+    fields, bucket.state = _decoded(bucket), {}
+    _encode(bucket, fields, torch.ones_like(fields["taken"], dtype=torch.bool))
+
+
 def _decoded(bucket: Bucket) -> dict[str, Tensor]:
     """The whole state in the rule's dtypes; what is not encoded is the bucket's own tensor."""
     rule = rule_of(bucket.group, bucket.matrix)
     likes = rule.create(1, bucket.shape, bucket.dtype, torch.device("meta"), bucket.group, bucket.step)
     state = {name: bucket.state[name] for name in ("taken", "level")}
     for name, like in likes.items():
-        if not is_encoded(name, like, bucket.group):
-            state[name] = bucket.state[name]
-        elif name in bucket.state:
+        if name in bucket.state:
             state[name] = bucket.state[name].to(like.dtype)
         else:
             codes, scales = (bucket.state[f"{name}_{part}"] for part in ("codes", "scales"))

@@ -537,6 +537,10 @@ def forms(rank: int, world: int, single: dict[str, Any]) -> dict[str, Any]:
         torch.equal(after["state"][name]["bytes"], entry["bytes"]) for name, entry in before["state"].items()
     )
     train(model, optimizer, range(STEPS, STEPS + 1), rank, world)
+
+    model.to(torch.float32).to(torch.float64)  # which swaps the tensors of the parameters
+    train(model, optimizer, range(STEPS + 1, STEPS + 2), rank, world)
+    results["kept"] = [entry["step"] for entry in optimizer.state.values()]
     return results
 
 

@@ -41,6 +41,15 @@ def options_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def edits_table() -> str:
+    """What an edit of each option in a parameter group does."""
+    effects: dict[str, list[str]] = {}
+    for name, option in OPTIONS.items():
+        effects.setdefault(option.edited, []).append(f"`{name}`")
+    rows = [f"| {', '.join(names)} | {effect} |" for effect, names in effects.items()]
+    return "\n".join(["| option | an edit |", "|---|---|", *rows]) + "\n"
+
+
 def presets_table() -> str:
     """The recommended options by size, for each rule."""
     rows = ["| rule | trained parameters | options |", "|---|---|---|"]

@@ -1,6 +1,6 @@
 """The documentation against the code: snippets run, configurations validate, tables and links are right.
 
-``python tests/test_docs.py --write`` renews what is generated: the tables of options and presets, and the equations.
+``python tests/test_docs.py --write`` renews what is generated: the tables of options, edits and presets, and the equations.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ DOCUMENTS = sorted(
 GENERATED = (
     (README, "options", documents.options_table),
     (DOCS / "options.md", "options", documents.options_table),
+    (DOCS / "options.md", "edits", documents.edits_table),
     (DOCS / "equations.md", "equations", documents.equations),
     (DOCS / "published.md", "presets", documents.presets_table),
 )

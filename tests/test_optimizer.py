@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from scao_hf import SCAO, create_scao_optimizer, ops, options
-from scao_hf.state import build_buckets
+from scao_hf.stacks import build_buckets
 
 QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
 RULES = pytest.mark.parametrize("rule", options.RULES)
@@ -418,8 +418,8 @@ def test_parameters_and_groups_can_be_taken_out() -> None:
 
 def test_a_plan_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    build = SCAO._build
-    monkeypatch.setattr(SCAO, "_build", lambda *args: made.append(1) or build(*args))
+    build = SCAO._stack
+    monkeypatch.setattr(SCAO, "_stack", lambda *args: made.append(1) or build(*args))
     steps(SCAO(fresh((4, 9), (9, 4), (5,)), **QUICK), 12)
     assert len(made) == 1
 
@@ -519,6 +519,7 @@ ARROWS = {
     "curvature": set(),
     "default_kernels": {"curvature", "precision", "refresh", "update", "quantization"},
     "distributed": {"distributed", "buckets", "integrity", "names", "rules", "state"},
+    "edits": {"options"},
     "experts": set(),
     "finite": {"buckets", "distributed", "names", "state"},
     "integrity": set(),
@@ -526,8 +527,8 @@ ARROWS = {
     "names": set(),
     "ops": {"default_kernels", "refresh"},
     "optimizer": {
-        *("buckets", "distributed", "experts", "finite", "integrity", "options", "ops"),
-        *("precision", "report", "rules", "state", "storage", "update"),
+        *("buckets", "distributed", "edits", "experts", "finite", "integrity", "options", "ops"),
+        *("precision", "report", "rules", "stacks", "state", "storage", "update"),
     },
     "options": set(),
     "precision": set(),
@@ -537,7 +538,8 @@ ARROWS = {
     "refresh": {"curvature", "update"},
     "report": {"buckets", "rules", "state", "update"},
     "rules": {"rules", "curvature", "refresh", "update", "quantization", "ops"},
-    "state": {"experts", "options", "buckets", "names", "rules", "ops", "storage"},
+    "stacks": {"buckets", "distributed", "names", "options", "state", "storage"},
+    "state": {"experts", "options", "buckets", "names", "rules", "storage"},
     "storage": {"buckets", "quantization", "rules"},
     "tools": {
         *("tools", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),

@@ -220,6 +220,29 @@ def test_refreshes_are_still_shared_out_after_a_load() -> None:
         dist.destroy_process_group()
 
 
+def test_the_state_resumes_through_zero_redundancy_optimizer() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def wrapped(params: list[torch.nn.Parameter]) -> ZeroRedundancyOptimizer:
+        return ZeroRedundancyOptimizer(params, optimizer_class=SCAO, lr=0.01, **QUICK)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        params = make()[0]
+        optimizer: Any = wrapped(params)
+        train(params, optimizer, range(9))
+        optimizer.consolidate_state_dict()
+        saved, others = through_file(optimizer.state_dict()), copy.deepcopy(params)
+        resumed: Any = wrapped(others)
+        resumed.load_state_dict(saved)  # which enters a copy of the file in the state
+        train(params, optimizer, range(9, 14))
+        train(others, resumed, range(9, 14))
+    finally:
+        dist.destroy_process_group()
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(a, b)
+
+
 def spoil(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     def spoiled(state: dict[str, Any]) -> dict[str, Any]:
         change(state)

@@ -216,8 +216,9 @@ def test_buckets_with_encoded_moments_are_small(monkeypatch: pytest.MonkeyPatch)
     for each, at in ((params, optimizer), (reference, float32)):
         give_gradients(each, 0)
         at.step()
-    sizes = [len(bucket.members) for bucket in optimizer._plan()]
-    assert sizes == [3, 2, 2] and len(float32._plan()) == 1
+    assert optimizer._stacks is not None and float32._stacks is not None
+    sizes = [len(bucket.members) for bucket in optimizer._stacks.buckets]
+    assert sizes == [3, 2, 2] and len(float32._stacks.buckets) == 1
     for a, b in zip(params, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
