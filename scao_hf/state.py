@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -70,8 +71,14 @@ def check_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
     """
     names = labels(state_dict)
     for key, param, saved in pairs(state_dict, groups):
-        if key in state_dict["state"] and param not in elsewhere:
-            _check_entry(f"{names[key]} of shape {tuple(param.shape)}", state_dict["state"][key], param, saved)
+        entry = state_dict["state"].get(key)
+        if entry is not None and param not in elsewhere and not only_foreign(entry, param, saved):
+            _check_entry(f"{names[key]} of shape {tuple(param.shape)}", entry, param, saved)
+
+
+def only_foreign(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether an entry holds only what a wrapper of the optimizer has put there, before the parameter's first step."""
+    return not entry.keys() & {"step", "bytes", *expected(param, group, 0)}
 
 
 def completed(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
@@ -163,11 +170,9 @@ def check_step(where: str, entry: dict[str, Any]) -> None:
 def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
     check_step(where, entry)
     fields = expected(param, group, entry["step"])
-    missing, extra = fields.keys() - entry.keys(), entry.keys() - fields.keys() - {"step"}
-    if missing or extra:
-        raise ValueError(
-            f"{where}: the saved state lacks {sorted(missing)} and has {sorted(map(str, extra))} that do not belong"
-        )
+    missing = fields.keys() - entry.keys()
+    if missing:
+        raise ValueError(f"{where}: the saved state lacks {sorted(missing)}, it has {sorted(map(str, entry))}")
     for name, field in fields.items():
         value = entry[name]
         if not isinstance(value, Tensor) or value.shape != field.shape:
@@ -189,7 +194,7 @@ def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
     names = labels(state_dict)
     for key, param, saved in pairs(state_dict, groups):
         entry = state_dict["state"].get(key)
-        if entry is None:
+        if entry is None or only_foreign(entry, param, saved):
             continue
         step = entry["step"]
         fresh[param] = {"step": step}
@@ -211,6 +216,21 @@ def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
                 )
             fresh[param][name] = value
     return fresh
+
+
+def foreign_state(state_dict: dict[str, Any], groups: Groups) -> State:
+    """Copies of what wrappers of the optimizer keep in its state (Lookahead its slow weights), by live parameter."""
+    fresh: State = {}
+    for key, param, saved in pairs(state_dict, groups):
+        entry = state_dict["state"].get(key, {})
+        foreign = entry.keys() - {"step", "bytes", *expected(param, saved, entry.get("step", 0))}
+        if foreign:
+            fresh[param] = {name: _copy(entry[name], param.device) for name in entry if name in foreign}
+    return fresh
+
+
+def _copy(value: Any, device: torch.device) -> Any:
+    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else deepcopy(value)
 
 
 def apart(value: Any) -> Any:

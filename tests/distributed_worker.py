@@ -538,9 +538,15 @@ def forms(rank: int, world: int, single: dict[str, Any]) -> dict[str, Any]:
     )
     train(model, optimizer, range(STEPS, STEPS + 1), rank, world)
 
+    for param, entry in optimizer.state.items():  # as a wrapper does
+        entry["slow_param"] = param.detach().clone()
+    _, other = sharded()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    pairs = zip(optimizer.state.values(), other.state.values(), strict=True)
+    results["foreign"] = [torch.equal(a["slow_param"].to_local(), b["slow_param"].to_local()) for a, b in pairs]
     model.to(torch.float32).to(torch.float64)  # which swaps the tensors of the parameters
     train(model, optimizer, range(STEPS + 1, STEPS + 2), rank, world)
-    results["kept"] = [entry["step"] for entry in optimizer.state.values()]
+    results["kept"] = ["slow_param" in entry and entry["step"] for entry in optimizer.state.values()]
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -502,3 +503,57 @@ def test_layouts_of_gradients_make_no_difference(grad: Callable[[Tensor], Tensor
             optimizer.step()
         runs.append(weight)
     torch.testing.assert_close(*runs)
+
+
+# --- what wrappers keep in the state ---
+
+
+class Lookahead:
+    """Fast and slow weights, the slow ones in ``optimizer.state``, as several published wrappers have it."""
+
+    def __init__(self, optimizer: SCAO, place: Callable[[nn.Parameter], dict[str, Any]]) -> None:
+        self.optimizer, self.place, self.count = optimizer, place, 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        self.count += 1
+        if self.count % 3:
+            return
+        for param in (param for group in self.optimizer.param_groups for param in group["params"]):
+            slow = self.place(param).setdefault("slow_param", param.detach().clone())
+            slow.add_(param - slow, alpha=0.5)
+            param.copy_(slow)
+            self.place(param)["counter"] = self.count
+            self.place(param)["notes"] = {"slow": [slow.dtype]}
+
+
+def test_what_a_wrapper_keeps_in_the_state_stays_there_and_is_saved() -> None:
+    inside, first = make()
+    outside, second = make()
+    kept: dict[nn.Parameter, dict[str, Any]] = {}
+    train(inside, Lookahead(first, lambda param: first.state[param]), range(12))
+    train(outside, Lookahead(second, lambda param: kept.setdefault(param, {})), range(12))
+    assert_alike(inside, outside)
+    assert_alike(
+        [first.state[param]["slow_param"] for param in inside], [kept[param]["slow_param"] for param in outside]
+    )
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    _, resumed = make(torch.bfloat16)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    for mine, theirs in zip(resumed.state.values(), first.state.values(), strict=True):
+        assert torch.equal(mine["slow_param"], theirs["slow_param"]) and mine["slow_param"] is not theirs["slow_param"]
+        assert (mine["counter"], mine["notes"]) == (12, theirs["notes"])
+
+
+def test_what_a_wrapper_keeps_before_the_first_step_is_no_state_of_ours() -> None:
+    params, optimizer = make()
+    for param in params:
+        optimizer.state[param]["slow_param"] = param.detach().clone()
+    assert optimizer.statistics() == []
+    _, other = make()
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(params, optimizer, range(6))
+    assert all("slow_param" in entry for entry in [*optimizer.state.values(), *other.state.values()])

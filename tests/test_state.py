@@ -272,7 +272,7 @@ def adamw_state(_: dict[str, Any]) -> dict[str, Any]:
         (spoil(lambda s: s["param_groups"][0]["params"].pop()), "groups of sizes"),
         (spoil(lambda s: s["state"].update({77: s["state"][0]})), "unknown parameters"),
         (spoil(lambda s: s["state"][0].pop("exp_avg")), "lacks ['exp_avg']"),
-        (spoil(lambda s: s["state"][0].update(other=1)), "has ['other']"),
+        (spoil(lambda s: s["state"][0].update(other=1)), "does not fit its checksum"),
         (spoil(lambda s: s["state"][0].update(step=-1)), "step is -1"),
         (spoil(lambda s: s["state"][0].update(exp_avg=torch.zeros(2, 2))), "exp_avg is (2, 2)"),
         (spoil(lambda s: s["state"][0].update(exp_avg="x")), "exp_avg is str"),

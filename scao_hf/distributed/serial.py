@@ -74,26 +74,27 @@ def named(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[s
     """A parameter's saved state with its fields by name, whether they were saved by name or as bytes.
 
     Raises:
-        ValueError: bytes of another number, beside anything but the step, or that do not fit their checksum.
+        ValueError: bytes of another number, besides fields by name, or that do not fit their checksum.
     """
     if BYTES not in entry:
         return entry
-    check_bytes(entry, param, size_of(param, group))
+    check_bytes(entry, param, group)
     vector = entry[BYTES]
     if hasattr(vector, "full_tensor"):
         vector = vector.full_tensor()
-    return {"step": entry["step"], **from_bytes(vector, param, group, entry["step"])}
+    others = {name: value for name, value in entry.items() if name != BYTES}
+    return {**others, **from_bytes(vector, param, group, entry["step"])}
 
 
-def check_bytes(entry: dict[str, Any], param: Tensor, size: int) -> None:
-    """Raise ``ValueError`` where a saved entry mixes forms, or its bytes are of another number than ``size``."""
-    vector, step = entry[BYTES], entry.get("step")
+def check_bytes(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where a saved entry mixes forms, or has another number of bytes than the state of ``param``."""
+    vector, step, size = entry[BYTES], entry.get("step"), size_of(param, group)
     where = f"the saved state of a parameter of shape {tuple(param.shape)}"
-    if entry.keys() != {"step", BYTES} or not isinstance(step, int) or step < 0:
+    if not isinstance(step, int) or step < 0 or entry.keys() & expected(param, group, step).keys():
         raise ValueError(
-            f"{where} has {sorted(map(str, entry))} with step={step!r}: beside its bytes there must be the step alone, an "
-            "integer of at least 0. A state dict of one process goes to optimizer.load_state_dict in every process, not "
-            "through set_optimizer_state_dict"
+            f"{where} has {sorted(map(str, entry))} with step={step!r}: besides its bytes there must be a step, an integer "
+            "of at least 0, and no field by name. A state dict of one process goes to optimizer.load_state_dict in every "
+            "process, not through set_optimizer_state_dict"
         )
     if not isinstance(vector, Tensor) or vector.dtype != torch.uint8 or tuple(vector.shape) != (size,):
         found = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__

@@ -28,6 +28,8 @@ from scao_hf.state import (
     check_step,
     completed,
     exact_state,
+    foreign_state,
+    only_foreign,
     pairs,
 )
 
@@ -179,7 +181,7 @@ class Shards:
                 shape=torch.Size([size]),
                 stride=(1,),
             )
-            entries[key] = {"step": entries[key]["step"], BYTES: vector}
+            entries[key] = {**entries[key], BYTES: vector}
         return {**state_dict, "state": entries}
 
     def check(self, state_dict: dict[str, Any], groups: Groups) -> None:
@@ -189,7 +191,7 @@ class Shards:
             entry = state_dict["state"][key]
             check_step(f"{names[key]} of shape {tuple(param.shape)}", entry)
             if BYTES in entry:
-                serial.check_bytes(entry, param, serial.size_of(param, group))
+                serial.check_bytes(entry, param, group)
                 _check_cut(entry[BYTES], param)
 
     def collected(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
@@ -207,15 +209,18 @@ class Shards:
         mine = [key for key, param, _ in cut if param not in self.elsewhere]
         for index, key in enumerate(mine):
             entries[key] = {**entries[key], BYTES: torch.cat(received[index :: len(mine)])}
-        entries |= {key: {"step": entries[key]["step"]} for key, param, _ in found if param in self.elsewhere}
+        for key, param, _ in found:
+            if param in self.elsewhere:
+                entries[key] = {name: value for name, value in entries[key].items() if name != BYTES}
         return {**state_dict, "state": entries}
 
     def _saved(self, state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Any, dict[str, Any]]]:
-        """Key, parameter and saved group of every sharded parameter that has an entry."""
+        """Key, parameter and saved group of every sharded parameter that has a state."""
+        entries = state_dict["state"]
         return [
             (key, param, group)
             for key, param, group in pairs(state_dict, groups)
-            if key in state_dict["state"] and param in self.wholes
+            if key in entries and param in self.wholes and not only_foreign(entries[key], param, group)
         ]
 
     def adopt(self, fresh: State) -> State:
@@ -254,6 +259,7 @@ def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any]
         ValueError: it does not fit; in all processes where it does not in one.
     """
     fresh: State = {}
+    foreign: State = {}
     shards: Shards | None = None
     with agreed(groups):
         shards = Shards.of(groups)
@@ -263,11 +269,14 @@ def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any]
             shards.check(state_dict, groups)
     whole = state_dict if shards is None else shards.collected(state_dict, groups)
     with agreed(groups):
-        fresh = _restored(whole, groups, () if shards is None else shards.elsewhere)
-    return state_dict, fresh if shards is None else shards.adopt(fresh)
+        fresh, foreign = _restored(whole, groups, () if shards is None else shards.elsewhere)
+    if shards is not None:
+        fresh = shards.adopt(fresh)
+    return state_dict, {param: fresh.get(param, {}) | foreign.get(param, {}) for param in fresh | foreign}
 
 
-def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor]) -> State:
+def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor]) -> tuple[State, State]:
+    """What SCAO keeps for each parameter, and what a wrapper of the optimizer does."""
     saved = state_dict["state"]
     entries = {
         key: serial.named(integrity.opened(saved[key]), param, group)
@@ -278,4 +287,4 @@ def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[
     check_state(state_dict, groups, elsewhere)
     # Afterwards, as those checks say better what is wrong, and before single numbers are judged.
     integrity.check(saved, labels(state_dict))
-    return exact_state(state_dict, groups, elsewhere)
+    return exact_state(state_dict, groups, elsewhere), foreign_state(state_dict, groups)
