@@ -78,23 +78,8 @@ class SCAO(Optimizer):
         on_nonfinite: str | None = None,
         experts: Mapping[Tensor, Packing] | None = None,
     ) -> None:
-        passed = {
-            "betas": betas,
-            "warmup_steps": warmup_steps,
-            "blend_steps": blend_steps,
-            "min_precond_updates": min_precond_updates,
-            "precond_freq": precond_freq,
-            "rho": rho,
-            "epsilon_sparse": epsilon_sparse,
-            "k_min": k_min,
-            "k_max": k_max,
-            "tau": tau,
-            "max_precond_dim": max_precond_dim,
-            "use_int8_ema": use_int8_ema,
-            "cautious": cautious,
-            "moment_dtype": moment_dtype,
-            "on_nonfinite": on_nonfinite,
-        }
+        given = locals()
+        passed = {name: given[name] for name in ("betas", *opt.OPTIONS) if name != "rule"}
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **opt.resolve(rule, passed)}
         defaults["scao_version"] = storage.VERSION
         self._passed = {name: value for name, value in passed.items() if value is not None}

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,3 +168,43 @@ def test_a_small_state_that_scao_would_enlarge_is_known_by_its_name(optim: str, 
 
 def test_the_hint_names_the_options_as_they_are_written_there() -> None:
     assert "scao_moment_dtype: int8 bring it" in (options.eight_bit_hint("adamw_8bit", "scao_moment_dtype: int8") or "")
+
+
+def test_the_recipe_for_an_option_is_all_that_an_option_takes(tmp_path: Path) -> None:
+    """CONTRIBUTING.md's first two steps, for an option ``dummy``."""
+    root = Path(__file__).parent.parent
+    for package in ("scao_hf", "axolotl_plugin"):
+        shutil.copytree(root / package, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+
+    def insert(path: Path, before: str, line: str) -> None:
+        text = path.read_text(encoding="utf-8")
+        assert before in text
+        path.write_text(text.replace(before, line + before), encoding="utf-8")
+
+    table = tmp_path / "scao_hf" / "options.py"
+    insert(table, '    "rho": Option(', '    "dummy": Option(int, "does nothing", low=1),\n')
+    insert(table, '        "rho": 0.9', '        "dummy": 3,\n')
+    insert(tmp_path / "scao_hf" / "optimizer.py", "        rho: float | None", "        dummy: int | None = None,\n")
+    code = """
+import torch
+from scao_hf import SCAO
+param = torch.nn.Parameter(torch.ones(4, 6))
+assert SCAO([param]).param_groups[0]["dummy"] == 3
+optimizer = SCAO([param], dummy=5)
+optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(4, 6))], "rule": "published"})
+assert [group["dummy"] for group in optimizer.param_groups] == [5, 5]
+other = SCAO([{"params": [param]}, {"params": [torch.nn.Parameter(torch.ones(4, 6))], "rule": "published", "dummy": 7}])
+other.load_state_dict(optimizer.state_dict())
+assert [group["dummy"] for group in other.param_groups] == [5, 5]
+optimizer.param_groups[0]["dummy"] = 0
+for act in (optimizer.step, optimizer.state_dict, lambda: SCAO([param], dummy=0)):
+    try:
+        act()
+    except ValueError as error:
+        assert str(error) == "dummy=0 is not valid: it must be an integer in [1, inf)", error
+    else:
+        raise AssertionError(act)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
