@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scao_hf import integrity, ops, report
+from scao_hf import integrity, notices, ops, report
 from scao_hf import options as opt
 from scao_hf import state as storage
 from scao_hf.buckets import Bucket, is_matrix
@@ -80,6 +80,7 @@ class SCAO(Optimizer):
     ) -> None:
         given = locals()
         passed = {name: given[name] for name in ("betas", *opt.OPTIONS) if name != "rule"}
+        _check_params(params)
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **opt.resolve(rule, passed)}
         defaults["scao_version"] = storage.VERSION
         self._passed = {name: value for name, value in passed.items() if value is not None}
@@ -93,6 +94,7 @@ class SCAO(Optimizer):
         super().__init__(params, defaults)
         self._experts = {}
         self._begin()
+        notices.without_matrices(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         state = defaultdict(dict, storage.apart(self.state))
@@ -113,6 +115,7 @@ class SCAO(Optimizer):
         """Forget what belonged to other parameter groups or another state."""
         self._stacks: Stacks | None = None
         self._watch = Watch()
+        self._idleness = notices.Idleness()
         self._edits = Edits(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -123,6 +126,7 @@ class SCAO(Optimizer):
         Raises:
             ValueError: an illegal option, or a parameter that is sharded in a way SCAO cannot step.
         """
+        _check_params(param_group["params"])
         group = dict(param_group)
         experts = group.pop("experts", None) or self._experts
         group, *others = split_group(group, experts)
@@ -180,6 +184,7 @@ class SCAO(Optimizer):
                 stacks = self._current()
                 self._watch.check(stacks.buckets)
             self._step_stacks(stacks.buckets, stacks.shards)
+            self._idleness.count(self.param_groups, stacks.idle)
         finally:
             if self._stacks is not None:
                 self._stacks.close()
@@ -367,6 +372,15 @@ class SCAO(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         held = {param for param in params if param.requires_grad or param in self.state}
         return report.memory_report(self.param_groups, held if shards is None else held - shards.elsewhere)
+
+
+def _check_params(params: Any) -> None:
+    """Raise ``TypeError`` for a module, whose error in torch says nothing of parameters."""
+    if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
+        raise TypeError(
+            f"SCAO was given a {type(params).__name__}: pass model.parameters() or model.named_parameters(), or use "
+            "create_scao_optimizer(model)"
+        )
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class Stacks:
     Attributes:
         buckets: what this process steps.
         shards: the sharded parameters, None where there are none.
+        idle: whether no parameter has a gradient.
 
     Raises:
         RuntimeError: a sparse gradient.
@@ -52,6 +53,7 @@ class Stacks:
         self.buckets = build_buckets(groups, state, include, self.shards.wholes if self.shards else None, before)
         self._groups = list(groups)
         self._signature = _signature(groups)
+        self.idle = all(len(parts) == 1 for parts in self._signature)
 
     def fits(self, groups: Groups) -> bool:
         """Whether these are still the groups, with the same parameters and gradients of the same kind."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -501,6 +502,55 @@ def test_nothing_trainable_is_a_clear_error() -> None:
         create_scao_optimizer(model)
 
 
+@pytest.mark.parametrize("make", [SCAO, lambda model: SCAO([{"params": model}])])
+def test_a_model_in_the_place_of_parameters_is_a_clear_error(make: Any) -> None:
+    for model in (nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3))):
+        with pytest.raises(TypeError, match=r"SCAO was given a \w+: pass model.parameters\(\)"):
+            make(model)
+    SCAO(nn.ParameterList([nn.Parameter(torch.ones(3, 3))]))
+
+
+def test_an_optimizer_of_frozen_parameters_says_so_at_its_first_step() -> None:
+    model = nn.Linear(3, 3).requires_grad_(False)
+    optimizer = SCAO(model.parameters())
+    with pytest.warns(RuntimeWarning, match="none of the 2 parameters of this optimizer requires a gradient"):
+        optimizer.step()
+    model.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(optimizer, 3)
+
+
+def test_ten_steps_without_any_gradient_are_a_warning_and_nine_are_none() -> None:
+    (param,) = fresh((4, 9))
+    optimizer = SCAO([param])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            for _ in range(9):
+                param.grad = None
+                optimizer.step()
+            steps(optimizer, 1)
+    param.grad = None
+    with pytest.warns(RuntimeWarning, match="has had a gradient in 10 steps") as caught:
+        for _ in range(30):
+            optimizer.step()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("shapes", "warned"), [([(1, 40), (40, 1), (5,)], True), ([(1, 40), (4, 9)], False), ([(40,), (3, 3, 3)], False)]
+)
+def test_a_rank_of_one_is_said_to_be_adamw(shapes: list[tuple[int, ...]], warned: bool) -> None:
+    named = [(f"p{index}", param) for index, param in enumerate(fresh(*shapes))]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SCAO(named)
+    assert [("'p0' of shape (1, 40) is one of 2 with a side" in str(each.message)) for each in caught] == [
+        True
+    ] * warned
+
+
 @RULES
 def test_a_step_inside_autocast_is_the_same_step(rule: str) -> None:
     plain, lowered = fresh((4, 9)), fresh((4, 9))
@@ -525,9 +575,10 @@ ARROWS = {
     "integrity": set(),
     "moe": {"moe", "experts"},
     "names": set(),
+    "notices": {"finite", "names", "state"},
     "ops": {"default_kernels", "refresh"},
     "optimizer": {
-        *("buckets", "distributed", "edits", "experts", "finite", "integrity", "options", "ops"),
+        *("buckets", "distributed", "edits", "experts", "finite", "integrity", "notices", "options", "ops"),
         *("precision", "report", "rules", "stacks", "state", "storage", "update"),
     },
     "options": set(),
