@@ -173,7 +173,8 @@ class SCAO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        # Compiled, every step would be a graph of its own. Marked here, as the mark itself loads the compiler.
+        torch.compiler.disable(self._step)()
         return loss
 
     def _step(self) -> None:

@@ -551,6 +551,21 @@ def test_a_rank_of_one_is_said_to_be_adamw(shapes: list[tuple[int, ...]], warned
     ] * warned
 
 
+def test_a_compiled_step_is_the_same_step_and_compiles_nothing() -> None:
+    from torch._dynamo.utils import counters
+
+    plain, compiled = fresh((4, 9), (9, 4), (5,)), fresh((4, 9), (9, 4), (5,))
+    steps(SCAO(plain, lr=0.1, **QUICK), 12)
+    optimizer = SCAO(compiled, lr=0.1, **QUICK)
+    torch._dynamo.reset()
+    counters.clear()
+    optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
+    steps(optimizer, 12)
+    for a, b in zip(plain, compiled, strict=True):
+        assert torch.equal(a, b)
+    assert counters["stats"]["unique_graphs"] == 0 and counters["frames"]["total"] < 20
+
+
 @RULES
 def test_a_step_inside_autocast_is_the_same_step(rule: str) -> None:
     plain, lowered = fresh((4, 9)), fresh((4, 9))
