@@ -80,7 +80,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
         partial = data.CACHE / f"{name}.part"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        print(f"preparing {folder.relative_to(data.ROOT)}, once", file=sys.stderr, flush=True)
+        print(f"preparing {folder}, once", file=sys.stderr, flush=True)
         build(partial)
         partial.rename(folder)
     return folder
@@ -96,12 +96,12 @@ def nf4(weight: Tensor) -> Tensor:
     return dequantize_4bit(codes, state).to(torch.bfloat16)
 
 
-def prepare_smollm2(folder: Path) -> None:
-    """SmolLM2-135M-Instruct with its linear weights rounded to NF4 and held as bfloat16."""
+def prepare_smollm2(folder: Path, four_bit: bool = True) -> None:
+    """SmolLM2-135M-Instruct in bfloat16, its linear weights rounded to NF4 before where ``four_bit`` is set."""
     demo = data.demo_script("prepare_model")
     model, tokenizer = demo.load_gguf(demo.packaged_gguf())
     for name, param in model.named_parameters():
-        if name.split(".")[-2] in TARGETS:
+        if four_bit and name.split(".")[-2] in TARGETS:
             param.data = nf4(param.data)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

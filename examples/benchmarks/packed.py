@@ -1,4 +1,4 @@
-"""Llama- and Qwen2-style models with LoRA on all seven targets, computed for speed on a processor.
+"""Llama- and Qwen2-style models, with LoRA on all seven targets or trained whole, computed for speed on a processor.
 
 The values are those of PEFT's and transformers' own forward up to rounding. What is saved: rows lie one after the other
 without padding, attention is taken row by row, a projection and its factors are one operation that neither casts its
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from models import TARGETS
 from torch import Tensor, nn
 
@@ -131,7 +132,10 @@ def supports(model: Any, targets: Sequence[str]) -> bool:
 
 
 def project(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
-    """The outputs of PEFT's LoRA layers of one scaling for the same input."""
+    """The outputs of linear layers, or of PEFT's LoRA layers of one scaling, for the same input."""
+    if not hasattr(modules[0], "lora_A"):
+        biases = (None if module.bias is None else module.bias.to(x.dtype) for module in modules)
+        return tuple(F.linear(x, m.weight.to(x.dtype), bias) for m, bias in zip(modules, biases, strict=True))
     parts = [
         part
         for module in modules
@@ -141,10 +145,18 @@ def project(x: Tensor, *modules: Any) -> tuple[Tensor, ...]:
     return tuple(out if module.bias is None else out + module.bias for out, module in zip(outs, modules, strict=True))
 
 
-def hidden(body: Any, rows: Sequence[Tensor]) -> Tensor:
-    """The last hidden states of the rows' tokens, one row after the other."""
+def summed_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross-entropy of an output layer."""
+    if not weight.requires_grad:
+        return SummedLoss.apply(hidden, weight, labels)  # type: ignore[no-any-return]
+    return F.cross_entropy((hidden @ weight.to(hidden.dtype).T).float(), labels, reduction="sum")
+
+
+def hidden(body: Any, rows: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The last hidden states of the rows' tokens, one row after the other, computed in ``dtype`` (None: the weights')."""
     lengths = [len(row) for row in rows]
     x = body.embed_tokens(torch.cat(list(rows)))
+    x = x if dtype is None else x.to(dtype)
     positions = torch.cat([torch.arange(length) for length in lengths])
     cos, sin = (part.transpose(0, 1) for part in body.rotary_emb(x, positions[None]))
     half = cos.shape[-1] // 2
@@ -152,6 +164,8 @@ def hidden(body: Any, rows: Sequence[Tensor]) -> Tensor:
     turn[half:] *= -1
 
     def norm(x: Tensor, module: Any) -> Tensor:
+        if module.weight.requires_grad:
+            return F.rms_norm(x, x.shape[-1:], module.weight.to(x.dtype), module.variance_epsilon)
         return Norm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return]
 
     for layer in body.layers:

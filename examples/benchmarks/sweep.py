@@ -33,10 +33,11 @@ from tqdm import tqdm
 
 WARMUP = 10
 CLIP = 1.0
-BATCH = {"qlora": 4, "tiny": 4, "gpt": 16}  # rows per step unless --batch is given
+BATCH = {"qlora": 4, "full": 16, "tiny": 4, "gpt": 16}  # rows per step unless --batch is given
 # Parts of a run after which the held-out loss is taken; at 1/1.4 an optimizer that is 1.4 times as fast would be done.
 EVAL_AT = {
     "qlora": (0.5, 1 / 1.4, 1.0),
+    "full": (0.5, 1 / 1.4, 1.0),
     "tiny": (0.2, 0.3, 0.4, 0.5, 0.6, 1 / 1.4, 0.8, 0.9, 1.0),
     "gpt": (0.2, 0.3, 0.4, 0.5, 0.6, 1 / 1.4, 0.8, 0.9, 1.0),
 }
@@ -251,7 +252,7 @@ def check_optimizers(parser: argparse.ArgumentParser, specs: list[str]) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("qlora", "tiny", "gpt"), required=True)
+    parser.add_argument("--task", choices=tuple(BATCH), required=True)
     parser.add_argument("--optimizers", type=numbers(str), required=True, help=f"of {', '.join(peers.PEERS)}")
     parser.add_argument("--lrs", type=numbers(float, 0), required=True, help="learning rates, with commas between them")
     parser.add_argument("--seeds", type=numbers(int, -1), default=[0, 1, 2], help="default: 0,1,2")
@@ -259,7 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="default: %(default)s")
     parser.add_argument("--rank", type=at_least(1), default=16, help="of the LoRA factors (default: %(default)s)")
     parser.add_argument(
-        "--batch", type=at_least(1), help="rows per step (default: 4, 4 and 16 for qlora, tiny and gpt)"
+        "--batch", type=at_least(1), help="rows per step (default: 4 for qlora and tiny, 16 for full and gpt)"
     )
     parser.add_argument(
         "--max-tokens", type=at_least(1), help="longest row that is used (default: 128, or the size's context)"

@@ -1,7 +1,8 @@
 """The three benchmark tasks. A task owns a model, resets it from a seed, and gives training and held-out losses.
 
 - ``qlora``: SmolLM2-135M-Instruct in NF4, LoRA on all seven linear targets, instruction rows.
-- ``tiny``: the same on a one-million-parameter Qwen2-style model that is pretrained here, once.
+- ``full``: the same model without rounding to NF4, every weight of it.
+- ``tiny``: the first on a one-million-parameter Qwen2-style model that is pretrained here, once.
 - ``gpt``: a GPT of 837,888 parameters, or of another size of ``models.GPT_SIZES``, from scratch on the bytes of a text.
 """
 
@@ -57,22 +58,17 @@ class Task:
     _untrained: float | None = None
 
 
-class LoraTask(Task):
-    """LoRA on a frozen causal model; the loss covers the answers only."""
+class RowsTask(Task):
+    """A causal model on instruction rows; the loss covers the answers only. Subclasses say what is trained."""
+
+    body: Any
+    head: Any
+    bf16: bool
+    packed: bool
 
     def __init__(
-        self,
-        base: nn.Module,
-        rows: list[data.Tokens],
-        rank: int,
-        batch: int,
-        length: int,
-        definition: dict[str, Any],
-        targets: Sequence[str] = TARGETS,
-        eval_rows: int = EVAL_ROWS,
+        self, rows: list[data.Tokens], batch: int, length: int, definition: dict[str, Any], eval_rows: int = EVAL_ROWS
     ) -> None:
-        from peft import LoraConfig, get_peft_model
-
         train, held_out = data.split_rows(rows)
         self.train = [row for row in train if sum(map(len, row)) <= length]
         held_out = [row for row in held_out if sum(map(len, row)) <= length][:eval_rows]
@@ -81,31 +77,14 @@ class LoraTask(Task):
         self.steps_available = len(data.batch_order(self.train, batch, seed=0))
         if not self.held_out:
             raise ValueError(f"no held-out row has at most {length} tokens: raise --max-tokens")
-        self.bf16 = next(base.parameters()).dtype == torch.bfloat16
-        self.packed = device().type == "cpu" and packed.supports(base, targets)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
-        self.model = get_peft_model(base, config).to(device())
-        self.body, self.head = base.model, base.lm_head
-        names = {name.split(".")[-1] for name, _ in base.named_modules()}
-        if not names.issuperset(targets):
-            raise ValueError(f"the model lacks {sorted(set(targets) - names)}")
         self.definition = {
             **definition,
-            "rank": rank,
-            "alpha": 2 * rank,
             "batch": batch,
             "max_tokens": length,
             "held_out": f"{data.HELD_OUT_ROWS}; of these the first {len(self.held_out)} of at most {length} tokens",
         }
 
     def reset(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(1000 + seed)
-        for name, param in self.trainable():
-            if "lora_B" in name:
-                nn.init.zeros_(param.data)
-            else:
-                bound = 1 / math.sqrt(param.shape[1])  # PEFT's own initialisation, from the seed
-                param.data.copy_(torch.empty(param.shape).uniform_(-bound, bound, generator=generator))
         self.order = data.batch_order(self.train, self.batch, seed)
 
     def loss(self, step: int) -> Tensor:
@@ -121,12 +100,13 @@ class LoraTask(Task):
         return self._summed_packed(rows) if self.packed else self._summed_padded(rows)
 
     def _summed_packed(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
-        hidden = packed.hidden(self.body, [torch.tensor(prompt + answer) for prompt, answer in rows])
+        dtype = torch.bfloat16 if self.bf16 else None
+        hidden = packed.hidden(self.body, [torch.tensor(prompt + answer) for prompt, answer in rows], dtype)
         labels = torch.tensor(
             [label for prompt, answer in rows for label in [-100] * (len(prompt) - 1) + answer + [-100]]
         )
         learned = labels != -100
-        return packed.SummedLoss.apply(hidden[learned], self.head.weight, labels[learned]), int(learned.sum())
+        return packed.summed_loss(hidden[learned], self.head.weight, labels[learned]), int(learned.sum())
 
     def _summed_padded(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
         width = max(sum(map(len, row)) for row in rows)
@@ -143,6 +123,67 @@ class LoraTask(Task):
             hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
             logits = self.head(hidden[learned])
         return F.cross_entropy(logits.float(), labels[learned], reduction="sum"), int(learned.sum())
+
+
+class LoraTask(RowsTask):
+    """LoRA on a frozen causal model."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rows: list[data.Tokens],
+        rank: int,
+        batch: int,
+        length: int,
+        definition: dict[str, Any],
+        targets: Sequence[str] = TARGETS,
+        eval_rows: int = EVAL_ROWS,
+    ) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        super().__init__(rows, batch, length, {**definition, "rank": rank, "alpha": 2 * rank}, eval_rows)
+        self.bf16 = next(base.parameters()).dtype == torch.bfloat16
+        self.packed = device().type == "cpu" and packed.supports(base, targets)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
+        self.model = get_peft_model(base, config).to(device())
+        self.body, self.head = base.model, base.lm_head
+        names = {name.split(".")[-1] for name, _ in base.named_modules()}
+        if not names.issuperset(targets):
+            raise ValueError(f"the model lacks {sorted(set(targets) - names)}")
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        generator = torch.Generator().manual_seed(1000 + seed)
+        for name, param in self.trainable():
+            if "lora_B" in name:
+                nn.init.zeros_(param.data)
+            else:
+                bound = 1 / math.sqrt(param.shape[1])  # PEFT's own initialisation, from the seed
+                param.data.copy_(torch.empty(param.shape).uniform_(-bound, bound, generator=generator))
+
+
+class FullTask(RowsTask):
+    """Every weight of a causal model, in float32; products in bfloat16."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rows: list[data.Tokens],
+        batch: int,
+        length: int,
+        definition: dict[str, Any],
+        eval_rows: int = EVAL_ROWS,
+    ) -> None:
+        super().__init__(rows, batch, length, definition, eval_rows)
+        self.model = base.float().to(device())
+        self.body, self.head = base.model, base.lm_head
+        self.bf16, self.packed = True, device().type == "cpu" and packed.supports(base, TARGETS)
+        self.initial = [param.detach().clone() for _, param in self.trainable()]
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        for (_, param), initial in zip(self.trainable(), self.initial, strict=True):
+            param.data.copy_(initial)
 
 
 class GptTask(Task):
@@ -199,9 +240,9 @@ def build(
     """Make a task.
 
     Args:
-        name: ``qlora``, ``tiny`` or ``gpt``.
-        source: its data; the first two need rows.
-        rank: of the LoRA factors (not used by ``gpt``).
+        name: ``qlora``, ``full``, ``tiny`` or ``gpt``.
+        source: its data; all but ``gpt`` need rows.
+        rank: of the LoRA factors (``qlora`` and ``tiny``).
         batch: rows or windows per step.
         length: tokens of the longest row that is used (None: 128), or of a window (None: what the size has).
         size: of the GPT, one of ``models.GPT_SIZES``.
@@ -215,8 +256,8 @@ def build(
         task: Task = GptTask(source, batch, length, size)
         task.definition = {**identity, **task.definition}
         return task
-    if name not in ("qlora", "tiny"):
-        raise ValueError(f"--task {name!r} must be qlora, tiny or gpt")
+    if name not in ("qlora", "full", "tiny"):
+        raise ValueError(f"--task {name!r} must be qlora, full, tiny or gpt")
     if not source.rows:
         raise ValueError(f"--task {name} needs question/answer rows (.jsonl or a hub name), not plain text")
     from tokenizers import Tokenizer
@@ -225,6 +266,9 @@ def build(
     if name == "qlora":
         folder = cached("smollm2-135m-nf4", prepare_smollm2)
         identity["model"] = "SmolLM2-135M-Instruct, NF4 dequantised once to bfloat16"
+    elif name == "full":
+        folder = cached("smollm2-135m", lambda path: prepare_smollm2(path, four_bit=False))
+        identity["model"] = "SmolLM2-135M-Instruct, every weight, float32"
     else:
         folder = cached(f"tiny-qwen2-{source.fingerprint}", lambda path: prepare_tiny(path, source))
         weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
@@ -234,4 +278,6 @@ def build(
     model.config.use_cache = False
     end = model.config.eos_token_id
     rows = data.encode(source.rows, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, end)
+    if name == "full":
+        return FullTask(model, rows, batch, length or 128, identity, eval_rows)
     return LoraTask(model, rows, rank, batch, length or 128, identity, eval_rows=eval_rows)
