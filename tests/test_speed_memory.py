@@ -376,7 +376,9 @@ def test_the_kernel_check_calls_every_kernel_and_notices_a_wrong_one(monkeypatch
     assert "int8_ema_new" in gpu.kernels("cpu")["never_called"]
 
 
-def test_the_qlora_run_of_a_gpu_record(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_qlora_run_of_a_gpu_record(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("bitsandbytes")
     rows = [{"question": f"What is {at} and {at}?", "answer": f"It is {2 * at}."} for at in range(60)]
     path = tmp_path / "rows.jsonl"
@@ -390,11 +392,22 @@ def test_the_qlora_run_of_a_gpu_record(tiny_llama: Path, tmp_path: Path, capsys:
         "steps": 14,
     }
     cell |= {"lr": 1e-2, "data": str(path), "batch": 2, "max_tokens": 64, "rank": 4, "optimizers": ["adamw", "scao"]}
+    from transformers import modeling_utils
+
+    checkpointed, checkpoint = 0, modeling_utils.checkpoint
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal checkpointed
+        checkpointed += 1
+        return checkpoint(*arguments, **options)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
     result = gpu.qlora(cell, lambda _: None, "cpu")
     runs = result["runs"]
     assert result["replaced"] == "" and len(runs["scao"]["loss"]) == 14
     assert runs["scao"]["loss"][0] == runs["adamw"]["loss"][0], "the runs must start alike"
     assert runs["scao"]["loss"][-1] < runs["scao"]["loss"][0]
+    assert checkpointed == 2 * 2 * 14, "two layers, two optimizers: every forward pass of a layer is checkpointed"
     record = {**result, "cell": cell, "versions": {"torch": "2", "code": "a"}, "machine": {"cpu": "c", "gpu": "g"}}
     assert "| cpu | " in costs.tables([record])["gpu-qlora"]
 
@@ -403,6 +416,9 @@ def test_a_model_that_cannot_be_had_is_replaced_and_named(tmp_path: Path, monkey
     class Packaged:
         def to(self, dtype: torch.dtype) -> Packaged:
             return self
+
+        def named_parameters(self) -> list[tuple[str, torch.Tensor]]:
+            return []
 
         def save_pretrained(self, folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ import loads
 import models
 import peers
 import speed
+import sweep
 import torch
 from torch import Tensor, nn
 
@@ -177,7 +178,7 @@ def load_4bit(name: str, rank: int, device: str, targets: Sequence[str] = models
 
     model = prepare_model_for_kbit_training(base_4bit(name, device), use_gradient_checkpointing=True)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    return get_peft_model(model, config).train()  # transformers checkpoints nothing in a model that is being evaluated
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -195,12 +196,7 @@ def available(name: str) -> tuple[str, str]:
         AutoConfig.from_pretrained(name)
         return name, ""
     except (OSError, ValueError) as error:
-        demo = data.demo_script("prepare_model")
-        folder = data.CACHE / "smollm2-135m"
-        if not folder.is_dir():
-            model, tokenizer = demo.load_gguf(demo.packaged_gguf())
-            model.to(torch.bfloat16).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        folder = models.cached("smollm2-135m", lambda path: models.prepare_smollm2(path, four_bit=False))
         return str(folder), f"{name} could not be loaded ({str(error).splitlines()[0]})"
 
 
@@ -310,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=2e-4, help="of the qlora run (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="rows per step (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest row (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="result file, added to (default: results/gpu.jsonl)")
+    parser.add_argument("--out", type=sweep.writable, default=RESULTS, help="result file, added to (default: results/gpu.jsonl)")
     parser.add_argument("--redo-stale", action="store_true", help="measure again what other code has measured")
     parser.add_argument("--without-native", action="store_true", help="go on where the CUDA kernels were not built")
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
