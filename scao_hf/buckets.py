@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -68,19 +68,19 @@ def split_evenly(length: int, largest: int) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def blocks_of(shape: Sequence[int], max_dim: int, split_long_side: bool, packing: Packing | None = None) -> list[Block]:
-    """Cut a 2-D shape into blocks, small side first, the small side at most ``max_dim``.
+def blocks_of(shape: Sequence[int], max_dim: int, cut_sides: int, packing: Packing | None = None) -> list[Block]:
+    """Cut a 2-D shape into blocks, small side first.
 
     Args:
         shape: the parameter's two sides.
         max_dim: the largest side that a dense factor may have.
-        split_long_side: whether the rule keeps a dense factor of the long side too, so that it has to be cut as well.
+        cut_sides: how many sides have a dense factor (``Rule.cut_sides``) and are cut to ``max_dim``.
         packing: how the parameter holds the factors of several experts; ``shape`` is then that of one.
     """
     rows, cols = shape
     transposed = rows > cols
-    row_limit = max_dim if split_long_side or not transposed else rows
-    col_limit = max_dim if split_long_side or transposed else cols
+    row_limit = max_dim if cut_sides > transposed else rows
+    col_limit = max_dim if cut_sides > (not transposed) else cols
     row_parts, col_parts = split_evenly(rows, row_limit), split_evenly(cols, col_limit)
     whole = len(row_parts) == len(col_parts) == 1
     return [Block(row, col, transposed, whole, packing) for row in row_parts for col in col_parts]
@@ -236,9 +236,16 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def members_of(
-    param: Tensor, max_dim: int, split_long_side: bool, packing: Packing | None = None
+    param: Tensor, max_dim: int, cut_sides: Callable[[torch.Size], int], packing: Packing | None = None
 ) -> list[tuple[tuple[int, int], Member]]:
-    """The blocks of a parameter with their shapes: one ``(1, numel)`` entry where it is no matrix, none where it is empty."""
+    """The blocks of a parameter with their shapes: one ``(1, numel)`` entry where it is not a matrix, none where it is empty.
+
+    Args:
+        param: the parameter.
+        max_dim: as for ``blocks_of``.
+        cut_sides: the same for a matrix of some shape.
+        packing: as for ``blocks_of``.
+    """
     if param.numel() == 0:
         return []
     matrix = param
@@ -246,7 +253,7 @@ def members_of(
         matrix = unpack(torch.empty(param.shape, dtype=param.dtype, device="meta"), packing)[0]
     if not is_matrix(matrix):
         return [((1, as_real(param).numel()), Member(param, "", None))]
-    blocks = blocks_of(matrix.shape, max_dim, split_long_side, packing)
+    blocks = blocks_of(matrix.shape, max_dim, cut_sides(matrix.shape), packing)
     suffixes = [""] if len(blocks) == 1 else [f".{index}" for index in range(len(blocks))]
     return [(block.shape, Member(param, suffix, block)) for block, suffix in zip(blocks, suffixes, strict=True)]
 

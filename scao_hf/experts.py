@@ -6,7 +6,7 @@ and B, ``[out, E r]``, rank by rank. Each expert's own factor is a matrix of its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -76,43 +76,61 @@ def find_experts(model: nn.Module) -> dict[Tensor, Packing]:
     return found
 
 
+def find_vocabulary(model: nn.Module) -> set[Tensor]:
+    """The weights of a model's embeddings and of its heads, whose rows belong to the words of a vocabulary.
+
+    A row has a gradient where its word occurs, so that directions of the whole matrix mean little: AdamW is the better
+    rule. Heads are what ``get_output_embeddings`` returns, and linear layers whose name ends in ``head``.
+    """
+    found = {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+        or (isinstance(module, nn.Linear) and name.rpartition(".")[2].endswith("head"))
+    }
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    return found | ({head} if isinstance(head, Tensor) else set())
+
+
 def packing_of(group: Mapping[str, Any]) -> Packing | None:
     """How the parameters of a group are packed; None for ordinary ones."""
     count = group.get("expert_count")
     return None if count is None else Packing(group["expert_side"], count)
 
 
-def split_group(group: dict[str, Any], experts: Mapping[Tensor, Packing]) -> list[dict[str, Any]]:
-    """A parameter group as groups of one kind of packing each, the ordinary parameters first.
+def split_group(
+    group: dict[str, Any], experts: Mapping[Tensor, Packing], vocabulary: Collection[Tensor] = ()
+) -> list[dict[str, Any]]:
+    """A parameter group as groups of one kind each: ordinary parameters, embeddings and heads, every kind of packing.
 
-    The packing is kept in the group, as numbers and strings: attributes of tensors are lost when these are sharded or
+    The kind is kept in the group, as numbers and strings: attributes of tensors are lost when these are sharded or
     copied, and groups are what a checkpoint keeps.
 
     Args:
         group: as for ``torch.optim.Optimizer.add_param_group``, with parameters or ``(name, parameter)`` pairs.
         experts: what ``find_experts`` returns.
+        vocabulary: what ``find_vocabulary`` returns; these get ``rule="adamw"``.
 
     Raises:
         ValueError: a parameter cannot hold so many experts.
     """
     params = group["params"]
-    if not experts or isinstance(params, set):
+    if isinstance(params, set) or not (experts or vocabulary):
         return [group]  # torch has its own words for a set
     params = [params] if isinstance(params, Tensor) else list(params)
-    parts: dict[Packing | None, list[Any]] = {None: []}
+    words = set(vocabulary)
+    kinds: dict[tuple[tuple[str, Any], ...], list[Any]] = {(): []}
     for entry in params:
         param = entry[1] if isinstance(entry, tuple) else entry
         packing = experts.get(param)
         if packing:
             check_packing(param, packing)
-        parts.setdefault(packing, []).append(entry)
-    if len(parts) == 1:
-        return [{**group, "params": params}]
-    split = [{**group, "params": parts[None]}] if parts[None] else []
-    for packing, members in parts.items():
-        if packing is not None:
-            split.append({**group, "params": members, "expert_side": packing.side, "expert_count": packing.experts})
-    return split
+            kind: dict[str, Any] = {"expert_side": packing.side, "expert_count": packing.experts}
+        else:
+            kind = {"rule": "adamw"} if param in words else {}
+        kinds.setdefault(tuple(kind.items()), []).append(entry)
+    split = [{**group, "params": members, **dict(kind)} for kind, members in kinds.items() if members]
+    return split or [{**group, "params": params}]
 
 
 def without_gradient(names: Iterable[tuple[str, Tensor]], groups: Iterable[Mapping[str, Any]], state: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from scao_hf.distributed.exchange import agreed, check_flattened, check_placemen
 from scao_hf.distributed.shards import Shards, restored
 from scao_hf.distributed.sharing import Sharing
 from scao_hf.edits import Edits, check_lr
-from scao_hf.experts import Packing, find_experts, split_group
+from scao_hf.experts import Packing, find_experts, find_vocabulary, split_group
 from scao_hf.finite import Watch, check_finite
 from scao_hf.precision import full_precision
 from scao_hf.rules import Tick, rule_of
@@ -42,12 +42,14 @@ class SCAO(Optimizer):
         betas: decays of the first and second moment.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        rule: ``"eigenbasis"`` (SCAO's own) or ``"published"`` (the published algorithm, as a reference).
+        rule: how matrices are stepped, one of ``scao_hf.options.RULES``.
         warmup_steps, blend_steps, min_precond_updates, precond_freq, rho, epsilon_sparse, k_min, k_max, tau,
             max_precond_dim, use_int8_ema, cautious, moment_dtype, on_nonfinite: see ``scao_hf.options.OPTIONS``. None takes the
             rule's default (``scao_hf.options.RULE_DEFAULTS``).
         experts: the packed LoRA factors of stacked experts, from ``scao_hf.experts.find_experts(model)``: each expert
             then is a matrix of its own. They become parameter groups of their own.
+        vocabulary: embeddings and heads, from ``scao_hf.experts.find_vocabulary(model)``, which take AdamW steps
+            (``rule="adamw"``) in parameter groups of their own.
 
     Raises:
         ValueError: an option outside its legal range, named with the value and the range.
@@ -61,7 +63,7 @@ class SCAO(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
         *,
-        rule: str = "eigenbasis",
+        rule: str = opt.RULES[0],
         warmup_steps: int | None = None,
         blend_steps: int | None = None,
         min_precond_updates: int | None = None,
@@ -77,6 +79,7 @@ class SCAO(Optimizer):
         moment_dtype: str | None = None,
         on_nonfinite: str | None = None,
         experts: Mapping[Tensor, Packing] | None = None,
+        vocabulary: Collection[Tensor] | None = None,
     ) -> None:
         given = locals()
         passed = {name: given[name] for name in ("betas", *opt.OPTIONS) if name != "rule"}
@@ -85,14 +88,14 @@ class SCAO(Optimizer):
         defaults["scao_version"] = storage.VERSION
         self._passed = {name: value for name, value in passed.items() if value is not None}
         self._sharing: Sharing | None = None
-        self._experts = experts or {}
+        self._experts, self._vocabulary = experts or {}, set(vocabulary or ())
         #: For each group that was added, whether it had a matrix; the ids of all parameters that were none. A weak reference
         #: would forbid torch.utils.swap_tensors, with which modules are moved and cast.
         self._had_matrices: list[bool] = []
         self._vectors: set[int] = set()
         self._edits = Edits([])
         super().__init__(params, defaults)
-        self._experts = {}
+        self._experts, self._vocabulary = {}, set()
         self._begin()
         notices.without_matrices(self.param_groups)
 
@@ -105,7 +108,7 @@ class SCAO(Optimizer):
         if "defaults" in state:  # a copy or an unpickled one; torch's load_state_dict calls this too, with less
             self._passed = dict(state.get("_passed", {}))
             self._sharing = None
-            self._experts = {}
+            self._experts, self._vocabulary = {}, set()
             self._had_matrices, self._vectors = [], set()
             for group in self.param_groups:
                 self._remember(group["params"])
@@ -129,7 +132,9 @@ class SCAO(Optimizer):
         _check_params(param_group["params"])
         group = dict(param_group)
         experts = group.pop("experts", None) or self._experts
-        group, *others = split_group(group, experts)
+        # The other rules step embeddings as they step any matrix.
+        asked = group.get("rule", self.defaults["rule"])
+        group, *others = split_group(group, experts, self._vocabulary if asked in ("auto", "orthogonal") else ())
         opt.check_foreign(group)
         rule = group.get("rule", self.defaults["rule"])
         named = {name: group[name] for name in (*opt.OPTIONS, "betas") if name in group and name != "rule"}
@@ -246,7 +251,7 @@ class SCAO(Optimizer):
 
     def _step_state(self, bucket: Bucket, state: dict[str, Tensor], due: slice | None) -> None:
         """One step: moments and curvature, direction, decay, write-back."""
-        group, rule = bucket.group, rule_of(bucket.group, bucket.matrix)
+        group, rule = bucket.group, rule_of(bucket.group, bucket.matrix, bucket.shape)
         if due is None:
             due = bucket.due(bucket.step + 1, rule.start(group))
         # A learning rate on a device would have to be waited for.
@@ -394,7 +399,7 @@ def _idle_experts_kept(bucket: Bucket) -> Iterator[None]:
     if idle is None:
         yield
         return
-    rule = rule_of(bucket.group, bucket.matrix)
+    rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
     before = {name: field.clone() for name, field in bucket.state.items() if rule.kind(name) == "curvature"}
     yield
     for name, field in before.items():
@@ -442,5 +447,6 @@ def create_scao_optimizer(
         lr=lr,
         weight_decay=weight_decay,
         experts=find_experts(model),
+        vocabulary=find_vocabulary(model),
         **scao_kwargs,
     )

@@ -66,12 +66,18 @@ class Option:
         return above and below
 
 
-RULES = ("eigenbasis", "published")
+#: The rules that step matrices by more than their single entries.
+MATRIX_RULES = ("eigenbasis", "orthogonal", "published")
+RULES = (*MATRIX_RULES, "auto", "adamw")
 
 #: Options that every rule has, beside torch's own lr, betas, eps and weight_decay.
 OPTIONS: dict[str, Option] = {
     "rule": Option(
-        str, "the update rule: SCAO's own, or the published one as a reference", choices=RULES, edited=LAYOUT
+        str,
+        "the update rule of matrices: SCAO's own, the published one as a reference, or one for matrices with two large sides "
+        "('orthogonal'); 'auto' chooses between the first and the last by shape, 'adamw' is for embeddings and heads",
+        choices=RULES,
+        edited=LAYOUT,
     ),
     "warmup_steps": Option(int, "AdamW steps, with these betas, before phase 2", low=0, edited=PHASE),
     "blend_steps": Option(int, "length of the ramp from the AdamW step to the curvature step", low=0),
@@ -144,6 +150,8 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
         "on_nonfinite": "skip",
     },
 }
+
+RULE_DEFAULTS |= dict.fromkeys(("auto", "orthogonal", "adamw"), RULE_DEFAULTS["eigenbasis"])
 
 #: Keys of a YAML beside the options: what the Axolotl plugin does with any optimizer.
 SWITCHES = {"fuse_moe": Option(bool, "compute LoRA on stacked experts beside their products (scao_hf.moe)")}

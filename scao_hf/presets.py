@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from scao_hf.options import OPTIONS, check
+from scao_hf.options import OPTIONS, RULES, check
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Preset:
     options: dict[str, Any]
 
 
-#: The published rule's are those that were published for it, and untested here beyond 5 million parameters. SCAO's own
-#: rule has one row: options that lower the loss at one size of the benchmarks have done nothing at another.
+#: What was published for the published rule, untested here beyond 5 million parameters. The other rules have no rows: options
+#: that lower the loss at one size of the benchmarks have done nothing at another.
 PRESETS = (
     Preset("published", 10_000_000, {"warmup_steps": 100, "precond_freq": 10, "k_max": 64, "rho": 0.999}),
     Preset("published", 300_000_000, {"warmup_steps": 500, "precond_freq": 20, "k_max": 128, "tau": 5.0, "rho": 0.999}),
@@ -26,11 +26,10 @@ PRESETS = (
         "published", 7_000_000_000, {"warmup_steps": 1000, "precond_freq": 50, "k_max": 256, "tau": 5.0, "rho": 0.99}
     ),
     Preset("published", None, {"warmup_steps": 2000, "precond_freq": 100, "k_max": 512, "tau": 10.0, "rho": 0.99}),
-    Preset("eigenbasis", None, {}),
 )
 
 
-def recommended(parameters: int, rule: str = "eigenbasis") -> dict[str, Any]:
+def recommended(parameters: int, rule: str = RULES[0]) -> dict[str, Any]:
     """The options of ``PRESETS`` for a size, as keyword arguments of ``SCAO``, ``rule`` included.
 
     Args:
@@ -46,5 +45,5 @@ def recommended(parameters: int, rule: str = "eigenbasis") -> dict[str, Any]:
     check("rule", rule, OPTIONS["rule"])
     if isinstance(parameters, bool) or not isinstance(parameters, int) or parameters < 1:
         raise ValueError(f"parameters={parameters!r} is not valid: it must be an integer of at least 1")
-    found = next(p for p in PRESETS if p.rule == rule and (p.below is None or parameters < p.below))
-    return {"rule": rule, **found.options}
+    found = (p.options for p in PRESETS if p.rule == rule and (p.below is None or parameters < p.below))
+    return {"rule": rule, **next(found, {})}

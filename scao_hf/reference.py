@@ -208,3 +208,33 @@ def _shares(spectrum: Tensor, tail: float, kept: Tensor) -> tuple[Tensor, float]
     share = kept * spectrum / (float(spectrum.sum()) + tail)
     rest = max(0.3, 1 - float(share.sum()))
     return share * (1 - rest) / float(share.sum()), rest
+
+
+def orthogonal(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> list[Tensor]:
+    """The rule of matrices with two large sides on one matrix ``[r, l]`` with r <= l.
+
+    Args:
+        weight: ``[r, l]``.
+        grads: one ``[r, l]`` gradient a step.
+        o: every option by name, with lr, betas, eps and weight_decay.
+    """
+    w, (r, l) = weight.double().clone(), weight.shape
+    b1, b2 = o["betas"]
+    momentum, col = torch.zeros(r, l).double(), torch.zeros(l).double()
+    trajectory = []
+    for step, grad in enumerate(grads, start=1):
+        g = grad.double()
+        momentum = b1 * momentum + (1 - b1) * g
+        x = b1 * momentum + (1 - b1) * g
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        col = b2 * col + (1 - b2) * (x**2).mean(0)
+        direction = x / ((col / (1 - b2**step)).sqrt() + o["eps"])
+        direction = direction * 0.56 * l**0.5 * x.norm() / direction.norm()
+        if o["tau"] is not None:
+            direction = direction * min(1.0, o["tau"] / float(direction.norm()))
+        w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction
+        trajectory.append(w.clone())
+    return trajectory

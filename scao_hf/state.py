@@ -11,10 +11,10 @@ from torch import Tensor
 
 from scao_hf import options
 from scao_hf import storage as encoding
-from scao_hf.buckets import Bucket, Member, arithmetic_dtype, members_of
+from scao_hf.buckets import Bucket, Member, arithmetic_dtype, as_real, members_of
 from scao_hf.experts import packing_of
 from scao_hf.names import difference, in_order, labels
-from scao_hf.rules import COUNTERS, rule_of
+from scao_hf.rules import COUNTERS, Rule, rule_of
 
 #: Version of the state's layout, kept in every parameter group.
 VERSION = 2
@@ -31,14 +31,25 @@ Wholes = dict[Tensor, Tensor | None]
 
 def members(param: Tensor, group: dict[str, Any]) -> list[tuple[tuple[int, int], Member]]:
     """The blocks of a parameter under the options of its group, with their shapes."""
-    split = rule_of(group, matrix=True).split_long_side
-    return members_of(param, group["max_precond_dim"], split, packing_of(group))
+    if group["rule"] == "adamw":
+        return [((1, as_real(param).numel()), Member(param, "", None))] if param.numel() else []
+
+    def cut_sides(shape: torch.Size) -> int:
+        return rule_of(group, True, shape).cut_sides
+
+    return members_of(param, group["max_precond_dim"], cut_sides, packing_of(group))
+
+
+def rule_for(param: Tensor, group: dict[str, Any]) -> Rule:
+    """The rule that steps a parameter of a group."""
+    shape, member = next(iter(members(param, group)), ((), None))
+    return rule_of(group, member is not None and member.block is not None, shape)
 
 
 def create(bucket: Bucket, device: torch.device) -> dict[str, Tensor]:
     """Zeroed stacked state of a bucket of its age on ``device``; ``taken`` counts the finite gradients of each member,
     ``level`` is how large they were (U3)."""
-    rule = rule_of(bucket.group, bucket.matrix)
+    rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
     size = bucket.size
     taken = torch.zeros(size, dtype=bucket.dtype, device=device)
     fields = rule.create(size, bucket.shape, bucket.dtype, device, bucket.group, bucket.step)
@@ -139,7 +150,9 @@ def check_groups(state_dict: dict[str, Any], groups: Groups) -> None:
             raise ValueError(
                 f"the saved state has layout version {saved['scao_version']}, this scao_hf reads {VERSION}"
             )
-        if not isinstance(saved.get("rule"), str) or saved["rule"] != group["rule"]:
+        # A run by the eigenbasis alone continues by it.
+        known = (group["rule"], "eigenbasis") if group["rule"] == "auto" else (group["rule"],)
+        if saved.get("rule") not in known:
             raise ValueError(
                 f"the saved state belongs to rule={saved.get('rule')!r}, the optimizer has rule={group['rule']!r}"
             )
@@ -200,11 +213,11 @@ def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
         fresh[param] = {"step": step}
         if param in elsewhere:
             continue
-        matrix = any(member.block is not None for _, member in members(param, saved))
+        rule = rule_for(param, saved)
         for name, like in expected(param, saved, step).items():
             value = entry[name].detach().to(device=param.device, dtype=like.dtype, copy=True)
             field = name.partition(".")[0]
-            legal = COUNTERS.get(field) or encoding.legal(field, rule_of(saved, matrix))
+            legal = COUNTERS.get(field) or encoding.legal(field, rule)
             if field == "taken":
                 legal = legal._replace(high=step)
             offence = legal.offence(value)

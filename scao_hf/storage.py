@@ -86,7 +86,7 @@ def convert(bucket: Bucket) -> None:
 
 def _decoded(bucket: Bucket) -> dict[str, Tensor]:
     """The whole state in the rule's dtypes; what is not encoded is the bucket's own tensor."""
-    rule = rule_of(bucket.group, bucket.matrix)
+    rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
     likes = rule.create(1, bucket.shape, bucket.dtype, torch.device("meta"), bucket.group, bucket.step)
     state = {name: bucket.state[name] for name in ("taken", "level")}
     for name, like in likes.items():

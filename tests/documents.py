@@ -22,6 +22,7 @@ SOURCES = [
 FAMILIES = {
     "E": "Curvature",
     "U": "The step",
+    "O": "Matrices with two large sides",
     "S": "When a basis is refreshed",
     "X": "Stacked experts",
 }
@@ -29,14 +30,13 @@ FAMILIES = {
 
 def options_table() -> str:
     """The table of options, from the tables that the code itself reads."""
-    rows = ["| option | " + " | ".join(f"`{rule}`" for rule in RULES) + " | legal values | meaning |"]
-    rows.append("|---" * (3 + len(RULES)) + "|")
-    rows.append(f"| `rule` | {' | '.join('' for _ in RULES)} | {OPTIONS['rule'].valid} | {OPTIONS['rule'].doc} |")
+    rows = ["| option | default | with `published` | legal values | meaning |", "|---|---|---|---|---|"]
+    rows.append(f"| `rule` | {RULES[0]} |  | {OPTIONS['rule'].valid} | {OPTIONS['rule'].doc} |")
     betas = f"two numbers, each {TORCH_OPTIONS['beta'].valid}"
     for name in ("betas", *(name for name in OPTIONS if name != "rule")):
         valid = betas if name == "betas" else OPTIONS[name].valid
         doc = "decays of Adam's moments; in a YAML `adam_beta1`, `adam_beta2`" if name == "betas" else OPTIONS[name].doc
-        defaults = " | ".join(f"{RULE_DEFAULTS[rule][name]}" for rule in RULES)
+        defaults = " | ".join(f"{RULE_DEFAULTS[rule][name]}" for rule in (RULES[0], "published"))
         rows.append(f"| `{name}` | {defaults} | {valid} | {doc} |")
     return "\n".join(rows) + "\n"
 

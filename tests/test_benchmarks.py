@@ -152,6 +152,9 @@ def test_options_follow_the_name() -> None:
     assert cut["blocks"] == 7 and "blocks" not in whole
     assert "blocks" not in peers.resolved("scao", model) and "blocks" not in peers.resolved("scao-published", model)
     assert peers.resolved("scao", nn.Linear(65, 65))["blocks"] == 64
+    large, small = nn.Linear(65, 65), nn.Linear(65, 8)
+    found = [peers.resolved("scao:rule=auto", model)["rule"] for model in (large, small, nn.Sequential(large, small))]
+    assert found == ["orthogonal", "eigenbasis", "auto"]
     assert peers.resolved("scao-published:max_precond_dim=39", model)["blocks"] == 39, "it cuts the long side too"
     optimizer = peers.create("scao:k_max=8:warmup_steps=3", Pair(), 1e-3)
     assert (optimizer.param_groups[0]["k_max"], optimizer.param_groups[0]["warmup_steps"]) == (8, 3)

@@ -82,10 +82,10 @@ def test_every_label_in_the_code_is_an_equation_on_its_page() -> None:
     stated = set(re.findall(r"^### (\w+)$", documents.equations(), re.MULTILINE))
     used = set()
     for path in (ROOT / "scao_hf").rglob("*.py"):
-        used |= set(re.findall(r"\(([EUSX]\d+)\)", path.read_text(encoding="utf-8")))
+        used |= set(re.findall(r"\(([EUOSX]\d+)\)", path.read_text(encoding="utf-8")))
     assert used == stated
     for page in DOCS.glob("*.md"):
-        assert set(re.findall(r"\b([EUSX]\d+)\b", page.read_text(encoding="utf-8"))) - stated <= {"E2E"}, page.name
+        assert set(re.findall(r"\b([EUOSX]\d+)\b", page.read_text(encoding="utf-8"))) - stated <= {"E2E"}, page.name
 
 
 def test_every_message_is_explained_and_every_explanation_has_a_message() -> None:
@@ -112,7 +112,10 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
 
 def test_options_of_the_signature_are_all_documented() -> None:
     signature = inspect.signature(SCAO.__init__).parameters
-    assert set(signature) - {"self", "params", "lr", "eps", "weight_decay", "experts"} == {"betas", *OPTIONS}
+    assert set(signature) - {"self", "params", "lr", "eps", "weight_decay", "experts", "vocabulary"} == {
+        "betas",
+        *OPTIONS,
+    }
     text = README.read_text(encoding="utf-8")
     for name in ("lr", "eps", "weight_decay"):
         default = f"{signature[name].default:g}".replace("0.001", "1e-3").replace("1e-08", "1e-8")

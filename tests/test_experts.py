@@ -79,7 +79,7 @@ def test_a_model_without_experts_and_frozen_adapters_give_nothing() -> None:
     assert find_experts(model) == {}
 
 
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", options.MATRIX_RULES)
 @pytest.mark.parametrize("side", ["A", "B"])
 def test_a_packed_step_is_the_step_of_separate_parameters(side: str, rule: str) -> None:
     whole = packed(side)

@@ -35,7 +35,7 @@ def param() -> torch.nn.Parameter:
         ({"eps": 0}, ["eps=0", "[1e-30, inf)"]),
         ({"eps": 1e-46}, ["eps=1e-46", "[1e-30, inf)"]),
         ({"weight_decay": -0.1}, ["weight_decay=-0.1", "[0, inf)"]),
-        ({"rule": "shampoo"}, ["rule='shampoo'", "'eigenbasis', 'published'"]),
+        ({"rule": "shampoo"}, ["rule='shampoo'", "'eigenbasis', 'orthogonal', 'published', 'auto', 'adamw'"]),
         ({"warmup_steps": -1}, ["warmup_steps=-1", "[0, inf)"]),
         ({"warmup_steps": 1.5}, ["warmup_steps=1.5", "an integer"]),
         ({"blend_steps": True}, ["blend_steps=True", "an integer"]),
@@ -140,6 +140,7 @@ def test_every_option_of_the_table_is_an_argument_and_the_reverse() -> None:
         "eps",
         "weight_decay",
         "experts",
+        "vocabulary",
     }
     assert arguments == set(options.OPTIONS)
     for rule in options.RULES:

@@ -9,7 +9,7 @@ import torch
 
 from scao_hf import SCAO, options, reference
 
-REFERENCES = {"published": reference.published, "eigenbasis": reference.eigenbasis}
+REFERENCES = {"published": reference.published, "eigenbasis": reference.eigenbasis, "orthogonal": reference.orthogonal}
 
 
 def gradients(shape: tuple[int, int], steps: int, seed: int = 0) -> list[torch.Tensor]:
@@ -39,7 +39,7 @@ def trajectory(weight: torch.Tensor, grads: list[torch.Tensor], **kwargs: Any) -
 OPTIONS = {"warmup_steps": 4, "blend_steps": 5, "precond_freq": 3, "min_precond_updates": 1, "k_min": 2, "k_max": 4}
 
 
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", REFERENCES)
 @pytest.mark.parametrize(
     ("shape", "extra"),
     [
@@ -57,7 +57,7 @@ def test_fast_path_follows_the_reference(rule: str, shape: tuple[int, int], extr
     chosen = {**OPTIONS, **extra}
     fast = trajectory(weight, grads, lr=0.01, rule=rule, **chosen)
     full = {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.01, **options.resolve(rule, chosen)}
-    tall = shape[0] > shape[1] and rule == "eigenbasis"
+    tall = shape[0] > shape[1] and rule != "published"
     oriented = [g.T for g in grads] if tall else grads
     slow = REFERENCES[rule](weight.T if tall else weight, oriented, full)
     for step, (a, b) in enumerate(zip(fast, slow, strict=True), start=1):
@@ -83,7 +83,7 @@ def test_matrices_that_take_turns_follow_the_reference() -> None:
         torch.testing.assert_close(param.detach(), slow.T if tall else slow, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", REFERENCES)
 def test_float32_stays_near_the_reference(rule: str) -> None:
     weight, grads = gradients((6, 48), 1, seed=7)[0], gradients((6, 48), 30)
     fast = trajectory(weight.float(), grads, lr=0.01, rule=rule, **OPTIONS)
@@ -94,7 +94,7 @@ def test_float32_stays_near_the_reference(rule: str) -> None:
     assert (fast[-1] - slow[-1]).norm() < 0.02 * moved
 
 
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", ["eigenbasis", "published", "adamw"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_without_curvature_it_is_adamw(rule: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -46,7 +46,7 @@ def test_a_checkpoint_cannot_run_code() -> None:
         torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", options.MATRIX_RULES)
 @pytest.mark.parametrize("moment_dtype", options.OPTIONS["moment_dtype"].choices)
 def test_states_need_no_allow_listing(rule: str, moment_dtype: str) -> None:
     _, optimizer = trained(rule=rule, use_int8_ema=True, moment_dtype=moment_dtype)

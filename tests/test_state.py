@@ -43,7 +43,7 @@ def through_file(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("use_int8_ema", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", options.MATRIX_RULES)
 def test_resume_is_bit_exact_in_every_phase(rule: str, dtype: torch.dtype, use_int8_ema: bool) -> None:
     settings = {"rule": rule, "use_int8_ema": use_int8_ema}
     params, optimizer = make(dtype, **settings)
@@ -61,7 +61,7 @@ def test_resume_is_bit_exact_in_every_phase(rule: str, dtype: torch.dtype, use_i
             assert torch.equal(a, b), f"paused after {pause}"
 
 
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", options.MATRIX_RULES)
 def test_dtypes_survive_and_nothing_is_aliased(rule: str) -> None:
     params, optimizer = make(torch.bfloat16, rule=rule, use_int8_ema=True)
     train(params, optimizer, range(6))
@@ -76,7 +76,7 @@ def test_dtypes_survive_and_nothing_is_aliased(rule: str) -> None:
                 assert loaded.dtype == value.dtype and torch.equal(loaded, value)
                 assert loaded.data_ptr() != value.data_ptr()
                 seen.add(value.dtype)
-    assert torch.int8 in seen and torch.float32 in seen
+    assert torch.float32 in seen and (torch.int8 in seen) == (rule != "orthogonal")  # which keeps no curvature
     assert torch.bfloat16 not in seen
 
 

@@ -82,7 +82,7 @@ def test_bfloat16_rounding_is_unbiased_and_leaves_bfloat16_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", options.MATRIX_RULES)
 def test_resume_is_bit_exact_in_every_phase(rule: str, kind: str) -> None:
     kwargs = {"rule": rule, "moment_dtype": kind, "use_int8_ema": True}
     params, optimizer = make(**kwargs)

@@ -750,7 +750,7 @@ def test_report_of_a_real_trainer(tmp_path: Path) -> None:
 # --- doctor
 
 
-@pytest.mark.parametrize("rule", options.RULES)
+@pytest.mark.parametrize("rule", options.MATRIX_RULES)
 def test_doctor_finds_both_rules_sound(rule: str) -> None:
     text, sound = doctor.self_test(rule, "cpu")
     assert sound and text.count("ok") == 2
@@ -765,7 +765,7 @@ def test_doctor_tests_every_native_kernel_of_the_cpu(monkeypatch: Any) -> None:
 
     for name in default_kernels.DEFAULTS:
         monkeypatch.setattr(ops, name, counted(name))
-    assert all(doctor.self_test(rule, "cpu")[1] for rule in options.RULES) and doctor.average_test("cpu")[1]
+    assert all(doctor.self_test(rule, "cpu")[1] for rule in options.MATRIX_RULES) and doctor.average_test("cpu")[1]
     if "cpu" not in ops.NATIVE:
         pytest.skip("needs the native kernels: the others were tested")
     assert called == set(ops.KERNELS["cpu"])

@@ -306,7 +306,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, default=2e-4, help="of the qlora run (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=4, help="rows per step (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest row (default: %(default)s)")
-    parser.add_argument("--out", type=sweep.writable, default=RESULTS, help="result file, added to (default: results/gpu.jsonl)")
+    parser.add_argument(
+        "--out", type=sweep.writable, default=RESULTS, help="result file, added to (default: results/gpu.jsonl)"
+    )
     parser.add_argument("--redo-stale", action="store_true", help="measure again what other code has measured")
     parser.add_argument("--without-native", action="store_true", help="go on where the CUDA kernels were not built")
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")

@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 
 from scao_hf import SCAO, curvature, ops, refresh
 from scao_hf.buckets import blocks_of
-from scao_hf.options import OPTIONS, RULE_DEFAULTS
+from scao_hf.experts import find_vocabulary
+from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES
 from scao_hf.rules import rule_of
 
 Builder = Callable[..., Optimizer]
@@ -84,7 +85,7 @@ def adamw(model: nn.Module, lr: float, beta1: float = 0.9, beta2: float = 0.999)
 
 def scao(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     """SCAO with its default rule."""
-    return SCAO(trainable(model), lr=lr, weight_decay=0.0, **options)
+    return SCAO(trainable(model), lr=lr, weight_decay=0.0, vocabulary=find_vocabulary(model), **options)
 
 
 def scao_published(model: nn.Module, lr: float, **options: Any) -> Optimizer:
@@ -268,8 +269,13 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+#: The parameters of the problem behind a fingerprint: matrices with a small side and a vector; matrices with two large sides.
+SMALL: tuple[tuple[int, ...], ...] = ((8, 40), (40, 8), (6, 24), (6, 24), (6, 24), (12,))
+LARGE = ((72, 80), (80, 72))
+
+
 @functools.cache
-def behaviour(rule: str, options: tuple[tuple[str, Any], ...]) -> str:
+def behaviour(rule: str, options: tuple[tuple[str, Any], ...], shapes: tuple[tuple[int, ...], ...] = SMALL) -> str:
     """A fingerprint of what SCAO does with some options, to see which rule a result belongs to.
 
     It is the trajectory of a small problem in float64 PyTorch code, through both phases, rounded far above rounding
@@ -278,13 +284,14 @@ def behaviour(rule: str, options: tuple[tuple[str, Any], ...]) -> str:
     Args:
         rule: SCAO's rule.
         options: other keyword arguments of ``SCAO``, as pairs.
+        shapes: of the problem's parameters.
     """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    params = [nn.Parameter(draw(*shape)) for shape in ((8, 40), (40, 8), (6, 24), (6, 24), (6, 24), (12,))]
+    params = [nn.Parameter(draw(*shape)) for shape in shapes]
     targets, scales = [draw(*param.shape) for param in params], [draw(*param.shape).exp() for param in params]
     optimizer = SCAO(params, lr=1e-2, weight_decay=0.01, rule=rule, **dict(options))
     digest = hashlib.sha256()
@@ -301,25 +308,31 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
 
     Args:
         spec: an optimizer and its options, as on a command line.
-        model: what is trained. Where SCAO cuts one of its matrices, which those of its fingerprint are too small for,
-            ``blocks`` is the largest dense factor.
+        model: what is trained. SCAO's rule is the one that steps its matrices, ``auto`` where there are some of either
+            kind. Where SCAO cuts one of them, which those of its fingerprint are too small for, ``blocks`` is the largest
+            dense factor.
 
     Raises:
         ValueError: an unknown optimizer, or an option or value that SCAO does not have.
     """
     name, options = parse(spec)
     if name.startswith("scao") and name != "scao-pypi":
-        rule = "published" if name.startswith("scao-published") else options.pop("rule", "eigenbasis")
+        rule = "published" if name.startswith("scao-published") else options.pop("rule", RULES[0])
+        most = options.get("max_precond_dim", RULE_DEFAULTS[rule]["max_precond_dim"])
+        matrices = [param for param in parameters(model) if param.ndim == 2] if model else []
+        if rule == "auto":
+            words = find_vocabulary(model) if model else set()
+            kinds = {min(param.shape) > most for param in matrices if param not in words}
+            rule = "auto" if len(kinds) > 1 else "orthogonal" if True in kinds else "eigenbasis"
+        shapes = LARGE if rule == "orthogonal" else SMALL + LARGE if rule == "auto" else SMALL
         try:
-            found = {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())))}
+            found = {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())), shapes)}
         except TypeError as error:
             near = [match for option in options for match in difflib.get_close_matches(option, OPTIONS, n=1)]
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UnknownOption(f"{spec!r}: {error}{hint}") from error
-        most = options.get("max_precond_dim", RULE_DEFAULTS[rule]["max_precond_dim"])
-        matrices = [param for param in parameters(model) if param.ndim == 2] if model else []
-        both = rule_of({"rule": rule}, matrix=True).split_long_side
-        cut = any(len(blocks_of(param.shape, most, both)) > 1 for param in matrices)
+        sides = rule_of({"rule": rule}, matrix=True).cut_sides
+        cut = rule != "auto" and any(len(blocks_of(param.shape, most, sides)) > 1 for param in matrices)
         return found | ({"blocks": most} if cut else {})
     try:
         inspect.signature(PEERS[name][0]).bind(None, 0.0, **options)

@@ -51,7 +51,7 @@ def variants() -> list[Subject]:
     if "moment_dtype" in options.OPTIONS:
         choices = options.OPTIONS["moment_dtype"].choices
         kinds |= {f" {choice} moments": {"moment_dtype": choice} for choice in choices if choice != "float32"}
-    for rule in options.RULES:
+    for rule in options.MATRIX_RULES:
         for words, choice in kinds.items():
             found.append(Subject(f"{rule}{words}", scao(rule, **choice)))
         for dtype in (torch.bfloat16, torch.float16):

@@ -19,7 +19,7 @@ MOMENTS: Mapping[str, Legal] = {"exp_avg": FINITE, "exp_avg_sq": NOT_NEGATIVE}
 class AdamW:
     """torch.optim.AdamW's step."""
 
-    split_long_side = False
+    cut_sides = 0
     takes_turns = False
     legal = MOMENTS
 

@@ -82,7 +82,7 @@ def _portions(shape: torch.Size, rows: slice | None = None) -> Iterator[slice]:
 class Eigenbasis:
     """Phase 1 holds AdamW's state and L; the last step of phase 1 trades ``exp_avg_sq`` for the bases."""
 
-    split_long_side = False
+    cut_sides = 1
     takes_turns = True
     legal = LEGAL
 

@@ -39,7 +39,7 @@ OF_A_SIDE = {
 class Published:
     """State: ``exp_avg``, ``exp_avg_sq``; per side the factor (dense, or int8 codes and scales) and its truncated basis."""
 
-    split_long_side = True
+    cut_sides = 2
     takes_turns = False
     legal: Mapping[str, Legal] = {"exp_avg": FINITE, "exp_avg_sq": NOT_NEGATIVE} | {
         f"{side}_{part}": legal for side in SIDES for part, legal in OF_A_SIDE.items()

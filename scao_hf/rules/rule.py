@@ -106,8 +106,8 @@ def update_finite(state: dict[str, Tensor], fresh: dict[str, Tensor], tick: Tick
 class Rule(Protocol):
     """One update rule on stacks of matrices ``[N, r, l]``."""
 
-    #: Whether the rule keeps a dense factor of the long side too, so that both sides are cut to max_precond_dim.
-    split_long_side: bool
+    #: How many sides have a dense factor, so that they are cut to max_precond_dim: none, the small one or both.
+    cut_sides: int
     #: Whether matrices are refreshed in the steps in which they are due (S1), each on its own.
     takes_turns: bool
     #: For every field that ``create`` makes.

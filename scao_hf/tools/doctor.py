@@ -55,7 +55,7 @@ def examine() -> Findings:
     problems = []
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     tests: list[tuple[str, Callable[[str], tuple[str, bool]]]] = [
-        *((f"{rule} rule", functools.partial(self_test, rule)) for rule in options.RULES),
+        *((f"{rule} rule", functools.partial(self_test, rule)) for rule in options.MATRIX_RULES),
         ("int8 average", average_test),
     ]
     for name, test in tests:
@@ -117,7 +117,7 @@ def self_test(rule: str, device: str) -> tuple[str, bool]:
     """Steps through both phases of a rule against the float64 reference.
 
     Args:
-        rule: one of ``options.RULES``.
+        rule: one of ``options.MATRIX_RULES``.
         device: "cpu" or "cuda".
 
     Returns:
@@ -125,7 +125,11 @@ def self_test(rule: str, device: str) -> tuple[str, bool]:
     """
     from scao_hf import reference
 
-    references = {"published": reference.published, "eigenbasis": reference.eigenbasis}
+    references = {
+        "eigenbasis": reference.eigenbasis,
+        "orthogonal": reference.orthogonal,
+        "published": reference.published,
+    }
     weight, *grads = _gradients("cpu")
     settings: dict[str, Any] = {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.01, **options.resolve(rule, _OPTIONS)}
     expected = references[rule](weight, grads, settings)[-1]

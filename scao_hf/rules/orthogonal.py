@@ -1,0 +1,135 @@
+"""SCAO's rule for matrices with two large sides: the polar factor of the momentum, its columns equalised.
+
+The polar factor gives every direction of the momentum the same size, which is what whitening by both sides' curvature
+aims at, without a factor or a decomposition, and so without phases. It makes the norms of the rows one; (O3) makes those
+of the columns alike. (O1) and (O2) are those of Muon (K. Jordan et al., 2024), (O3) is NorMuon's normalisation (Z. Li et
+al., 2025), here always along the long side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scao_hf.rules.rule import FINITE, NOT_NEGATIVE, Legal, Tick
+from scao_hf.update import clip_norm
+
+#: Coefficients of the Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``: steep at zero rather than
+#: exact at one, so that five iterations take singular values from 1e-2 up to between 0.7 and 1.2.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+#: Root mean square of a step in learning rates, for a momentum of full rank (|X|_F is then sqrt(r)). AdamW's steps are
+#: about as large in the first hundreds of steps of a run, so that AdamW's best learning rate is a good one here.
+STEP_RMS = 0.56
+#: Entries that are orthogonalised at a time, to bound the memory of the intermediates.
+PORTION = 2**22
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """(O2) The polar factor ``(X X^T)^-1/2 X`` of a stack, in fresh memory; a matrix of zeros stays zero.
+
+    Args:
+        matrix: X, ``[N, r, l]`` with r <= l. Its products are in bfloat16 on devices that multiply it natively: that
+            changes a step by less than the iteration's own error.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = (matrix / _norm(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)).to(_product_dtype(matrix))
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    found: Tensor = x.to(matrix.dtype)
+    return found
+
+
+def _product_dtype(matrix: Tensor) -> torch.dtype:
+    if matrix.dtype != torch.float32:
+        return matrix.dtype
+    if matrix.is_cuda:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = matrix.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+class Orthogonal:
+    """State: ``exp_avg``, M as large as the parameter, and ``col``, c ``[1, l]``."""
+
+    legal: Mapping[str, Legal] = {"exp_avg": FINITE, "col": NOT_NEGATIVE}
+    cut_sides = 0
+    takes_turns = False
+
+    def create(
+        self,
+        size: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dict[str, Any],
+        step: int = 0,
+    ) -> dict[str, Tensor]:
+        """Momentum and columns' second moment, all zero."""
+        sides = {"exp_avg": shape, "col": (1, shape[1])}
+        return {name: torch.zeros(size, *side, dtype=dtype, device=device) for name, side in sides.items()}
+
+    def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
+        """(O1) to (O4) on a few matrices at a time, bounded by (U8)."""
+        count = max(1, PORTION // grads[0].numel())
+        for first in range(0, len(grads), count):
+            rows = slice(first, first + count)
+            part, now = {name: field[rows] for name, field in state.items()}, tick.part(rows)
+            grads[rows] = _direction(part, grads[rows], now)
+        return clip_norm(grads, tick.group["tau"])
+
+    def fused(
+        self,
+        state: dict[str, Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        step: int,
+        group: dict[str, Any],
+        due: slice,
+    ) -> bool:
+        """Never: its matrix products are torch's."""
+        return False
+
+    def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+        """All r directions have the same weight, whatever the curvature, which is not estimated."""
+        none = torch.zeros_like(state["taken"])
+        r = state["exp_avg"].shape[1]
+        return {"rank": none + r, "captured_mass": none + 1, "curvature_norm": none, "damped": none}
+
+    def start(self, group: dict[str, Any]) -> int:
+        """There is no phase 1."""
+        return 0
+
+    def kind(self, name: str) -> str:
+        """Moments only."""
+        return "moments"
+
+
+def _direction(state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
+    """(O1) ``M <- b1 M + (1 - b1) G``; the step is that of ``X = b1 M + (1 - b1) G``, the momentum a step ahead.
+
+    (O3) is ``c <- b2 c + (1 - b2) mean_i X_ij^2`` of the polar factor X, and ``D = X / sqrt(c_hat)`` with its bias corrected:
+    columns that are large in step after step count as much as the others.
+
+    (O4) is ``D <- D STEP_RMS sqrt(l) |X|_F / |D|_F``: the size of a step follows from how many directions the momentum has,
+    not from the gradient, and is AdamW's.
+    """
+    momentum, col = state["exp_avg"], state["col"]
+    momentum.lerp_(grads, tick.weights[0])
+    x = polar(torch.lerp(momentum, grads, 1 - tick.group["betas"][0]))
+    size = _norm(x) * (STEP_RMS * math.sqrt(x.shape[2]))
+    col.lerp_(x.square().mean(1, keepdim=True), tick.weights[1])
+    direction = x.div_((col / tick.bias[1]).sqrt_().add_(tick.group["eps"]))
+    return direction.div_(_norm(direction).clamp_min(torch.finfo(x.dtype).tiny)).mul_(size)
+
+
+def _norm(stack: Tensor) -> Tensor:
+    """Frobenius norms, ``[N, 1, 1]``."""
+    norm: Tensor = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True)
+    return norm
