@@ -15,6 +15,7 @@ from scao_hf import integrity, notices, ops, report
 from scao_hf import options as opt
 from scao_hf import state as storage
 from scao_hf.buckets import Bucket, is_matrix
+from scao_hf.distributed import serial
 from scao_hf.distributed.exchange import agreed, check_flattened, check_placement
 from scao_hf.distributed.shards import Shards, restored
 from scao_hf.distributed.sharing import Sharing
@@ -296,6 +297,7 @@ class SCAO(Optimizer):
 
         With sharded parameters (FSDP2) all processes have to call it together: each parameter's state is then its step
         and one DTensor of bytes (``scao_hf.distributed.serial``), which torch.distributed.checkpoint saves and cuts anew.
+        Through ``get_optimizer_state_dict`` so is every other parameter's, in an ordinary tensor.
         """
         with agreed(self.param_groups):
             self._follow_edits()
@@ -307,7 +309,9 @@ class SCAO(Optimizer):
             for group in saved["param_groups"]
         ]
         shards = Shards.of(self.param_groups)
-        return saved if shards is None else shards.to_bytes(saved, self.param_groups)
+        if shards is not None:
+            saved = shards.to_bytes(saved, self.param_groups)
+        return serial.for_checkpoint(saved, self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state exactly: dtypes are kept, tensors are copied.

@@ -335,6 +335,38 @@ def checkpoint(
 
 
 @scenario
+def replicated(
+    rank: int, world: int, steps: range, source: Path | None = None, target: Path | None = None, mixed: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``checkpoint`` without FSDP2: DDP, or one process alone; ``mixed``: FSDP2 for one of the layers.
+
+    All processes read the same batches. Returns weights and state at the end.
+    """
+    model: nn.Module = build(lora=True, dtype=torch.float32)
+    layers = list(model.children())
+    for layer in layers if mixed else ():
+        if layer is layers[0]:
+            fully_shard(layer)
+    optimizer = create_scao_optimizer(model, lr=0.02, **QUICK)
+    if world > 1 and not mixed:
+        model = nn.parallel.DistributedDataParallel(model)
+    if source is not None:
+        state = saved(model, optimizer, flat=False)
+        dcp.load(state, checkpoint_id=source)
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train(model, optimizer, steps)
+    if target is not None:
+        dcp.save(saved(model, optimizer, flat=False), checkpoint_id=target)
+    entries = get_optimizer_state_dict(model, optimizer)["state"]
+    vectors = {name: entry["bytes"] for name, entry in entries.items()}
+    whole = {
+        name: vector.full_tensor() if hasattr(vector, "full_tensor") else vector for name, vector in vectors.items()
+    }
+    return weights(model), whole
+
+
+@scenario
 def killed(rank: int, world: int, folder: Path, every: int, at: int, share: bool) -> None:
     """A run with a checkpoint at every so many steps, whose last process is killed at the step ``at``.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed_worker import QUICK, STEPS, alone, build, counted, ended, held, launch, start, train_parts
+from distributed_worker import QUICK, SCENARIOS, STEPS, alone, build, counted, ended, held, launch, start, train_parts
 from torch import Tensor
 
 from scao_hf import SCAO, create_scao_optimizer
@@ -206,6 +207,21 @@ def test_checkpoints_are_cut_anew(tmp_path: Path) -> None:
     end = moves[-1][0][1]
     assert distance(end[0], whole[0]) == 0 < distance(end[0], weights)
     assert distance(end[1], whole[1]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_checkpoints_go_from_any_kind_of_run_to_any_other(tmp_path: Path) -> None:
+    """One process, DDP, and FSDP2 of one layer or of all, in phase 2 and each into new optimizers: the same to the bit."""
+    here = partial(SCENARIOS["replicated"], 0, 1)
+    folders = [tmp_path / name for name in "abcd"]
+    expected = here(steps=range(7), target=folders[0])
+    both = launch("replicated", 2, tmp_path, steps=range(0), source=folders[0], target=folders[1])
+    both += launch("replicated", 2, tmp_path, steps=range(0), source=folders[1], target=folders[2], mixed=True)
+    moved = launch("checkpoint", 2, tmp_path, steps=range(0), source=folders[2], target=folders[3])
+    for weights, state in [*both, *(results[0] for results in moved), here(steps=range(0), source=folders[3])]:
+        assert distance(weights, expected[0]) == 0 and distance(state, expected[1]) == 0
+    end, whole = here(steps=range(7, STEPS), source=folders[3]), here(steps=range(STEPS))
+    assert distance(end[0], whole[0]) == 0 < distance(end[0], expected[0])
 
 
 @pytest.mark.parametrize("share", [False, True], ids=["fsdp", "ddp-shared"])

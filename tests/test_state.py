@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import random
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +15,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
-from scao_hf import SCAO, options
+from scao_hf import SCAO, create_scao_optimizer, options
 
 SHAPES = [(4, 24), (24, 4), (6, 6), (10, 12), (5,), (3, 4, 2)]
 QUICK: dict[str, Any] = {"warmup_steps": 4, "blend_steps": 3, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
@@ -464,6 +472,65 @@ def test_a_state_of_other_names_is_refused_with_these(order: str, cut: int, word
         for group in state["param_groups"]:
             del group["param_names"]
         other.load_state_dict(state)  # by position, as the message says
+
+
+NESTS = pytest.mark.skipif(
+    "nested" not in inspect.getsource(torch.distributed.checkpoint.state_dict._unflatten_optim_state_dict),
+    reason="before torch 2.9 or so, flattened state dicts have no nested keys",
+)
+
+
+def copied(state: Any, _: Any) -> Any:
+    return copy.deepcopy(state)
+
+
+def read_into(state: Any, target: Any) -> Any:
+    """Through files, as torch.distributed.checkpoint reads them: into the keys and shapes of ``target``."""
+    with tempfile.TemporaryDirectory() as folder:
+        dcp.save({"optimizer": state}, checkpoint_id=folder)
+        found = {"optimizer": target}
+        dcp.load(found, checkpoint_id=folder)
+    return found["optimizer"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("pause", [2, 5, 9], ids=["phase 1", "ramp", "phase 2"])
+@pytest.mark.parametrize(
+    ("through", "options"),
+    [
+        (copied, {}),
+        (copied, {"full_state_dict": True, "cpu_offload": True}),
+        (read_into, {}),
+        pytest.param(copied, {"flatten_optimizer_state_dict": True}, marks=NESTS),
+        pytest.param(read_into, {"flatten_optimizer_state_dict": True}, marks=NESTS),
+    ],
+    ids=["copied", "full", "read", "flattened", "read flattened"],
+)
+def test_distributed_checkpoints_of_one_process_go_into_a_new_optimizer(
+    through: Callable[[Any, Any], Any], options: dict[str, Any], pause: int
+) -> None:
+    form = StateDictOptions(**options)
+
+    def build() -> tuple[torch.nn.Module, SCAO]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.Linear(8, 20))
+        return model, create_scao_optimizer(model, lr=0.01, max_precond_dim=6, **QUICK)
+
+    def run(model: torch.nn.Module, optimizer: SCAO, steps: range) -> None:
+        train(list(model.parameters()), optimizer, steps)
+        optimizer.zero_grad()
+
+    (model, optimizer), (fresh, after) = build(), build()
+    run(model, optimizer, range(pause))
+    fresh.load_state_dict(model.state_dict())
+    saved = get_optimizer_state_dict(model, optimizer, options=form)
+    run(model, optimizer, range(pause, 12))
+    target = get_optimizer_state_dict(fresh, after, options=form)
+    set_optimizer_state_dict(fresh, after, through(saved, target), options=form)
+    run(fresh, after, range(pause, 12))
+    for a, b in zip(model.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert "exp_avg.0" in optimizer.state_dict()["state"][0]  # everybody else gets the fields by name
 
 
 def test_options_come_from_the_checkpoint() -> None:

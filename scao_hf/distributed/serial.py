@@ -6,6 +6,7 @@ fields of SCAO's state differ between the phases; the vector is as long as the l
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf.integrity import checksum
-from scao_hf.state import expected
+from scao_hf.integrity import CHECKSUM, checksum
+from scao_hf.state import Groups, expected, pairs
 
 #: The key under which a parameter's state holds its vector.
 BYTES = "bytes"
+#: The key of the step in a flattened state dict, where the bytes are below the step.
+COUNT = "count"
 #: Bytes of the checksum; every field begins at a multiple of as many, so that it can be read in its own dtype.
 ALIGNMENT = 8
 
@@ -45,6 +48,33 @@ def to_bytes(fields: Mapping[str, Tensor], step: int, size: int) -> Tensor:
         vector[place] = as_bytes(field)
     vector[:ALIGNMENT] = as_bytes(torch.tensor(checksum({"step": step, **fields})))
     return vector
+
+
+def for_checkpoint(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """``state_dict`` as torch.distributed.checkpoint needs it, where its ``get_optimizer_state_dict`` is the caller.
+
+    It reads a checkpoint into the state dict of an optimizer that was just built, so keys and shapes must be those of both
+    phases: every parameter's fields become bytes. Nothing but the call stack tells it from other callers. In a flattened
+    state dict it knows no keys but those of the live state, of which the step alone is always there: the bytes go below it.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+        frame = frame.f_back
+    if frame is None:
+        return state_dict
+    flat = getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)
+    entries = dict(state_dict["state"])
+    for key, param, group in pairs(state_dict, groups):
+        entry = entries.get(key, {})
+        if "step" not in entry or BYTES in entry:
+            continue
+        fields = {name: entry[name] for name in expected(param, group, entry["step"])}
+        if fields:
+            vector = to_bytes(fields, entry["step"], size_of(param, group))
+            others = {name: value for name, value in entry.items() if name not in fields and name != CHECKSUM}
+            below = {"step": {COUNT: entry["step"], BYTES: vector}}
+            entries[key] = {**others, **(below if flat else {BYTES: vector})}
+    return {**state_dict, "state": entries}
 
 
 def from_bytes(vector: Tensor, param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -76,6 +106,10 @@ def named(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[s
     Raises:
         ValueError: bytes of another number, besides fields by name, or that do not fit their checksum.
     """
+    below = entry.get("step")
+    if isinstance(below, dict) and below.keys() == {COUNT, BYTES}:
+        others = {name: value for name, value in entry.items() if not isinstance(value, dict)}
+        entry = {**others, "step": below[COUNT], BYTES: below[BYTES]}
     if BYTES not in entry:
         return entry
     check_bytes(entry, param, group)
