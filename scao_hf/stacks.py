@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from operator import index, is_, itemgetter
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from scao_hf import options
 from scao_hf import storage as encoding
-from scao_hf.buckets import Bucket, Layout, Member, arithmetic_dtype, turns_of
+from scao_hf.buckets import Bucket, Layout, arithmetic_dtype, turns_of
 from scao_hf.distributed.serial import BYTES
 from scao_hf.distributed.shards import Shards
 from scao_hf.names import name_of
@@ -88,6 +88,7 @@ def _signature(groups: Groups) -> list[Any]:
     ]
 
 
+@torch.no_grad()
 def build_buckets(
     groups: Groups,
     state: State,
@@ -178,14 +179,13 @@ def _fill(bucket: Bucket, before: dict[str, Any]) -> list[Tensor]:
     fields = own if _holds(bucket, own) else _other_form(bucket, own)
     bucket.fields = {name: Layout.of(like) for name, like in fields.items()}
     for name, like in fields.items():
+        part = bucket.split(like)[0]
         pieces: list[Tensor] = []
-        for entry, member, part in zip(bucket.entries, bucket.members, bucket.split(like), strict=True):
+        for entry, member, owner in zip(bucket.entries, bucket.members, bucket.owners, strict=True):
             value = entry.get(name + member.suffix)
-            if not isinstance(value, Tensor) or value.shape != part.shape or value.dtype.is_complex:
-                raise _misfit(bucket, member, name + member.suffix, value, part, before)
-            if value.is_floating_point() != part.is_floating_point():
-                raise _misfit(bucket, member, name + member.suffix, value, part, before)
-            pieces.append(value.detach())
+            if not _alike(value, part):
+                raise _misfit(bucket, owner, name + member.suffix, value, part, before)
+            pieces.append(value)
         found += pieces
         if _is_stack(pieces, like, device):
             bucket.state[name] = pieces[0].as_strided(like.shape, like.stride())
@@ -195,6 +195,13 @@ def _fill(bucket: Bucket, before: dict[str, Any]) -> list[Tensor]:
     if fields.keys() != own.keys():
         encoding.convert(bucket)
     return found
+
+
+def _alike(value: Any, like: Tensor) -> TypeGuard[Tensor]:
+    """Whether ``value`` can be turned into ``like`` by another precision and device."""
+    if not isinstance(value, Tensor) or value.shape != like.shape:
+        return False
+    return value.dtype == like.dtype or (value.is_floating_point() and like.is_floating_point())
 
 
 def _holds(bucket: Bucket, fields: Iterable[str]) -> bool:
@@ -219,8 +226,7 @@ def _is_stack(pieces: Sequence[Tensor], like: Tensor, device: torch.device) -> b
     return all(piece.is_contiguous() and piece.data_ptr() == start + i * size for i, piece in enumerate(pieces))
 
 
-def _misfit(bucket: Bucket, member: Member, name: str, value: Any, like: Tensor, before: dict[str, Any]) -> ValueError:
-    owner = bucket.owners[bucket.members.index(member)]
+def _misfit(bucket: Bucket, owner: Tensor, name: str, value: Any, like: Tensor, before: dict[str, Any]) -> ValueError:
     whose = f"the parameter{name_of(owner, bucket.group)} of shape {tuple(owner.shape)}"
     edited = [option for option in options.SHAPING if before and before[option] != bucket.group[option]]
     if edited:

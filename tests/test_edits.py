@@ -415,11 +415,16 @@ def test_a_state_that_fits_no_step_is_refused_and_changes_nothing(change: Any, w
     first, other = nn.Parameter(torch.ones(4, 24)), nn.Parameter(torch.ones(4, 24))
     optimizer = SCAO([("first", first), ("other", other)], **QUICK)
     train([first, other], optimizer, range(9))
+    kept = dict(optimizer.state[first])
     change(optimizer.state[first])
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=words):
         optimizer.step()
     assert_alike(snapshot(optimizer), before)
+    optimizer.state[first] = kept
+    change(optimizer.state[other])
+    with pytest.raises(ValueError, match=words.replace("first", "other")):
+        optimizer.step()
 
 
 # --- parameters ---
