@@ -17,14 +17,14 @@ def name_of(param: Tensor, group: dict[str, Any]) -> str:
     return next((f" {name!r}" for each, name in names if each is param), "")
 
 
-def labels(state_dict: dict[str, Any]) -> dict[Any, str]:
-    """What messages call each saved parameter: its name where it has one, its number otherwise."""
+def labels(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[Any, str]:
+    """What messages call each saved parameter: its name, or its number where it has none, and the live one's shape."""
     found: dict[Any, str] = {}
-    for saved in state_dict["param_groups"]:
+    for saved, group in zip(state_dict["param_groups"], groups, strict=True):
         names = saved.get("param_names")
         known = isinstance(names, list) and len(names) == len(saved["params"])
-        shown = zip(saved["params"], names if known else saved["params"], strict=True)
-        found |= {key: f"parameter {name!r}" for key, name in shown}
+        shown = zip(saved["params"], names if known else saved["params"], group["params"], strict=True)
+        found |= {key: f"parameter {name!r} of shape {tuple(param.shape)}" for key, name, param in shown}
     return found
 
 

@@ -20,9 +20,10 @@ from scao_hf.rules import COUNTERS, Rule, rule_of
 VERSION = 2
 
 AS_SAVED = (
-    "build it from the same model with the same trainable parameters and groups (adapter, decay) as in the run that was "
-    "saved, or start from the weights alone"
+    "build the optimizer from the same model with the same trainable parameters and groups (adapter, decay) as in the run "
+    "that was saved, or start from the weights alone"
 )
+EARLIER = "take an earlier checkpoint, or start from the weights alone"
 
 State = dict[Tensor, dict[str, Any]]
 Groups = list[dict[str, Any]]
@@ -80,11 +81,11 @@ def check_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
 
     Entries of the parameters ``elsewhere``, whose state another process holds, are not looked at.
     """
-    names = labels(state_dict)
+    names = labels(state_dict, groups)
     for key, param, saved in pairs(state_dict, groups):
         entry = state_dict["state"].get(key)
         if entry is not None and param not in elsewhere and not only_foreign(entry, param, saved):
-            _check_entry(f"{names[key]} of shape {tuple(param.shape)}", entry, param, saved)
+            _check_entry(names[key], entry, param, saved)
 
 
 def only_foreign(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> bool:
@@ -111,14 +112,18 @@ def check_structure(state_dict: dict[str, Any]) -> None:
     saved_groups, state = state_dict.get("param_groups"), state_dict.get("state")
     if saved_groups is None or state is None:
         raise ValueError(
-            f"not an optimizer state: its keys are {sorted(map(str, state_dict))}, not state and param_groups"
+            f"not an optimizer state: its keys are {sorted(map(str, state_dict))[:5]}, not state and param_groups. Pass what "
+            "optimizer.state_dict() returned; a Trainer's checkpoint has it in optimizer.pt"
         )
     sound = isinstance(saved_groups, list) and isinstance(state, dict)
     sound = sound and all(isinstance(saved, dict) for saved in saved_groups)
     sound = sound and all(isinstance(saved.get("params"), list) for saved in saved_groups)
     sound = sound and all(isinstance(key, (int, str)) for saved in saved_groups for key in saved["params"])
     if not sound or not all(isinstance(entry, dict) for entry in state.values()):
-        raise ValueError("not an optimizer state: state must map to dicts, and param_groups list dicts with params")
+        raise ValueError(
+            "not an optimizer state: state must map to dicts, and param_groups list dicts with params. Pass what "
+            "optimizer.state_dict() returned"
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -145,39 +150,53 @@ def check_groups(state_dict: dict[str, Any], groups: Groups) -> None:
             f"the saved state names other parameters than the optimizer{unlike}: {AS_SAVED}. To load it by position, "
             "delete 'param_names' from its groups"
         )
-    for saved, group in zip(saved_groups, groups, strict=True):
+    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         if not isinstance(saved["scao_version"], int) or saved["scao_version"] != VERSION:
             raise ValueError(
-                f"the saved state has layout version {saved['scao_version']}, this scao_hf reads {VERSION}"
+                f"the saved state has layout version {saved['scao_version']}, this scao_hf reads {VERSION}: resume with the "
+                "release that wrote it, or start from the weights alone"
             )
         # A run by the eigenbasis alone continues by it.
         known = (group["rule"], "eigenbasis") if group["rule"] == "auto" else (group["rule"],)
         if saved.get("rule") not in known:
             raise ValueError(
-                f"the saved state belongs to rule={saved.get('rule')!r}, the optimizer has rule={group['rule']!r}"
+                f"the saved state belongs to rule={saved.get('rule')!r}, the optimizer has rule={group['rule']!r}: pass the "
+                "rule of the run that was saved, or start from the weights alone"
             )
         if packing_of(saved) != packing_of(group):
             raise ValueError(
-                f"the saved state is of {packing_of(saved) or 'ordinary matrices'}, the optimizer's group of "
-                f"{packing_of(group) or 'ordinary matrices'}: create it as the saved one was, from the same model"
+                f"the saved state is of {_packed(saved)}, the optimizer's group of {_packed(group)}: build the optimizer as "
+                "the saved one was, from the same model (experts=find_experts(model), as create_scao_optimizer does)"
             )
         missing = [name for name in ("lr", "eps", "weight_decay") if not _is_number(saved.get(name))]
         if missing:
-            raise ValueError(f"the saved state has no number for {', '.join(missing)} in a parameter group")
-        options.check_torch_options(float(saved["lr"]), saved["betas"], saved["eps"], saved["weight_decay"])
-        options.resolve(
-            saved["rule"], {name: saved[name] for name in options.RULE_DEFAULTS[saved["rule"]] if name in saved}
-        )
+            raise ValueError(
+                f"parameter group {index} of the saved state has no number for {', '.join(missing)}: it was edited; {EARLIER}"
+            )
+        given = {name: saved[name] for name in options.RULE_DEFAULTS[saved["rule"]] if name in saved}
+        try:
+            options.check_torch_options(float(saved["lr"]), saved["betas"], saved["eps"], saved["weight_decay"])
+            options.resolve(saved["rule"], given)
+        except ValueError as error:
+            raise ValueError(f"parameter group {index} of the saved state: {error}; {EARLIER}") from error
     strangers = set(state_dict["state"]) - {key for key, _, _ in pairs(state_dict, groups)}
     if strangers:
-        raise ValueError(f"the saved state has entries for unknown parameters: {sorted(map(str, strangers))[:5]}")
+        raise ValueError(
+            f"the saved state has entries for unknown parameters, {sorted(map(str, strangers))[:5]}, which its groups do not "
+            "list: it was edited or put together by hand; delete them from its state"
+        )
+
+
+def _packed(group: dict[str, Any]) -> str:
+    packing = packing_of(group)
+    return "ordinary matrices" if packing is None else f"{packing.side} factors of {packing.experts} stacked experts"
 
 
 def check_step(where: str, entry: dict[str, Any]) -> None:
     """Raise ``ValueError`` unless a saved entry has counted its steps."""
     step = entry.get("step")
     if not isinstance(step, int) or step < 0:
-        raise ValueError(f"{where}: the saved step is {step!r}: it must be an integer of at least 0")
+        raise ValueError(f"{where}: the saved step is {step!r}: it must be an integer of at least 0; {EARLIER}")
 
 
 def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
@@ -185,14 +204,22 @@ def _check_entry(where: str, entry: dict[str, Any], param: Tensor, group: dict[s
     fields = expected(param, group, entry["step"])
     missing = fields.keys() - entry.keys()
     if missing:
-        raise ValueError(f"{where}: the saved state lacks {sorted(missing)}, it has {sorted(map(str, entry))}")
+        raise ValueError(
+            f"{where}: the saved state lacks {sorted(missing)}, it has {sorted(map(str, entry))}: the parameter had another "
+            "shape in the run that was saved, or the file was edited. Build the model as it was, or start from the weights "
+            "alone"
+        )
     for name, field in fields.items():
         value = entry[name]
         if not isinstance(value, Tensor) or value.shape != field.shape:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{where}: saved {name} is {found}, expected a tensor of shape {tuple(field.shape)}")
+            raise ValueError(
+                f"{where}: saved {name} is {found}, expected a tensor of shape {tuple(field.shape)}: the parameter had another "
+                "shape in the run that was saved (LoRA rank, vocabulary). Build the model as it was, or start from the "
+                "weights alone"
+            )
         if value.dtype != field.dtype and not (value.is_floating_point() and field.is_floating_point()):
-            raise ValueError(f"{where}: saved {name} is {value.dtype}, expected {field.dtype}")
+            raise ValueError(f"{where}: saved {name} is {value.dtype}, expected {field.dtype}: it was cast; {EARLIER}")
 
 
 def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor] = ()) -> State:
@@ -204,7 +231,7 @@ def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
         ValueError: a field holds what it cannot.
     """
     fresh: State = {}
-    names = labels(state_dict)
+    names = labels(state_dict, groups)
     for key, param, saved in pairs(state_dict, groups):
         entry = state_dict["state"].get(key)
         if entry is None or only_foreign(entry, param, saved):
@@ -223,9 +250,8 @@ def exact_state(state_dict: dict[str, Any], groups: Groups, elsewhere: Collectio
             offence = legal.offence(value)
             if offence is not None:
                 raise ValueError(
-                    f"{names[key]} of shape {tuple(param.shape)}: saved {name} holds {offence:g}; its entries must be {legal}: "
-                    "the file is damaged or was edited, or the run had diverged. Take an earlier checkpoint, or start from "
-                    "the weights alone"
+                    f"{names[key]}: saved {name} holds {offence:g}; its entries must be {legal}: the file is damaged or was "
+                    f"edited, or the run had diverged; {EARLIER}"
                 )
             fresh[param][name] = value
     return fresh

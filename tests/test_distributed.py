@@ -255,7 +255,7 @@ def test_state_dicts_of_one_process_and_of_several(tmp_path: Path) -> None:
         assert results["unchanged"] and len(results["refused"]) == 4
         assert all(results["foreign"]) and set(results["kept"]) == {STEPS + 2}
     damaged, number, mixed, rule = second["refused"]
-    assert "does not fit its checksum" in damaged
+    assert "the saved bytes do not fit their checksum" in damaged
     assert "torch.uint8 (3,), expected" in number
     assert "besides its bytes there must be a step" in mixed
     assert "belongs to rule='published'" in rule

@@ -295,6 +295,16 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: Any, w
     with pytest.raises(ValueError) as error:
         optimizer.load_state_dict(change(copy.deepcopy(before)))
     assert words in str(error.value)
+    ways_out = (
+        "take an earlier",
+        "start from",
+        "start SCAO from",
+        "resume with",
+        "build the optimizer",
+        "Pass what",
+        "delete",
+    )
+    assert any(way in str(error.value) for way in ways_out), "what is to be done?"
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     for key, entry in before["state"].items():
@@ -454,7 +464,7 @@ def test_a_state_goes_to_the_parameters_of_its_names(order: str, cut: int) -> No
     ("order", "cut", "words"),
     [
         ("abce", 0, "only the saved state has ['d']; only the optimizer has ['e']"),
-        ("abc", 0, "sizes [4], the optimizer has [3]; only the saved state has ['d']: build it"),
+        ("abc", 0, "sizes [4], the optimizer has [3]; only the saved state has ['d']: build the optimizer from"),
         ("abcdefghij", 0, "only the optimizer has ['e', 'f', 'g', 'h', 'i'] and 1 more"),
         ("abcd", 2, "sizes [4], the optimizer has [2, 2]; 'c' is in group 0 there and in group 1 here"),
     ],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scao_hf.integrity import CHECKSUM, checksum
-from scao_hf.state import Groups, expected, pairs
+from scao_hf.state import EARLIER, Groups, expected, pairs
 
 #: The key under which a parameter's state holds its vector.
 BYTES = "bytes"
@@ -77,8 +77,11 @@ def for_checkpoint(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]
     return {**state_dict, "state": entries}
 
 
-def from_bytes(vector: Tensor, param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
+def from_bytes(where: str, vector: Tensor, param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
     """Copies of the fields of ``param``'s state after ``step`` steps, from the ``uint8`` vector.
+
+    Args:
+        where: what messages call it.
 
     Raises:
         ValueError: they do not fit their checksum.
@@ -89,8 +92,8 @@ def from_bytes(vector: Tensor, param: Tensor, group: dict[str, Any], step: int) 
     }
     if int(vector[:ALIGNMENT].clone().view(torch.int64)) != checksum({"step": step, **fields}):
         raise ValueError(
-            f"the saved state of a parameter of shape {tuple(param.shape)} does not fit its checksum: the file is damaged or "
-            "was edited; take an earlier checkpoint"
+            f"{where}: the saved bytes do not fit their checksum: the file is damaged or was edited, or options in its groups "
+            f"were; {EARLIER}"
         )
     return fields
 
@@ -100,7 +103,7 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def named(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+def named(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     """A parameter's saved state with its fields by name, whether they were saved by name or as bytes.
 
     Raises:
@@ -108,28 +111,32 @@ def named(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[s
     """
     below = entry.get("step")
     if isinstance(below, dict) and below.keys() == {COUNT, BYTES}:
-        others = {name: value for name, value in entry.items() if not isinstance(value, dict)}
+        # Live keys without anything below them in the file have become empty dicts.
+        others = {name: value for name, value in entry.items() if not (isinstance(value, dict) and not value)}
         entry = {**others, "step": below[COUNT], BYTES: below[BYTES]}
     if BYTES not in entry:
         return entry
-    check_bytes(entry, param, group)
+    check_bytes(where, entry, param, group)
     vector = entry[BYTES]
     if hasattr(vector, "full_tensor"):
         vector = vector.full_tensor()
     others = {name: value for name, value in entry.items() if name != BYTES}
-    return {**others, **from_bytes(vector, param, group, entry["step"])}
+    return {**others, **from_bytes(where, vector, param, group, entry["step"])}
 
 
-def check_bytes(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+def check_bytes(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
     """Raise ``ValueError`` where a saved entry mixes forms, or has another number of bytes than the state of ``param``."""
     vector, step, size = entry[BYTES], entry.get("step"), size_of(param, group)
-    where = f"the saved state of a parameter of shape {tuple(param.shape)}"
     if not isinstance(step, int) or step < 0 or entry.keys() & expected(param, group, step).keys():
         raise ValueError(
-            f"{where} has {sorted(map(str, entry))} with step={step!r}: besides its bytes there must be a step, an integer "
-            "of at least 0, and no field by name. A state dict of one process goes to optimizer.load_state_dict in every "
-            "process, not through set_optimizer_state_dict"
+            f"{where}: the saved state has {sorted(map(str, entry))} with step={step!r}: besides its bytes there must be a "
+            "step, an integer of at least 0, and no field by name. A state dict of one process goes to "
+            "optimizer.load_state_dict in every process, not through set_optimizer_state_dict"
         )
     if not isinstance(vector, Tensor) or vector.dtype != torch.uint8 or tuple(vector.shape) != (size,):
         found = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
-        raise ValueError(f"{where} is {found}, expected {size} bytes: it belongs to another shape or to other options")
+        raise ValueError(
+            f"{where}: the saved state is {found}, expected {size} bytes: the run that was saved had another shape here (LoRA "
+            "rank, vocabulary) or other options (k_max, use_int8_ema, moment_dtype, max_precond_dim). Build model and "
+            "optimizer as they were, or start from the weights alone"
+        )

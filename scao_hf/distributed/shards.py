@@ -186,13 +186,13 @@ class Shards:
 
     def check(self, state_dict: dict[str, Any], groups: Groups) -> None:
         """Raise ``ValueError`` for an entry that is neither SCAO's bytes nor a whole one."""
-        names = labels(state_dict)
+        names = labels(state_dict, groups)
         for key, param, group in self._saved(state_dict, groups):
             entry = state_dict["state"][key]
-            check_step(f"{names[key]} of shape {tuple(param.shape)}", entry)
+            check_step(names[key], entry)
             if BYTES in entry:
-                serial.check_bytes(entry, param, group)
-                _check_cut(entry[BYTES], param)
+                serial.check_bytes(names[key], entry, param, group)
+                _check_cut(names[key], entry[BYTES], param)
 
     def collected(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
         """A checked ``state_dict`` with the whole bytes of the parameters that this process owns, of others the step alone.
@@ -242,11 +242,11 @@ def _cut(vector: Tensor, world: int) -> list[Tensor]:
     return [vector[first:last] for first, last in chunks(vector.numel(), world)]
 
 
-def _check_cut(vector: Any, param: Any) -> None:
+def _check_cut(where: str, vector: Any, param: Any) -> None:
     if is_sharded(vector) and (vector.device_mesh, vector.placements) != (param.device_mesh, param.placements):
         raise ValueError(
-            f"the saved state of a parameter of shape {tuple(param.shape)} is cut otherwise than the parameter: load it "
-            "through torch.distributed.checkpoint, which cuts it anew"
+            f"{where}: the saved state is cut differently from the parameter: load it through torch.distributed.checkpoint, "
+            "which cuts it again"
         )
 
 
@@ -277,14 +277,14 @@ def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any]
 
 def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor]) -> tuple[State, State]:
     """What SCAO keeps for each parameter, and what a wrapper of the optimizer does."""
-    saved = state_dict["state"]
+    saved, names = state_dict["state"], labels(state_dict, groups)
     entries = {
-        key: serial.named(integrity.opened(saved[key]), param, group)
+        key: serial.named(names[key], integrity.opened(saved[key]), param, group)
         for key, param, group in pairs(state_dict, groups)
         if key in saved
     }
     state_dict = {**state_dict, "state": entries}
     check_state(state_dict, groups, elsewhere)
     # Afterwards, as those checks say better what is wrong, and before single numbers are judged.
-    integrity.check(saved, labels(state_dict))
+    integrity.check(saved, names)
     return exact_state(state_dict, groups, elsewhere), foreign_state(state_dict, groups)
