@@ -12,7 +12,7 @@ from scao_hf.state import Groups, members
 def without_matrices(groups: Groups) -> None:
     """Warn where every 2-D parameter has a side of length 1: all steps are AdamW's, and the log would show no phase."""
     narrow = []
-    for group in groups:
+    for group in (group for group in groups if group["rule"] != "adamw"):
         for param in group["params"]:
             if any(member.block for _, member in members(param, group)):
                 return

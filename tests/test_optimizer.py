@@ -545,7 +545,7 @@ def test_a_rank_of_one_is_said_to_be_adamw(shapes: list[tuple[int, ...]], warned
     named = [(f"p{index}", param) for index, param in enumerate(fresh(*shapes))]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        SCAO(named)
+        SCAO([{"params": named}, {"params": [("embedding", fresh((9, 4))[0])], "rule": "adamw"}])
     assert [("'p0' of shape (1, 40) is one of 2 with a side" in str(each.message)) for each in caught] == [
         True
     ] * warned
