@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -305,7 +306,7 @@ class SCAO(Optimizer):
         saved["state"] = integrity.sealed(storage.apart(saved["state"]))
         # A schedule in NumPy leaves a learning rate that torch.load(weights_only=True) refuses.
         saved["param_groups"] = [
-            {name: float(value) if isinstance(value, float) else value for name, value in group.items()}
+            {name: float(value) if _is_fraction(value) else value for name, value in group.items()}
             for group in saved["param_groups"]
         ]
         shards = Shards.of(self.param_groups)
@@ -382,6 +383,10 @@ class SCAO(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         held = {param for param in params if param.requires_grad or param in self.state}
         return report.memory_report(self.param_groups, held if shards is None else held - shards.elsewhere)
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, Integral)
 
 
 def _check_params(params: Any) -> None:

@@ -558,14 +558,16 @@ def test_options_come_from_the_checkpoint() -> None:
         assert torch.equal(a, b)
 
 
-def test_a_schedule_in_numpy_can_be_saved() -> None:
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_a_schedule_in_numpy_can_be_saved(kind: str) -> None:
     np = pytest.importorskip("numpy")
     params, optimizer = make()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(0.1 * step))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: getattr(np, kind)(np.cos(0.1 * step)))
     train(params, optimizer, range(2))
     schedule.step()
     saved = through_file(optimizer.state_dict())
-    assert saved["param_groups"][0]["lr"] == optimizer.param_groups[0]["lr"] == 0.01 * np.cos(0.1)
+    assert saved["param_groups"][0]["lr"] == optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * np.cos(0.1), 1e-6)
+    train(params, optimizer, range(2, 3))
 
 
 def test_an_empty_state_loads() -> None:
