@@ -142,8 +142,7 @@ Tensor eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) {
 }
 
 Tensor eigenbasis_turn_(Tensor exp_avg, Tensor long_vectors, Tensor row, Tensor col, Tensor coefficients,
-                        Tensor plain_row, Tensor inside_sq, Tensor bias1, Tensor bias2, Tensor finite, double least,
-                        double eps) {
+                        Tensor plain_row, Tensor inside_sq, Tensor bias1, Tensor bias2, Tensor finite, double eps) {
   const Bases b = bases_of(exp_avg, long_vectors);
   const auto [n, r, l, k, dtype, data, bytes] = b;
   Tensor norms = torch::stable::new_empty(exp_avg, {n, 2});
@@ -159,7 +158,6 @@ Tensor eigenbasis_turn_(Tensor exp_avg, Tensor long_vectors, Tensor row, Tensor 
   task.finite = floats(finite, "finite", exp_avg, {n});
   task.norms = static_cast<float*>(norms.data_ptr());
   task.long_vectors = data, task.long_dtype = dtype, task.eps = static_cast<float>(eps);
-  task.least = static_cast<float>(least);
   task.r = r, task.l = l, task.k = k;
   std::vector<TurnTask> tasks;
   for (int64_t i = 0; i < n; i++) {
@@ -190,8 +188,8 @@ std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
 Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, Tensor inside_avg, Tensor inside_sq,
                            Tensor row, Tensor col, Tensor vectors, Tensor mask, Tensor gain, Tensor factor_values,
                            Tensor long_values, Tensor long_tail, Tensor taken, Tensor finite, int64_t first, int64_t last,
-                           double beta1, double beta2, double eps, double rho, double decay, double least,
-                           double epsilon_sparse, int64_t k_min, int64_t k_max) {
+                           double beta1, double beta2, double eps, double rho, double decay, double epsilon_sparse,
+                            int64_t k_min, int64_t k_max) {
   const Bases b = bases_of(exp_avg, long_vectors);
   const int64_t n = b.matrices, r = b.r, l = b.l, k = b.k, h = k + r, count = last - first;
   STD_TORCH_CHECK(first >= 0 && first <= last && last <= n, "scao: first and last must be within the stack");
@@ -225,7 +223,7 @@ Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, T
   task.bias1 = take(1), task.bias2 = take(1), task.turns = take(1), task.inside_norm = take(1);
   float* norms = take(2);
   task.beta1 = beta1, task.beta2 = beta2, task.rho = rho, task.eps = static_cast<float>(eps);
-  task.least = static_cast<float>(least), task.decay = static_cast<float>(decay);
+  task.decay = static_cast<float>(decay);
   task.epsilon_sparse = static_cast<float>(epsilon_sparse), task.k_min = k_min, task.k_max = k_max;
   task.r = r, task.l = l, task.k = k;
   char* basis = b.data + first * b.bytes;
@@ -248,7 +246,7 @@ Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, T
     each(from, to, chosen->turn_scratch(r, l, k), [&](int64_t i, void* memory) {
       chosen->turn({moments + i * r * l, basis + i * b.bytes, b.dtype, task.row + i * r, columns + i * l,
                     task.coefficients + i * coefficients, task.plain_row + i * r, task.mean_square + i * k,
-                    task.bias1 + i, task.bias2 + i, task.turns + i, norms + 2 * i, task.least, task.eps, r, l, k}, memory);
+                    task.bias1 + i, task.bias2 + i, task.turns + i, norms + 2 * i, task.eps, r, l, k}, memory);
       if (task.turns[i] > 0) sizes[i] = gain_of(norms[2 * i], norms[2 * i + 1] + task.inside_norm[i]);
     });
   }

@@ -86,7 +86,11 @@ void bases(const RefreshTask& t, long first, long last, void* scratch) {
   pack(t.vectors, lanes, r * r, old_basis);
   pack(t.factor, lanes, r * r, factor);
   float* plain_row = take(r);
-  for (long i = 0; i < r; i++) put_at(plain_row, i, at(factor, i * r + i) * plain);
+  vf damping{};  // (U14)
+  for (long i = 0; i < r; i++) {
+    put_at(plain_row, i, at(factor, i * r + i) * plain);
+    damping += DAMPING * at(plain_row, i);
+  }
   vi failed = decompose(factor, r, r, factor_values, basis, work);
   clamp(factor_values, r);
 
@@ -198,11 +202,11 @@ void bases(const RefreshTask& t, long first, long last, void* scratch) {
     vf energy = static_cast<float>(t.l) * at(row, i);
     for (long m = 0; m < k; m++) energy += at(moved, i * k + m);
     for (long m = 0; m < k; m++) {
-      const vf mean = at(inside, i * k + m), fresh = at(inside_sq, i * k + m) + energy * (at(share, m) * spread) * at(unseen, m);
-      const vf square = most(fresh, t.least * mean * mean);  // (U14)
+      const vf mean = at(inside, i * k + m);
+      const vf square = at(inside_sq, i * k + m) + energy * (at(share, m) * spread) * at(unseen, m);
       put_at(inside_sq, i * k + m, square);
       put_at(mean_square, m, at(mean_square, m) + square / static_cast<float>(r));
-      const vf step = mean / (root(square) * slope + shift);  // (U6)
+      const vf step = bounded(mean / (root(square + damping) * slope + shift));  // (U6)
       norm += step * step;
     }
   }

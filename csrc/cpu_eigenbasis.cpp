@@ -200,7 +200,7 @@ struct Step {
   }
 
   // P = Q^T G U, and the kept part's moments: kept becomes its direction, mixed -P^T.
-  void inside(float first, float second, float bias1, float root2, float eps) {
+  void inside(float first, float second, float bias1, float root2, float damping, float eps) {
     clear(product_sums, rp * kw);
     for (long i = 0; i < rp; i += 4) {
       for (long m = 0; m < kp; m += 4) {
@@ -223,7 +223,7 @@ struct Step {
         old_square += second * (x * x - old_square);
         put_part(mean + m, old_mean, count);
         put_part(square + m, old_square, count);
-        store(out + m, old_mean / bias1 / (root(old_square) / root2 + eps));
+        store(out + m, bounded(old_mean / bias1 / (root(old_square + damping) / root2 + eps)));
         for (long j = 0; j < smaller(VL, k - m); j++) mixed[(m + j) * rp + i] = -x[j];
       }
     }
@@ -323,7 +323,7 @@ struct Step {
           rows(c + COLS <= step.l ? step.r : 0) {
       if (rows == 0) return;
       UNROLL
-      for (long j = 0; j < COLS; j += VL) store(step.roots[slot] + j, root(load(step.t.col + c + j) / col_mean));
+      for (long j = 0; j < COLS; j += VL) store(step.roots[slot] + j, root(load(step.t.col + c + j) / col_mean + DAMPING));
     }
 
     INLINE_MEMBER void some(long done, long of) {
@@ -331,7 +331,7 @@ struct Step {
         const vf own = splat(row_root[at]);
         UNROLL
         for (long j = 0; j < COLS; j += VL) {
-          store(out + j, load(mean + j) * mean_scale / (load(roots + j) * own + eps));
+          store(out + j, bounded(load(mean + j) * mean_scale / (load(roots + j) * own + eps)));
         }
         UNROLL
         for (long j = 0; j < COLS; j += 16) fetch(mean + ahead + j);
@@ -343,11 +343,13 @@ struct Step {
   __attribute__((noinline)) void last_direction(long c, int slot, float mean_scale, float col_mean, float eps) const {
     if (c >= l || c + COLS <= l) return;
     const long width = l - c;
-    for (long j = 0; j < COLS; j++) roots[slot][j] = j < width ? __builtin_sqrtf(t.col[c + j] / col_mean) : 0;
+    for (long j = 0; j < COLS; j++) roots[slot][j] = j < width ? __builtin_sqrtf(t.col[c + j] / col_mean + DAMPING) : 0;
     for (long i = 0; i < r; i++) {
       const float* mean = t.exp_avg + i * l + c;
       float* out = tiles[slot] + i * COLS;
-      for (long j = 0; j < COLS; j++) out[j] = j < width ? mean[j] * mean_scale / (roots[slot][j] * row_root[i] + eps) : 0;
+      for (long j = 0; j < COLS; j++) {
+        out[j] = j < width ? bounded(mean[j] * mean_scale / (roots[slot][j] * row_root[i] + eps)) : 0;
+      }
     }
   }
 
@@ -366,7 +368,7 @@ struct Step {
           param_stride(step.t.param.col_stride), ahead(c + AHEAD + 2 * COLS <= step.l ? AHEAD + COLS : 0),
           columns(step.turns(c) ? COLS : 0), keep(keep), lr(lr) {}
 
-    INLINE_MEMBER void some(long done, long of, long* agreed) {
+    INLINE_MEMBER void some(long done, long of, Agreement* agreed) {
       for (; at * of < columns * done; at += VL, result += VL) {
         for (long i = 0; i < (R ? R : 1); i += VL) {
           vf x[VL];
@@ -396,7 +398,7 @@ struct Step {
 
   // What `Output` leaves out.
   template <bool CAUTIOUS>
-  __attribute__((noinline)) void write(long c, int slot, float keep, float lr, long* agreed) const {
+  __attribute__((noinline)) void write(long c, int slot, float keep, float lr, Agreement* agreed) const {
     if (c < 0 || turns(c)) return;
     const long width = smaller(COLS, l - c);
     float *result = results[slot], *g = grads[slot];
@@ -411,7 +413,7 @@ struct Step {
   // and parameter lie by rows, else the tile `behind`.
   template <bool CAUTIOUS, bool DIRECT>
   INLINE_MEMBER void apply_tile_at(long c, long behind, int slot, float keep, float lr, float mean_scale, float col_mean,
-                                   float eps, long* agreed) {
+                                   float eps, Agreement* agreed) {
     const long rp = R ? R : this->rp, r = R ? R : this->r, k = this->k;
     const float *d = tiles[slot], *u = bases[slot], *left = turn, *other = mixed;
     const long grad_stride = t.grad.row_stride, param_stride = t.param.row_stride;
@@ -463,7 +465,8 @@ struct Step {
     all<COLS, false, false>(0, 0, 0, nullptr);
     Direction(*this, 0, 0, mean_scale, col_mean, eps).some(1, 1);
     last_direction(0, 0, mean_scale, col_mean, eps);
-    long agreed = 0, behind = -1;
+    Agreement agreed;
+    long behind = -1;
     int slot = 0;
     for (long c = 0; c < l; c += COLS, slot = 1 - slot) {
       if (direct && c + COLS <= l) {
@@ -475,7 +478,9 @@ struct Step {
     }
     Output<CAUTIOUS>(*this, behind, 1 - slot, keep, lr).some(1, 1, &agreed);
     write<CAUTIOUS>(behind, 1 - slot, keep, lr, &agreed);
-    if (agreed) *t.agreement = static_cast<float>(static_cast<double>(agreed) / static_cast<double>(r * l));
+    if (agreed.counted) {
+      *t.agreement = static_cast<float>(static_cast<double>(agreed.agreed) / static_cast<double>(agreed.counted));
+    }
   }
 
   void run() {
@@ -486,20 +491,24 @@ struct Step {
     const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
     const float bias1 = static_cast<float>(bias(n.beta1, count)), bias2 = static_cast<float>(bias(n.beta2, count));
     const float root2 = __builtin_sqrtf(bias2), eps = static_cast<float>(n.eps);
+    float trace = 0;
+    for (long i = 0; i < r; i++) trace += t.factor[i * r + i];
+    const float held = static_cast<float>(bias(n.rho, count));
+    const float damping = DAMPING * trace * bias2 / ((held > 1e-30f ? held : 1e-30f) * static_cast<float>(l));  // (U14)
     clear(mixed, kp * rp);
-    inside(first, second, bias1, root2, eps);
+    inside(first, second, bias1, root2, damping, eps);
     clear(turn, r * rp);  // Q, for (Q^T G)[i] = sum_j Q[j][i] G[j]
     for (long j = 0; j < r; j++) {
       for (long i = 0; i < r; i++) turn[j * rp + i] = t.vectors[j * r + i];
     }
     vf col_total{};
     residual(first, second, &col_total);
-    // (U10) as a product of roots: sqrt(row_i) * sqrt(col_c / mean(col)).
+    // (U10) as a product of roots: sqrt(row_i + damping) * sqrt(col_c / mean(col) + DAMPING).
     float col_mean = sum(col_total) / static_cast<float>(l);
     col_mean = col_mean > TINY ? col_mean : TINY;
     for (long i = 0; i < r; i++) {
       t.row[i] += second * (sum(load(row_sums + i * VL)) / static_cast<float>(l) - t.row[i]);
-      row_root[i] = __builtin_sqrtf(t.row[i]) / root2;
+      row_root[i] = __builtin_sqrtf(t.row[i] + damping) / root2;
     }
     mix(*t.gain);
     t.cautious ? apply<true>(1 / bias1, col_mean, eps) : apply<false>(1 / bias1, col_mean, eps);

@@ -52,10 +52,9 @@ struct TurnTask {
   float* exp_avg;      // [r, l]
   void* long_vectors;  // [k, l]
   Dtype long_dtype;
-  float *row, *col;
-  const float *coefficients, *plain_row, *inside_sq, *bias1, *bias2, *finite;
+  const float *row, *col, *coefficients, *plain_row, *inside_sq, *bias1, *bias2, *finite;
   float* norms;  // [2]
-  float least, eps;
+  float eps;
   long r, l, k;
 };
 
@@ -68,7 +67,7 @@ struct RefreshTask {
   float *coefficients, *plain_row, *mean_square, *bias1, *bias2, *turns, *inside_norm;
   float* failed;  // 1 where the decompositions failed
   double beta1, beta2, rho;
-  float eps, least, decay, epsilon_sparse;
+  float eps, decay, epsilon_sparse;
   long k_min, k_max, r, l, k;
 };
 

@@ -78,28 +78,28 @@ void gram_of(const GramTask& t, void* scratch) {
 
 unsigned long turn_scratch(long r, long l, long k) {
   const long rp = round_up(r, ROW_BLOCK), kp = round_up(k, ROW_BLOCK);
-  return 4 * ((2 * rp + kp) * (k + r) + (k + r + 2 * rp + kp) * T + (r + 1) * round_up(l, VL) + 2 * r * VL) + 16 * 64;
+  return 4 * ((2 * rp + kp) * (k + r) + (k + r + 2 * rp + kp) * T + (r + 1) * round_up(l, VL)) + 16 * 64;
 }
 
 namespace {
 
-// Sum of (x / bias1 / (sqrt(row col) / sqrt(bias2) + eps))^2 over a row of a matrix.
+// Sum of the squares of (U10) over a row of a matrix.
 float step_norm(const float* x, const float* col_root, long l, float row_root, float mean_scale, float eps) {
   vf total{};
   const long whole = l / VL * VL;
   for (long c = 0; c < whole; c += VL) {
-    const vf step = load(x + c) * mean_scale / (load(col_root + c) * row_root + eps);
+    const vf step = bounded(load(x + c) * mean_scale / (load(col_root + c) * row_root + eps));
     total += step * step;
   }
   float rest = 0;
   for (long c = whole; c < l; c++) {
-    const float step = x[c] * mean_scale / (col_root[c] * row_root + eps);
+    const float step = bounded(x[c] * mean_scale / (col_root[c] * row_root + eps));
     rest += step * step;
   }
   return sum(total) + rest;
 }
 
-// (U10): the roots of col over its mean.
+// The columns' part of (U10).
 void roots(float* out, const float* col, long l) {
   vf total{};
   const long whole = l / VL * VL;
@@ -108,8 +108,8 @@ void roots(float* out, const float* col, long l) {
   for (long c = whole; c < l; c++) mean += col[c];
   mean /= static_cast<float>(l);
   mean = mean > TINY ? mean : TINY;
-  for (long c = 0; c < whole; c += VL) store(out + c, root(load(col + c) / mean));
-  for (long c = whole; c < l; c++) out[c] = __builtin_sqrtf(col[c] / mean);
+  for (long c = 0; c < whole; c += VL) store(out + c, root(load(col + c) / mean + DAMPING));
+  for (long c = whole; c < l; c++) out[c] = __builtin_sqrtf(col[c] / mean + DAMPING);
 }
 
 }  // namespace
@@ -125,8 +125,6 @@ void turn(const TurnTask& t, void* scratch) {
   float* fresh = arena.take(all * T);
   float* col_root = arena.take(round_up(l, VL));
   float* momentum = arena.take(r * l);
-  float* squares = arena.take(2 * r * VL);  // of the new M and of the whole momentum, by row
-  clear(squares, 2 * r * VL);
   clear(left, depth * all);
   for (long i = 0; i < 2 * r + k; i++) {
     const long to = i < r ? i : i < r + k ? rp + i - r : rp + kp + i - r - k;
@@ -144,23 +142,6 @@ void turn(const TurnTask& t, void* scratch) {
         ahead.some(++done, blocks);
         product<ROW_BLOCK>({left + i, all, tile + j, T, depth}, {nullptr, 0, nullptr, 0, 0},
                            [&](const vf(&acc)[ROW_BLOCK][COL_BLOCK]) { store_block<ROW_BLOCK>(fresh + i * T + j, T, acc); });
-      }
-    }
-    for (long half = 0; half < 2; half++) {
-      for (long i = 0; i < r; i++) {
-        const float* x = fresh + (half ? rp + kp + i : i) * T;
-        vf total = load(squares + (half * r + i) * VL);
-        for (long j = 0; j < padded; j += VL) total += load(x + j) * load(x + j);
-        store(squares + (half * r + i) * VL, total);
-      }
-    }
-    // (U14) for col; the rows follow when all tiles are done.
-    for (long j = 0; j < padded; j += VL) {
-      vf total{};
-      for (long i = 0; i < r; i++) total += load(fresh + i * T + j) * load(fresh + i * T + j);
-      total *= t.least / static_cast<float>(r);
-      for (long jj = j; jj < smaller(j + VL, width); jj++) {
-        if (t.col[c + jj] < total[jj - j]) t.col[c + jj] = total[jj - j];
       }
     }
     put_tile({t.exp_avg, l, 1, F32}, c, r, width, fresh, T);
@@ -181,16 +162,16 @@ void turn(const TurnTask& t, void* scratch) {
   }
   const float mean_scale = 1 / *t.bias1, root2 = __builtin_sqrtf(*t.bias2);
   roots(col_root, col_root, l);
+  float damping = 0;  // (U14)
+  for (long i = 0; i < r; i++) damping += DAMPING * t.plain_row[i];
   for (long i = 0; i < r; i++) {
-    const float least = t.least * sum(load(squares + (r + i) * VL)) / static_cast<float>(l);
-    const float row = t.plain_row[i] > least ? t.plain_row[i] : least;
-    t.norms[0] += step_norm(momentum + i * l, col_root, l, __builtin_sqrtf(row) / root2, mean_scale, t.eps);
+    const float row_root = __builtin_sqrtf(t.plain_row[i] + damping) / root2;
+    t.norms[0] += step_norm(momentum + i * l, col_root, l, row_root, mean_scale, t.eps);
   }
   roots(col_root, t.col, l);
   for (long i = 0; i < r; i++) {
-    const float least = t.least * sum(load(squares + i * VL)) / static_cast<float>(l);
-    if (t.row[i] < least) t.row[i] = least;
-    t.norms[1] += step_norm(t.exp_avg + i * l, col_root, l, __builtin_sqrtf(t.row[i]) / root2, mean_scale, t.eps);
+    const float row_root = __builtin_sqrtf(t.row[i] + damping) / root2;
+    t.norms[1] += step_norm(t.exp_avg + i * l, col_root, l, row_root, mean_scale, t.eps);
   }
 }
 

@@ -34,6 +34,7 @@ constexpr int COLS = VL * COL_BLOCK;
 constexpr unsigned NOT_FINITE = 0x7f800000u;
 constexpr float LARGEST_GRADIENT = 1e15f, LARGEST_JUMP = 10.0f, LEVEL_DECAY = 0.95f;  // as in scao_hf/update.py
 constexpr float TINY = 1.17549435e-38f;
+constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/update.py
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int vi __attribute__((vector_size(VL * 4)));
@@ -69,15 +70,35 @@ INLINE vi larger(vi a, vi b) {
 #endif
 }
 
-// x where x g > 0, else 0; counts how often.
-INLINE vf agreeing(vf x, vf g, long* count) {
+// x within 1, (U10).
+INLINE float bounded(float x) { return x > 1 ? 1 : x < -1 ? -1 : x; }
+INLINE vf bounded(vf x) {
 #if defined(__AVX512F__)
-  const __mmask16 mask = _mm512_cmp_ps_mask(x * g, vf{}, _CMP_GT_OQ);
-  *count += __builtin_popcount(mask);
+  return _mm512_maskz_max_ps(0xffff, splat(-1), _mm512_maskz_min_ps(0xffff, splat(1), x));
+#elif defined(__AVX2__)
+  return _mm256_max_ps(splat(-1), _mm256_min_ps(splat(1), x));
+#else
+  const vf low = x > splat(-1) ? x : splat(-1);
+  return low < splat(1) ? low : splat(1);
+#endif
+}
+
+// How many entries of a step agree with their gradient, of how many that have one (U16).
+struct Agreement {
+  long agreed = 0, counted = 0;
+};
+
+// x where x g > 0, else 0.
+INLINE vf agreeing(vf x, vf g, Agreement* found) {
+  const vf product = x * g;
+#if defined(__AVX512F__)
+  const __mmask16 mask = _mm512_cmp_ps_mask(product, vf{}, _CMP_GT_OQ);
+  found->agreed += __builtin_popcount(mask);
+  found->counted += __builtin_popcount(_mm512_cmp_ps_mask(product, vf{}, _CMP_NEQ_OQ));
   return _mm512_maskz_mov_ps(mask, x);
 #else
-  const vi mask = x * g > vf{};
-  for (int i = 0; i < VL; i++) *count -= mask[i];
+  const vi mask = product > vf{}, counted = product != vf{};
+  for (int i = 0; i < VL; i++) found->agreed -= mask[i], found->counted -= counted[i];
   return reinterpret_cast<vf>(bits(x) & mask);
 #endif
 }

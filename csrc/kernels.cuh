@@ -27,12 +27,12 @@ namespace cuda {
 
 SCAO_HD inline long scratch_size(int r, int l, int k) {
   const int chunks = (l + CHUNK - 1) / CHUNK;
-  return HEADER + 2 * r * k + r * r + static_cast<long>(chunks) * (r * r + r * k + 1) + chunks * (r + 2L);
+  return HEADER + 2 * r * k + r * r + static_cast<long>(chunks) * (r * r + r * k + 1) + chunks * (r + 3L);
 }
 
 // Where the parts of a matrix's scratch lie.
 struct Scratch {
-  float *header, *kept, *mixed, *scaled, *partial, *largest, *rows, *cols, *agreed;
+  float *header, *kept, *mixed, *scaled, *partial, *largest, *rows, *cols, *agreed, *counted;
 };
 
 __device__ inline Scratch scratch_of(const State& s, int matrix) {
@@ -47,6 +47,7 @@ __device__ inline Scratch scratch_of(const State& s, int matrix) {
   x.rows = x.largest + s.chunks;          // [chunks][r]
   x.cols = x.rows + s.chunks * s.r;       // [chunks]
   x.agreed = x.cols + s.chunks;           // [chunks]: entries of the step that agree with the gradient (U16)
+  x.counted = x.agreed + s.chunks;        // [chunks]: of how many that have one
   return x;
 }
 
@@ -67,6 +68,11 @@ __device__ inline unsigned bits_of(float f) {
   x.f = f;
   return x.u;
 }
+
+constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/update.py
+
+// x within 1, (U10).
+__device__ inline float bounded(float x) { return x > 1 ? 1.0f : x < -1 ? -1.0f : x; }
 
 __device__ inline float read(const void* data, Dtype dtype, long at) {
   if (dtype == F32) return static_cast<const float*>(data)[at];
@@ -203,7 +209,9 @@ __global__ void settle(Batch batch, State s, Numbers n) {
       const double count = static_cast<double>(s.taken[matrix]) + 1;
       s.taken[matrix] = static_cast<float>(count);
       x.header[1] = static_cast<float>(1 - pow(n.beta1, count));
-      x.header[2] = sqrtf(static_cast<float>(1 - pow(n.beta2, count)));
+      const float bias2 = static_cast<float>(1 - pow(n.beta2, count)), held = static_cast<float>(1 - pow(n.rho, count));
+      x.header[2] = sqrtf(bias2);
+      x.header[3] = DAMPING * bias2 / ((held > 1e-30f ? held : 1e-30f) * s.l);  // (U14) over the trace of L
     }
   }
   SCAO_SYNC(5);
@@ -217,22 +225,28 @@ __global__ void settle(Batch batch, State s, Numbers n) {
   const float outer = static_cast<float>(1 - n.rho), eps = static_cast<float>(n.eps);
   const float gain = s.gain[matrix];
   const float bias1 = x.header[1], root2 = x.header[2];
-  for (int at = threadIdx.x; at < total; at += THREADS) {
+  const auto total_of = [&](int at) {
     float sum = 0;
     for (int c = 0; c < s.chunks; c++) sum += x.partial[static_cast<long>(c) * total + at];
-    if (at < r * r) {
-      float& factor = s.factor[matrix * r * r + at];
-      factor += outer * (sum - factor);
-      x.scaled[at] = gain * square[at];
-    } else {
-      const int entry = at - r * r;
-      const float p = sum * s.mask[matrix * k + entry % k];
-      float &mean = s.inside_avg[matrix * r * k + entry], &variance = s.inside_sq[matrix * r * k + entry];
-      mean += first * (p - mean);
-      variance += second * (p * p - variance);
-      x.kept[entry] = p;
-      x.mixed[entry] = mean / bias1 / (sqrtf(variance) / root2 + eps);  // K, still without Q
-    }
+    return sum;
+  };
+  for (int at = threadIdx.x; at < r * r; at += THREADS) {
+    float& factor = s.factor[matrix * r * r + at];
+    factor += outer * (total_of(at) - factor);
+    x.scaled[at] = gain * square[at];
+  }
+  SCAO_SYNC(20);
+  float trace = 0;
+  for (int i = 0; i < r; i++) trace += s.factor[matrix * r * r + i * r + i];
+  const float damping = x.header[3] * trace;
+  if (threadIdx.x == 0) x.header[4] = damping;
+  for (int entry = threadIdx.x; entry < r * k; entry += THREADS) {
+    const float p = total_of(r * r + entry) * s.mask[matrix * k + entry % k];
+    float &mean = s.inside_avg[matrix * r * k + entry], &variance = s.inside_sq[matrix * r * k + entry];
+    mean += first * (p - mean);
+    variance += second * (p * p - variance);
+    x.kept[entry] = p;
+    x.mixed[entry] = bounded(mean / bias1 / (sqrtf(variance + damping) / root2 + eps));  // K, still without Q
   }
   SCAO_SYNC(6);
   // Q K needs every row of K: through shared memory, a tile of columns of K at a time.
@@ -313,7 +327,7 @@ __global__ void apply(Batch batch, State s, Numbers n) {
   SCAO_SHARED;
   __shared__ float row_root[LARGEST];
   __shared__ float col_mean;
-  __shared__ int agreed[THREADS];
+  __shared__ int agreed[2 * THREADS];
   const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, k = s.k;
   const Scratch x = scratch_of(s, matrix);
   if (x.header[0] == 0.0f) return;
@@ -326,7 +340,7 @@ __global__ void apply(Batch batch, State s, Numbers n) {
     float sum = 0;
     for (int c = 0; c < s.chunks; c++) sum += x.rows[c * r + threadIdx.x];
     const float old = s.row[matrix * r + threadIdx.x];
-    row_root[threadIdx.x] = old + second * (sum / s.l - old);
+    row_root[threadIdx.x] = old + second * (sum / s.l - old) + x.header[4];
   }
   if (threadIdx.x == 0) {
     float sum = 0;
@@ -339,7 +353,7 @@ __global__ void apply(Batch batch, State s, Numbers n) {
   const View &w = batch.param[matrix], &g = batch.grad[matrix];
   const float least = s.agreement[matrix] > 0.5f ? s.agreement[matrix] : 0.5f;
   const float lr = static_cast<float>(n.lr) / (s.cautious ? least : 1.0f);
-  int agrees = 0;
+  int agrees = 0, counts = 0;
   for (int c = start; c < end; c += TILE) {
     const int width = c + TILE < end ? TILE : end - c;
     load_basis(s, matrix, c, width, basis);
@@ -347,8 +361,8 @@ __global__ void apply(Batch batch, State s, Numbers n) {
       const int i = at / TILE, j = at % TILE;
       if (j < width) {
         const float mean = s.exp_avg[(static_cast<long>(matrix) * r + i) * s.l + c + j];
-        const float col = s.col[static_cast<long>(matrix) * s.l + c + j] / col_mean;
-        tile[at] = mean * mean_scale / (sqrtf(row_root[i]) * sqrtf(col) / root2 + eps);
+        const float col = s.col[static_cast<long>(matrix) * s.l + c + j] / col_mean + DAMPING;
+        tile[at] = bounded(mean * mean_scale / (sqrtf(row_root[i]) * sqrtf(col) / root2 + eps));
       } else {
         tile[at] = 0;
       }
@@ -360,8 +374,9 @@ __global__ void apply(Batch batch, State s, Numbers n) {
       for (int d = 0; d < r; d++) delta += square[i * r + d] * tile[d * TILE + j];
       for (int d = 0; d < k; d++) delta += x.mixed[i * k + d] * basis[d * BASIS_ROW + j];
       if (s.cautious) {
-        const bool agree = delta * read(g.data, g.dtype, i * g.row_stride + (c + j) * g.col_stride) > 0;
-        agrees += agree;
+        const float product = delta * read(g.data, g.dtype, i * g.row_stride + (c + j) * g.col_stride);
+        const bool agree = product > 0;
+        agrees += agree, counts += product != 0;
         delta = agree ? delta : 0.0f;
       }
       const long to = i * w.row_stride + (c + j) * w.col_stride;
@@ -369,12 +384,12 @@ __global__ void apply(Batch batch, State s, Numbers n) {
     }
     SCAO_SYNC(15);
   }
-  agreed[threadIdx.x] = agrees;
+  agreed[threadIdx.x] = agrees, agreed[THREADS + threadIdx.x] = counts;
   SCAO_SYNC(19);
-  if (threadIdx.x == 0) {
+  if (threadIdx.x < 2) {
     float sum = 0;
-    for (int i = 0; i < THREADS; i++) sum += agreed[i];
-    x.agreed[chunk] = sum;
+    for (int i = 0; i < THREADS; i++) sum += agreed[threadIdx.x * THREADS + i];
+    (threadIdx.x ? x.counted : x.agreed)[chunk] = sum;
   }
 }
 
@@ -384,9 +399,9 @@ __global__ void finish(State s, Numbers n) {
   const Scratch x = scratch_of(s, matrix);
   if (x.header[0] == 0.0f || static_cast<int>(threadIdx.x) >= s.r) return;
   if (threadIdx.x == 0 && s.cautious) {
-    float total = 0;
-    for (int c = 0; c < s.chunks; c++) total += x.agreed[c];
-    if (total > 0) s.agreement[matrix] = total / (static_cast<float>(s.r) * s.l);
+    float agreed = 0, counted = 0;
+    for (int c = 0; c < s.chunks; c++) agreed += x.agreed[c], counted += x.counted[c];
+    if (counted > 0) s.agreement[matrix] = agreed / counted;
   }
   float sum = 0;
   for (int c = 0; c < s.chunks; c++) sum += x.rows[c * s.r + threadIdx.x];

@@ -12,7 +12,7 @@ constexpr int BASIS_ROW = TILE + 1;  // of U^T in shared memory: neither rows no
 constexpr int CHUNK = 512;       // columns of one block
 constexpr int LARGEST = 64;      // of r and of k: 48 KB of static shared memory hold no more
 constexpr int BATCH = 48;        // matrices of one launch: the arguments must fit in 4 KB
-constexpr int HEADER = 8;        // floats a matrix: scale, finite, 1/bias1, root of bias2, mean of the old col
+constexpr int HEADER = 8;        // floats a matrix: scale, bias1, root of bias2, (U14) over the trace, (U14)
 
 struct Batch {
   View grad[BATCH], param[BATCH];

@@ -43,13 +43,13 @@ _LIBRARY.define(
     "eigenbasis_refresh_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor factor, Tensor(c!) inside_avg, "
     "Tensor(d!) inside_sq, Tensor(e!) row, Tensor(f!) col, Tensor(g!) vectors, Tensor(h!) mask, Tensor(i!) gain, "
     "Tensor(j!) factor_values, Tensor(k!) long_values, Tensor(l!) long_tail, Tensor taken, Tensor finite, int first, "
-    "int last, float beta1, float beta2, float eps, float rho, float decay, float least, float epsilon_sparse, "
+    "int last, float beta1, float beta2, float eps, float rho, float decay, float epsilon_sparse, "
     "int k_min, int k_max) -> Tensor"
 )
 _LIBRARY.define("eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) -> Tensor")
 _LIBRARY.define(
-    "eigenbasis_turn_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor(c!) row, Tensor(d!) col, Tensor coefficients, "
-    "Tensor plain_row, Tensor inside_sq, Tensor bias1, Tensor bias2, Tensor finite, float least, float eps) -> Tensor"
+    "eigenbasis_turn_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor row, Tensor col, Tensor coefficients, "
+    "Tensor plain_row, Tensor inside_sq, Tensor bias1, Tensor bias2, Tensor finite, float eps) -> Tensor"
 )
 _LIBRARY.define("symmetric_eigh(Tensor matrices) -> (Tensor, Tensor)")
 _LIBRARY.define("int8_ema_(Tensor(a!) codes, Tensor(b!) scales, Tensor values, Tensor weights, int seed) -> ()")
@@ -223,13 +223,14 @@ def _eigenbasis(
         agreement, cautious, lr, beta1, beta2, eps, weight_decay, rho,
     )  # fmt: skip
     state = {"exp_avg": exp_avg, "inside_avg": inside_avg, "inside_sq": inside_sq, "row": row, "col": col}
-    state |= {"vectors": vectors, "mask": mask}
+    state |= {"vectors": vectors, "mask": mask, "factor": factor}
     stacked, finite = _gradients(grads, exp_avg, level)
     taken += finite[:, 0, 0]
     weights, bias = moment_schedule((beta1, beta2), finite, taken[:, None, None])
     with full_precision():
         curvature.accumulate(factor, stacked @ stacked.mT, (1 - rho) * finite)
-        direction = eigenbasis_direction(state, stacked, long_vectors.to(exp_avg.dtype), weights, bias, eps)
+        damping = update.damping_of(refresh.plain_row(state, taken[:, None, None], bias[1], rho))
+        direction = eigenbasis_direction(state, stacked, long_vectors.to(exp_avg.dtype), damping, weights, bias, eps)
     direction.mul_(gain[:, None, None])
     if cautious:
         direction = update.cautious(direction, stacked, agreement)
@@ -262,7 +263,6 @@ def _turn_fake(
     bias1: Tensor,
     bias2: Tensor,
     finite: Tensor,
-    least: float,
     eps: float,
 ) -> Tensor:
     size, r, l = exp_avg.shape
@@ -293,14 +293,13 @@ def _turn(
     bias1: Tensor,
     bias2: Tensor,
     finite: Tensor,
-    least: float,
     eps: float,
 ) -> Tensor:
     """(U15)."""
-    _turn_fake(exp_avg, long_vectors, row, col, coefficients, plain_row, inside_sq, bias1, bias2, finite, least, eps)
+    _turn_fake(exp_avg, long_vectors, row, col, coefficients, plain_row, inside_sq, bias1, bias2, finite, eps)
     one, two, taken = (part[:, None, None] for part in (bias1, bias2, finite))
     with full_precision():
-        return turn(exp_avg, long_vectors, row, col, coefficients, plain_row, inside_sq, (one, two), taken, least, eps)
+        return turn(exp_avg, long_vectors, row, col, coefficients, plain_row, inside_sq, (one, two), taken, eps)
 
 
 def _refresh_fake(
@@ -326,7 +325,6 @@ def _refresh_fake(
     eps: float,
     rho: float,
     decay: float,
-    least: float,
     epsilon_sparse: float,
     k_min: int,
     k_max: int,
@@ -361,7 +359,7 @@ def _refresh(*arguments: Any) -> Tensor:
     (finite, first, last, *numbers), count = arguments[len(refresh.FIELDS) :], len(refresh.FIELDS)
     rows = slice(first, last)
     state = {name: field[rows] for name, field in zip(refresh.FIELDS, arguments[:count], strict=True)}
-    settings = refresh.Settings(*numbers[:5], *numbers[6:])
+    settings = refresh.Settings(*numbers)
     taken, kept = state["taken"][:, None, None], finite[rows, None, None]
     with full_precision():
         refresh.renew(state, taken, kept, moment_schedule(settings[:2], kept, taken)[1], settings)

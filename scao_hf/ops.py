@@ -182,8 +182,8 @@ def refreshes(moments: Tensor, long_basis: Tensor) -> bool:
 
 def _turn_flat(*arguments: Any) -> Tensor:
     """``eigenbasis_turn_`` with the arguments of ``update.turn``."""
-    *fields, bias, finite, least, eps = arguments
-    norms: Tensor = eigenbasis_turn_(*fields, *(part.flatten() for part in (*bias, finite)), least, eps)
+    *fields, bias, finite, eps = arguments
+    norms: Tensor = eigenbasis_turn_(*fields, *(part.flatten() for part in (*bias, finite)), eps)
     return norms
 
 

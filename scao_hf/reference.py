@@ -96,32 +96,34 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
     used = u
     row = col = inside_sq = torch.zeros(1).double()
     gain = agreement = 1.0
-    least = max(0.0, (1 - b2) * (1 - b1**2 / b2) / (1 - b1) ** 2) if b2 else 0.0
 
-    def plain_square(step: int) -> Tensor:
+    def plain_row(step: int) -> Tensor:
         """(U12)."""
-        plain_row = factor.diagonal() / (1 - o["rho"] ** step) / l * (1 - b2**step)
-        plain_row = torch.maximum(plain_row, least * (momentum**2).mean(1))
-        plain_col = col + inside_sq.mean(0) @ (u**2).T
-        square: Tensor = torch.outer(plain_row, plain_col) / plain_col.mean() / (1 - b2**step)
-        return square
+        row: Tensor = factor.diagonal() / (1 - o["rho"] ** step) / l * (1 - b2**step)
+        return row
 
-    def held() -> tuple[Tensor, ...]:
-        """(U14) for the second moments in new bases."""
+    def quotient(step: int, mean: Tensor, square: Tensor) -> Tensor:
+        """(U6) within 1."""
+        direction: Tensor = (mean / (1 - b1**step)) / ((square / (1 - b2**step)).sqrt() + o["eps"])
+        return direction.clamp(-1, 1)
+
+    def rank_one(row: Tensor, col: Tensor, damping: float) -> Tensor:
+        """The second moment in (U10)."""
+        return torch.outer(row + damping, col / col.mean().clamp_min(torch.finfo(torch.float64).tiny) + 1e-3)
+
+    def steps(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """AdamW's step from moments of rank one, the kept part's and the residual's."""
+        damping = 1e-3 * float(plain_row(step).sum())  # (U14)
         inside = q.T @ momentum @ used
         outside = q.T @ momentum - inside @ used.T
-        squares = inside**2, (outside**2).mean(1), (outside**2).mean(0)
-        return tuple(torch.maximum(v, least * m) for v, m in zip((inside_sq, row, col), squares, strict=True))
+        plain_col = col + inside_sq.mean(0) @ (u**2).T
+        plain = quotient(step, momentum, rank_one(plain_row(step), plain_col, damping))
+        return plain, quotient(step, inside, inside_sq + damping), quotient(step, outside, rank_one(row, col, damping))
 
     def graft(step: int) -> float:
         """(U13)."""
-        bias1, bias2 = 1 - b1**step, 1 - b2**step
-        inside = q.T @ momentum @ used
-        outside = q.T @ momentum - inside @ used.T
-        plain = (momentum / bias1) / (plain_square(step).sqrt() + o["eps"])
-        one = (inside / bias1) / ((inside_sq / bias2).sqrt() + o["eps"])
-        two = (outside / bias1) / ((torch.outer(row, col) / col.mean() / bias2).sqrt() + o["eps"])
-        own = float(one.norm() ** 2 + two.norm() ** 2)
+        plain, inside, outside = steps(step)
+        own = float(inside.norm() ** 2 + outside.norm() ** 2)
         return min(max(float(plain.norm()) / own**0.5, 0.5), 2.0) if own > 0 else 1.0
 
     trajectory = []
@@ -140,30 +142,23 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
                 share, rest = _shares(spectrum, tail, kept)
                 energy = values.clamp_min(0) / (1 - o["rho"] ** step) * (1 - b2**step) / l
                 inside_sq, row, col = torch.outer(energy * l, share), energy * rest, square.mean(0) * rest
-                inside_sq, row, col = held()
                 gain = graft(step)
         else:
-            bias1, bias2 = 1 - b1**step, 1 - b2**step
             p = q.T @ g @ used
             residual = q.T @ g - p @ used.T
             inside_sq = b2 * inside_sq + (1 - b2) * p**2
             row = b2 * row + (1 - b2) * (residual**2).mean(1)
             col = b2 * col + (1 - b2) * (residual**2).mean(0)
-            mean_inside = q.T @ momentum @ used
-            mean_residual = q.T @ momentum - mean_inside @ used.T
-            outer = torch.outer(row, col) / col.mean().clamp_min(torch.finfo(torch.float64).tiny)
-            scaled = (mean_residual / bias1) / ((outer / bias2).sqrt() + o["eps"])
-            scaled = scaled + (mean_inside / bias1) / ((inside_sq / bias2).sqrt() + o["eps"]) @ used.T
-            direction = gain * q @ scaled
-            if o["cautious"]:
-                agrees = direction * g > 0  # (U16)
+            plain, inside, outside = steps(step)
+            direction = gain * q @ (outside + inside @ used.T)
+            if o["cautious"]:  # (U16)
+                agrees, counted = direction * g > 0, int((direction * g != 0).sum())
                 direction = direction * agrees / max(agreement, 0.5)
-                agreement = float(agrees.double().mean()) or agreement
+                agreement = int(agrees.sum()) / counted if counted else agreement
             if o["tau"] is not None:
                 direction = direction * min(1.0, o["tau"] / float(direction.norm()))
             blend = _ramp(step, start, o["blend_steps"])
             if blend < 1:
-                plain = (momentum / bias1) / (plain_square(step).sqrt() + o["eps"])
                 direction = blend * direction + (1 - blend) * plain
         if step > start and (step - start) % o["precond_freq"] == slot:
             # The new bases hold from the next step on.
@@ -181,7 +176,6 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
             share, _ = _shares(spectrum, tail, kept)
             inside_sq = moved @ overlap.T + torch.outer(energy, share * unseen.clamp(0, 1))
             q, u, used = q_new, u_new, used_new
-            inside_sq, row, col = held()
             gain = graft(step)
         w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction
         trajectory.append(w.clone())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import curvature
-from scao_hf.update import adam_direction, least_square, turn
+from scao_hf.update import bounded_direction, damping_of, turn
 
 #: Bound on (U13), either way.
 MOST_GAIN = 2.0
@@ -46,15 +46,6 @@ class Settings(NamedTuple):
     epsilon_sparse: float
     k_min: int
     k_max: int
-
-    @property
-    def least(self) -> float:
-        """(U14)."""
-        return least_square((self.beta1, self.beta2))
-
-    def numbers(self) -> tuple[float, ...]:
-        """As ``ops.eigenbasis_refresh_`` takes them."""
-        return (*self[:5], self.least, *self[5:])
 
 
 class Tools(NamedTuple):
@@ -105,16 +96,14 @@ def renew(
         tools: what does the larger parts.
         square: AdamW's second moment, for the first refresh.
     """
-    moments, long_basis, least = state["exp_avg"], state["long_vectors"], settings.least
+    moments, long_basis = state["exp_avg"], state["long_vectors"]
     coefficients = small(state, tools.gram(moments, long_basis), finite, bias[0], settings, tools.solver)
     if square is not None:
         first_squares(state, square, count, bias[1], settings.rho)
-    held = torch.maximum(state["inside_sq"], state["inside_avg"].square().mul_(least))
-    write_finite(state, {"inside_sq": held}, finite)
-    arguments = coefficients, plain_row(state, count, bias[1], settings.rho), state["inside_sq"].mean(1, keepdim=True)
+    plain, square_mean = plain_row(state, count, bias[1], settings.rho), state["inside_sq"].mean(1, keepdim=True)
     fields = moments, long_basis, state["row"], state["col"]
-    norms = tools.turn(*fields, *arguments, bias, finite, least, settings.eps)
-    inside = adam_direction(state["inside_avg"], state["inside_sq"], bias, settings.eps)
+    norms = tools.turn(*fields, coefficients, plain, square_mean, bias, finite, settings.eps)
+    inside = bounded_direction(state["inside_avg"], state["inside_sq"], damping_of(plain), bias, settings.eps)
     own = norms[:, 1] + inside.square().sum((1, 2))
     gain = (norms[:, 0] / own.clamp_min(torch.finfo(own.dtype).tiny)).sqrt()
     write_finite(state, {"gain": torch.where(own > 0, gain, 1.0).clamp(1 / MOST_GAIN, MOST_GAIN)}, finite)

@@ -9,6 +9,8 @@ from torch import Tensor
 LARGEST_GRADIENT = 1e15
 #: A gradient may be this many times as large as the level of those before it, which fades by the second factor a step.
 LARGEST_JUMP, LEVEL_DECAY = 10.0, 0.95
+#: (U14) What is added to estimated second moments, as a share of the energy of all rows, or of the mean of all columns.
+DAMPING = 1e-3
 
 
 def curvature_start(warmup_steps: int, min_precond_updates: int, precond_freq: int) -> int:
@@ -75,17 +77,6 @@ def adam_moments(mean: Tensor, square: Tensor, grads: Tensor, weights: tuple[Ten
     square.lerp_(grads.square(), weights[1])
 
 
-def least_square(betas: tuple[float, float]) -> float:
-    """(U14) The share c of m^2 that v cannot be below: ``v >= c m^2`` for the two averages of any gradients.
-
-    By Cauchy and Schwarz ``m^2 <= sum_k (1 - b1)^2 b1^2k / ((1 - b2) b2^k) v``. Zero where b1^2 >= b2: no bound then.
-    """
-    first, second = betas
-    if first * first >= second or first == 1:
-        return 0.0
-    return (1 - second) * (1 - first * first / second) / (1 - first) ** 2
-
-
 def adam_direction(mean: Tensor, square: Tensor, bias: tuple[Tensor, Tensor], eps: float) -> Tensor:
     """(U6) ``m_hat / (sqrt(v_hat) + eps)``, torch.optim.AdamW's step without the learning rate, in fresh memory."""
     return torch.div(
@@ -131,28 +122,56 @@ def mix(first: Tensor, second: Tensor, weight: float) -> Tensor:
     return torch.lerp(first, second, weight)
 
 
-def rank_one_direction(mean: Tensor, row: Tensor, col: Tensor, bias: tuple[Tensor, Tensor], eps: float) -> Tensor:
-    """(U10) (U6) with a second moment of rank one, ``row_i col_j / mean(col)``, in fresh memory.
+def damping_of(plain_row: Tensor) -> Tensor:
+    """(U14) What is added to every row's second moment: ``1e-3 sum_i v_i``, v_i as in (U12).
 
-    The moment is never formed: its root is the product of two roots.
+    A coordinate with less than that is rounding of the larger ones, from 16-bit gradients, kept bases or int8 moments:
+    divided by its own root it would be stepped as far as they are. Columns have 1e-3 of their mean added (U10).
+
+    Args:
+        plain_row: v, ``[N, r, 1]``.
+
+    Returns:
+        ``[N, 1, 1]``.
+    """
+    return DAMPING * plain_row.sum(1, keepdim=True)
+
+
+def bounded_direction(mean: Tensor, square: Tensor, damping: Tensor, bias: tuple[Tensor, Tensor], eps: float) -> Tensor:
+    """(U6) with an estimated second moment: damped (U14), and within 1: no mean of squares is below the squared mean."""
+    return adam_direction(mean, square + damping, bias, eps).clamp_(-1, 1)
+
+
+def rank_one_direction(
+    mean: Tensor, row: Tensor, col: Tensor, damping: Tensor, bias: tuple[Tensor, Tensor], eps: float
+) -> Tensor:
+    """(U10) (U6) with a second moment of rank one, ``(row_i + damping) (col_j / mean(col) + 1e-3)``, within 1.
+
+    The moment is never formed: its root is the product of two roots. No mean of squares is below the squared mean, but
+    one of rank one may come out so, of a diagonal matrix by a factor of its side.
 
     Args:
         mean: ``[N, r, l]``.
         row: mean of the squares over the columns, ``[N, r, 1]``.
         col: mean of the squares over the rows, ``[N, 1, l]``.
+        damping: (U14).
         bias: bias corrections.
         eps: Adam's.
+
+    Returns:
+        Fresh memory.
     """
-    rows = row.sqrt().mul_(bias[0] / bias[1].sqrt())
-    cols = (col / col.mean(2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)).sqrt_()
+    rows = (row + damping).sqrt_().mul_(bias[0] / bias[1].sqrt())
+    cols = (col / col.mean(2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)).add_(DAMPING).sqrt_()
     denominator = torch.addcmul(bias[0] * eps, rows, cols)
-    return torch.div(mean, denominator, out=denominator)
+    return torch.div(mean, denominator, out=denominator).clamp_(-1, 1)
 
 
 def eigenbasis_direction(
     state: dict[str, Tensor],
     grads: Tensor,
     long_basis: Tensor,
+    damping: Tensor,
     weights: tuple[Tensor, Tensor],
     bias: tuple[Tensor, Tensor],
     eps: float,
@@ -160,13 +179,14 @@ def eigenbasis_direction(
     """(U11) Update the moments in the eigenbasis and return the step, in the parameter's coordinates.
 
     With ``Gq = Q^T G``, ``P = Gq U`` and ``R = Gq - P U^T``, moments of P and of R, the step is
-    ``Q (P_hat / (sqrt(vP_hat) + eps) U^T + R_hat / (sqrt(vR_hat) + eps))``.
+    ``Q (P_hat / (sqrt(vP_hat) + eps) U^T + R_hat / (sqrt(vR_hat) + eps))``, both quotients damped (U14) and within 1.
 
     Args:
         state: the moments ``exp_avg`` of R, ``row`` and ``col``, ``inside_avg`` and ``inside_sq`` of P, all changed in
             place; Q in ``vectors`` and the ``mask`` of U's columns.
         grads: G, ``[N, r, l]``.
         long_basis: U^T, ``[N, k, l]``.
+        damping: (U14).
         weights: ``1 - beta`` of the two moments, zero for a skipped matrix.
         bias: their bias corrections.
     """
@@ -180,8 +200,8 @@ def eigenbasis_direction(
     energy = outside.square_()
     state["row"].lerp_(energy.mean(2, keepdim=True), second)
     state["col"].lerp_(energy.mean(1, keepdim=True), second)
-    direction = rank_one_direction(state["exp_avg"], state["row"], state["col"], bias, eps)
-    kept = adam_direction(state["inside_avg"], state["inside_sq"], bias, eps)
+    direction = rank_one_direction(state["exp_avg"], state["row"], state["col"], damping, bias, eps)
+    kept = bounded_direction(state["inside_avg"], state["inside_sq"], damping, bias, eps)
     return basis @ direction.baddbmm_(kept, long_basis)
 
 
@@ -189,18 +209,20 @@ def cautious(direction: Tensor, grads: Tensor, agreement: Tensor) -> Tensor:
     """(U16) Only the entries of a step that this gradient agrees with, larger by the share that agreed a step ago.
 
     ``D (D G > 0) / max(a, 1/2)``: the share of the step before stands for this step's own, which is known too late to be
-    used without another pass over the matrix. A step in which nothing agrees, as without a gradient, leaves a as it is.
-    After C. Liang et al., Cautious Optimizers, 2024.
+    used without another pass over the matrix. Entries without a gradient do not count, and a step without any leaves a as
+    it is. After C. Liang et al., Cautious Optimizers, 2024.
 
     Args:
         direction: D, ``[N, r, l]``, changed in place.
         grads: G, in the same coordinates; scratch.
-        agreement: a, ``[N]``, replaced by this step's share where that is above zero.
+        agreement: a, ``[N]``, replaced by this step's share.
     """
-    agrees = grads.mul_(direction).gt_(0)
+    products = grads.mul_(direction)
+    counted = torch.count_nonzero(products, (1, 2))
+    agrees = products.gt_(0)
     direction.mul_(agrees).div_(agreement.clamp_min(0.5)[:, None, None])
-    share = agrees.mean((1, 2))
-    agreement.copy_(torch.where(share > 0, share, agreement))
+    share = torch.count_nonzero(agrees, (1, 2)) / counted.clamp_min(1)
+    agreement.copy_(torch.where(counted > 0, share, agreement))
     return direction
 
 
@@ -214,27 +236,23 @@ def turn(
     inside_sq: Tensor,
     bias: tuple[Tensor, Tensor],
     finite: Tensor,
-    least: float,
     eps: float,
 ) -> Tensor:
     """(U15) Move U and the residual's momentum to new bases in place; the squared norms of two steps in them.
 
     Of ``coefficients Z`` with ``Z = [U^T; M]``, ``[N, k + r, l]``, the first r rows are the new M, the next k the new U^T,
-    the last r the whole momentum in the parameter's own coordinates. The second moments are raised to where (U14) holds:
-    turning moves rounding errors of large coordinates, and of moments in few bits, into coordinates whose second moment
-    is next to nothing, and their steps would be thousands of learning rates.
+    the last r the whole momentum in the parameter's own coordinates.
 
     Args:
         moments: M, ``[N, r, l]``.
         long_basis: U^T, ``[N, k, l]``.
-        row, col: second moment of the residual in the new basis, as in (U10); changed in place too.
+        row, col: second moment of the residual in the new basis, as in (U10).
         coefficients: ``[N, r + k + r, k + r]``.
         plain_row: what AdamW's second moment has in place of ``row``, ``[N, r, 1]``.
         inside_sq: second moment of the kept part, mean over the rows, ``[N, 1, k]``: AdamW's moment has
             ``col + inside_sq (U^T)^2`` in place of ``col``.
         bias: bias corrections.
         finite: 0 for a matrix that stays as it is, ``[N, 1, 1]``.
-        least: (U14).
         eps: Adam's.
 
     Returns:
@@ -245,11 +263,7 @@ def turn(
     outside, basis, momentum = fresh.split([r, k, r], 1)
     moments.copy_(torch.where(finite > 0, outside, moments))
     long_basis.copy_(torch.where(finite > 0, basis.to(long_basis.dtype), long_basis))
-    square = outside.square()
-    row.copy_(torch.where(finite > 0, torch.maximum(row, least * square.mean(2, keepdim=True)), row))
-    col.copy_(torch.where(finite > 0, torch.maximum(col, least * square.mean(1, keepdim=True)), col))
-    plain_row = torch.maximum(plain_row, least * momentum.square().mean(2, keepdim=True))
-    plain_col = col + inside_sq @ long_basis.to(moments.dtype).square()
-    plain = rank_one_direction(momentum, plain_row, plain_col, bias, eps)
-    steps = plain, rank_one_direction(outside, row, col, bias, eps)
+    plain_col, damping = col + inside_sq @ long_basis.to(moments.dtype).square(), damping_of(plain_row)
+    plain = rank_one_direction(momentum, plain_row, plain_col, damping, bias, eps)
+    steps = plain, rank_one_direction(outside, row, col, damping, bias, eps)
     return torch.stack([torch.linalg.vector_norm(step.flatten(1), dim=1).square() for step in steps], -1)

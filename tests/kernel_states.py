@@ -9,10 +9,11 @@ from scao_hf import refresh
 
 def eigenbasis_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
     """What ``ops.eigenbasis_step_`` takes, in its order; the last column of the long basis is masked."""
+    roots = torch.randn(size, r, r)
     mask = (torch.arange(k) < max(1, k - 1)).float().expand(size, 1, k).contiguous()
     return {
         "exp_avg": 0.1 * torch.randn(size, r, l),
-        "factor": torch.randn(size, r, r),
+        "factor": roots @ roots.mT,
         "inside_avg": torch.randn(size, r, k),
         "inside_sq": torch.rand(size, r, k),
         "row": torch.rand(size, r, 1),

@@ -18,7 +18,7 @@ from faults.core import LR, STEPS, Subject, Task, copies  # noqa: E402
 from faults.numerics import failing, no_convergence  # noqa: E402
 from survival import variants  # noqa: E402
 
-from scao_hf import SCAO, options, quantization  # noqa: E402
+from scao_hf import SCAO, ops, options, quantization  # noqa: E402
 
 VARIANTS = pytest.mark.parametrize("subject", variants(), ids=lambda subject: subject.name.replace(" ", "-"))
 EARLY: dict[str, Any] = {"warmup_steps": 5, "blend_steps": 3, "min_precond_updates": 1, "precond_freq": 5}
@@ -38,6 +38,114 @@ def test_a_spike_moves_no_matrix_by_more_than_two_learning_rates(subject: Subjec
         moves = [param.detach().float() - old.float() for param, old in zip(task.params, before, strict=True)]
         largest = max(largest, *(float(move.square().mean().sqrt()) / LR for move in moves))
     assert largest <= 2
+
+
+def moves(grads: list[torch.Tensor], **chosen: Any) -> list[torch.Tensor]:
+    """The steps of a matrix that is given these gradients, in learning rates."""
+    param, lr, found = torch.nn.Parameter(torch.zeros_like(grads[0])), 1e-3, []
+    optimizer = SCAO([param], lr=lr, weight_decay=0.0, **chosen)
+    for grad in grads:
+        before, param.grad = param.detach().clone(), grad.clone()
+        optimizer.step()
+        found.append((param.detach() - before) / lr)
+    return found
+
+
+def of_rank_two(shape: tuple[int, int], steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Two columns that span the range of all gradients, and the gradients, ``[r, l]`` with r < l."""
+    generator = torch.Generator().manual_seed(1)
+    span = torch.linalg.qr(torch.randn(shape[0], 2, generator=generator))[0]
+    return span, [span @ torch.randn(2, shape[1], generator=generator) for _ in range(steps)]
+
+
+KERNELS = pytest.mark.parametrize("kernels", ["as built", "pytorch"])
+KEPT = pytest.mark.parametrize(
+    "kept", [{}, {"moment_dtype": "int8"}, {"use_int8_ema": True}], ids=["float32", "int8 moments", "int8 bases"]
+)
+
+
+@KERNELS
+@KEPT
+def test_equal_gradients_move_no_entry_by_more_than_a_learning_rate(
+    kernels: str, kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank one: all directions but one hold rounding errors alone, which were stepped as far as the gradient (3.9)."""
+    if kernels == "pytorch":
+        monkeypatch.setattr(ops, "NATIVE", frozenset())
+    for seed in range(3):
+        left, right = (torch.randn(side, 1, generator=torch.Generator().manual_seed(seed)) for side in (48, 32))
+        grad = left @ right.T if seed else torch.ones(48, 32)
+        largest = max(float(move.abs().max()) for move in moves([grad] * 40, warmup_steps=2, precond_freq=2, **kept))
+        assert largest <= (1.1 if not kept else 1.5)
+
+
+@KERNELS
+@pytest.mark.parametrize("moment_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("entries", [torch.linspace(0.1, 1, 32), torch.logspace(-3, 0, 32), torch.arange(1.0, 17)])
+def test_a_constant_diagonal_gradient_moves_no_entry_by_more_than_one_and_a_half_learning_rates(
+    kernels: str, moment_dtype: str, entries: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second moment of rank one is far too small on the diagonal: the steps were up to 2400 learning rates."""
+    if kernels == "pytorch":
+        monkeypatch.setattr(ops, "NATIVE", frozenset())
+    for early in ({}, {"warmup_steps": 2, "precond_freq": 2}):
+        found = moves([torch.diag(entries)] * 60, moment_dtype=moment_dtype, **early)
+        assert max(float(move.abs().max()) for move in found) <= 1.1
+
+
+@KERNELS
+@pytest.mark.parametrize("tall", [False, True])
+def test_gradients_of_rank_two_give_steps_of_rank_two(
+    kernels: str, tall: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What six directions without a gradient hold is rounding: up to 88 % of a step were in them."""
+    if kernels == "pytorch":
+        monkeypatch.setattr(ops, "NATIVE", frozenset())
+    span, grads = of_rank_two((8, 64), 30)
+    chosen: dict[str, Any] = {"warmup_steps": 4, "blend_steps": 0, "precond_freq": 2, "cautious": False}
+    for rounded, allowed in ((torch.float32, 0.01), (torch.bfloat16, 0.05)):
+        given = [grad.to(rounded).float() for grad in grads]
+        for move in moves([grad.T.contiguous() for grad in given] if tall else given, **chosen)[5:]:
+            step = move.T if tall else move
+            assert (step - span @ (span.T @ step)).norm() <= allowed * step.norm()
+
+
+@KERNELS
+@pytest.mark.parametrize("cautious", [True, False])
+def test_the_rounding_of_a_gradient_of_rank_two_makes_no_difference(
+    kernels: str, cautious: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the ramp and after it; steps differed by as much as they are long."""
+    if kernels == "pytorch":
+        monkeypatch.setattr(ops, "NATIVE", frozenset())
+    _, grads = of_rank_two((8, 64), 40)
+    chosen: dict[str, Any] = {"warmup_steps": 4, "blend_steps": 20, "precond_freq": 2, "cautious": cautious}
+    noise = torch.Generator().manual_seed(5)
+    others = [grad * (1 + 1e-7 * torch.randn(grad.shape, generator=noise)) for grad in grads]
+    for one, other in zip(moves(grads, **chosen), moves(others, **chosen), strict=True):
+        assert (one - other).norm() <= 0.02 * one.norm()
+
+
+@KERNELS
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_rows_and_columns_without_a_gradient_stay(
+    kernels: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly with native kernels; LAPACK's eigenvectors have rounding errors where a factor has rows of zeros."""
+    if kernels == "pytorch":
+        monkeypatch.setattr(ops, "NATIVE", frozenset())
+    generator = torch.Generator().manual_seed(0)
+    grads = [1 + torch.randn(shape, generator=generator) for _ in range(60)]
+    for grad in grads:
+        grad[::3] = 0
+        grad[:, ::4] = 0
+    kept = torch.ones(shape, dtype=torch.bool)
+    kept[::3] = kept[:, ::4] = False
+    for chosen in ({}, {"cautious": False}):
+        total = sum(moves(grads, warmup_steps=3, precond_freq=3, blend_steps=5, **chosen))
+        assert isinstance(total, torch.Tensor) and total[kept].abs().min() > 0
+        native = kernels != "pytorch" and "cpu" in ops.NATIVE
+        assert total[~kept].abs().max() <= (0 if native else 0.01)
 
 
 def split_and_whole(dtype: torch.dtype, steps: int = 40, **chosen: Any) -> float:

@@ -20,7 +20,7 @@ CSRC = Path(__file__).parent.parent / "csrc"
 NUMBERS = (0.01, 0.9, 0.99, 1e-8, 0.05, 0.95)
 ORDERS = (0, 1, 2, 3)
 #: Every barrier of csrc/kernels.cuh.
-BARRIERS = tuple(range(1, 20))
+BARRIERS = tuple(range(1, 21))
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the emulator needs it")

@@ -117,7 +117,7 @@ def test_a_packed_step_is_the_reference_rule_expert_by_expert(side: str) -> None
 
         alone = reference.eigenbasis(small_first(start), [small_first(grad) for grad in grads], group)[-1]
         # The bases of the long side are held in the state's own dtype, float64 here.
-        assert (alone - small_first(whole.detach())).abs().max() <= 1e-10
+        assert (alone - small_first(whole.detach())).abs().max() <= 1e-8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -148,14 +148,13 @@ def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> No
         sizes = torch.rand(3, r, 1), torch.rand(3, 1, k), torch.rand(3) + 0.1, torch.rand(3) + 0.1
         finite = torch.tensor([1.0, 0.0, 1.0])
         found, expected = [field.clone() for field in fields], [field.clone() for field in fields]
-        # A share that raises some of the second moments (U14) and leaves others.
-        norms = ops.eigenbasis_turn_(*found, coefficients, *sizes, finite, 30.0, 1e-8)
-        wanted = default_kernels._turn(*expected, coefficients, *sizes, finite, 30.0, 1e-8)
+        norms = ops.eigenbasis_turn_(*found, coefficients, *sizes, finite, 1e-8)
+        wanted = default_kernels._turn(*expected, coefficients, *sizes, finite, 1e-8)
         close(norms[finite > 0], wanted[finite > 0], 1e-5, "norms")
         for name, a, b, old in zip(("exp_avg", "long_vectors", "row", "col"), found, expected, fields, strict=True):
             close(a, b, 2e-6 if a.dtype == torch.float32 else 2**-8, name)
-            assert torch.equal(a[1], old[1]), name
-        assert (found[3] > fields[3]).any() and (found[3] == fields[3]).any()
+            kept = slice(1, 2) if name in ("exp_avg", "long_vectors") else slice(None)
+            assert torch.equal(a[kept], old[kept]), name
 
 
 def aligned(state: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,7 +182,7 @@ def test_a_refresh_equals_pytorch(level: str, r: int, l: int, k: int) -> None:
         results = []
         for kernel in (ops.eigenbasis_refresh_, default_kernels._refresh):
             fields = {name: value.clone() for name, value in state.items()}
-            failed = kernel(*fields.values(), finite, first, last, *REFRESH.numbers())
+            failed = kernel(*fields.values(), finite, first, last, *REFRESH)
             assert not failed.any() and len(failed) == last - first
             results.append(fields)
         exact = {name: value[first:last].double() for name, value in state.items()}
@@ -217,10 +216,10 @@ def test_a_refresh_does_not_depend_on_neighbours_or_threads(level: str, threads:
     finite = torch.ones(37)
     whole = {name: value.clone() for name, value in state.items()}
     torch.set_num_threads(1)
-    ops.eigenbasis_refresh_(*whole.values(), finite, 0, 37, *REFRESH.numbers())
+    ops.eigenbasis_refresh_(*whole.values(), finite, 0, 37, *REFRESH)
     torch.set_num_threads(threads)
     for first, last in ((0, 1), (1, 4), (4, 21), (21, 37)):
-        ops.eigenbasis_refresh_(*state.values(), finite, first, last, *REFRESH.numbers())
+        ops.eigenbasis_refresh_(*state.values(), finite, first, last, *REFRESH)
     torch.set_num_threads(before)
     for name, value in state.items():
         assert value.view(torch.uint8).numpy().tobytes() == whole[name].view(torch.uint8).numpy().tobytes(), name
@@ -236,7 +235,7 @@ def test_a_matrix_that_cannot_be_decomposed_is_left_to_pytorch(
     state = refresh_state(5, 16, 70, 16)
     state[field][3] = float("inf")
     before = {name: value.clone() for name, value in state.items()}
-    failed = ops.eigenbasis_refresh_(*state.values(), torch.ones(5), 0, 5, *REFRESH.numbers())
+    failed = ops.eigenbasis_refresh_(*state.values(), torch.ones(5), 0, 5, *REFRESH)
     assert failed.tolist() == [0, 0, 0, 1, 0]
     for name, value in state.items():
         assert torch.equal(value[3], before[name][3]), name
@@ -468,10 +467,10 @@ def test_opcheck(test: str) -> None:
     moments, basis = torch.randn(2, 4, 12), torch.randn(2, 3, 12)
     turned = torch.rand(2, 4, 1), torch.rand(2, 1, 12), torch.randn(2, 11, 7), torch.rand(2, 4, 1), torch.rand(2, 1, 3)
     calls = [
-        (ops.eigenbasis_refresh_, (*refresh_state(2, 4, 12, 3).values(), torch.ones(2), 0, 2, *REFRESH.numbers())),
+        (ops.eigenbasis_refresh_, (*refresh_state(2, 4, 12, 3).values(), torch.ones(2), 0, 2, *REFRESH)),
         (ops.symmetric_eigh, (torch.eye(5).repeat(2, 1, 1),)),
         (ops.eigenbasis_gram, (moments, basis)),
-        (ops.eigenbasis_turn_, (moments, basis, *turned, *(torch.rand(2) + 0.1 for _ in range(3)), 0.5, 1e-8)),
+        (ops.eigenbasis_turn_, (moments, basis, *turned, *(torch.rand(2) + 0.1 for _ in range(3)), 1e-8)),
         (ops.eigenbasis_step_, (params, grads, *eigenbasis_state(2, 4, 12, 3).values(), True, *NUMBERS)),
         (ops.adamw_step_, (params, grads, *adamw_state(2, 4, 12, factor=True).values(), *NUMBERS)),
         (ops.adamw_step_, (params, grads, *adamw_state(2, 4, 12, factor=False).values(), *NUMBERS)),
@@ -567,7 +566,7 @@ class Dispatched(TorchDispatchMode):
 def test_an_ordinary_step_dispatches_as_much_for_many_matrices_as_for_few(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Native kernels: one operation a shape. In PyTorch 99, most of them on one number a matrix."""
+    """Native kernels: one operation a shape. In PyTorch 114, most of them on one number a matrix."""
     if path == "pytorch":
         monkeypatch.setattr(ops, "NATIVE", frozenset())
     counts = []
@@ -582,7 +581,7 @@ def test_an_ordinary_step_dispatches_as_much_for_many_matrices_as_for_few(
         # The last step is the ninth of phase 2: nobody's turn, whether three or six share the twelve slots.
         counts.append(dispatched.count)
     assert counts[0] == counts[1]
-    assert counts[0] <= (1 if path == "native" else 99)
+    assert counts[0] <= (1 if path == "native" else 114)
 
 
 @native

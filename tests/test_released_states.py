@@ -20,6 +20,8 @@ FILES = sorted(FOLDER.glob("*.pt.gz"))
 #: In learning rates. Another torch or other kernels round otherwise: one entry of a cautious step may turn, or a code
 #: of int8, which is rounded at random. Measured: 0.023.
 CLOSE = 0.1
+#: The same for files from before the second moments were damped (U14), whose steps were others. Measured: 0.47.
+CLOSE_UNDAMPED = 0.6
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -48,11 +50,11 @@ def test_it_loads_to_the_bit_and_goes_on(path: Path, kind: str) -> None:
         assert live.keys() == entry.keys() - {"checksum"}
         assert all(torch.equal(torch.as_tensor(live[name]), torch.as_tensor(entry[name])) for name in live)
     train(params, optimizer, range(KINDS[kind][2], STEPS))
-    steps = STEPS - KINDS[kind][2]
+    steps, close = STEPS - KINDS[kind][2], CLOSE_UNDAMPED if "undamped" in path.name else CLOSE
     for param, end, start in zip(params, saved["end"], saved["weights"], strict=True):
         far = (param.detach() - end).float().square().mean().sqrt() / 0.01
         print(f"{far:.2g} learning rates from where the writer has ended after {steps} steps")
-        assert far <= CLOSE < (start - end).float().square().mean().sqrt() / 0.01
+        assert far <= close < (start - end).float().square().mean().sqrt() / 0.01
 
 
 def test_options_that_are_newer_than_the_file_have_their_defaults() -> None:

@@ -23,8 +23,8 @@ from scao_hf.update import (
     cautious,
     clip_norm,
     curvature_start,
+    damping_of,
     eigenbasis_direction,
-    least_square,
     mix,
     rank_one_direction,
 )
@@ -178,7 +178,9 @@ class Eigenbasis:
         """(U11) at the size (U13), cautious (U16), bounded by (U8); in the ramp also AdamW's step, from moments of rank one."""
         eps = tick.group["eps"]
         long_basis = self._long_basis(state, grads.dtype).to(grads.dtype)
-        direction = eigenbasis_direction(state, grads, long_basis, tick.weights, tick.bias, eps)
+        row = refresh.plain_row(state, tick.count, tick.bias[1], tick.group["rho"])
+        damping = damping_of(row)
+        direction = eigenbasis_direction(state, grads, long_basis, damping, tick.weights, tick.bias, eps)
         direction = direction.mul_(state["gain"][:, None, None])
         if tick.group["cautious"]:
             direction = cautious(direction, grads, state["agreement"])
@@ -186,11 +188,8 @@ class Eigenbasis:
         if blend == 1.0:
             return direction
         momentum = state["vectors"] @ torch.baddbmm(state["exp_avg"], state["inside_avg"], long_basis)
-        # The momentum comes out of the eigenbasis with the rounding errors of the largest row in all: (U14) for each.
-        least = momentum.square().mean(2, keepdim=True).mul_(least_square(tick.group["betas"]))
-        row = torch.maximum(refresh.plain_row(state, tick.count, tick.bias[1], tick.group["rho"]), least)
         col = state["col"] + state["inside_sq"].mean(1, keepdim=True) @ long_basis.square()
-        return mix(rank_one_direction(momentum, row, col, tick.bias, eps), direction, blend)
+        return mix(rank_one_direction(momentum, row, col, damping, tick.bias, eps), direction, blend)
 
     @staticmethod
     def _long_basis(state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -224,9 +223,9 @@ class Eigenbasis:
         moments = state["exp_avg"]
         if "long_vectors" in state and ops.refreshes(moments, state["long_vectors"]):
             fields = (state[name] for name in refresh.FIELDS)
-            numbers = self._settings(step, group).numbers()
+            settings = self._settings(step, group)
             # As a list, which costs no operation.
-            failed = ops.eigenbasis_refresh_(*fields, finite, due.start, due.stop, *numbers).tolist()
+            failed = ops.eigenbasis_refresh_(*fields, finite, due.start, due.stop, *settings).tolist()
             portions = [slice(row, row + 1) for row, bad in enumerate(failed, due.start) if bad]
         else:
             portions = list(_portions(moments.shape, due))
