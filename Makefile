@@ -21,7 +21,7 @@ OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 export SCAO_DEMO_MODEL
 
 .DELETE_ON_ERROR:
-.PHONY: help audit test-oldest bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long lint clean
+.PHONY: help audit test-oldest bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long test-oldest-axolotl lint clean
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
@@ -36,6 +36,7 @@ help:
 	@echo 'make survival      every fault on SCAO and on the other optimizers: docs/survival.md'
 	@echo 'make test-long     the tests that take minutes: several processes, faults, long runs'
 	@echo 'make test-oldest   the core with the oldest torch that is supported: downloads some gigabytes'
+	@echo 'make test-oldest-axolotl   the plugin with the oldest Axolotl that is supported'
 	@echo 'make audit         known vulnerabilities of what is installed in .venv, from a public database'
 	@echo 'make docs          the documentation as HTML in runs/site, warnings being errors'
 	@echo 'make clean         delete .venv, .cache and runs'
@@ -105,6 +106,11 @@ test-oldest:
 	@.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check 'torch==2.6.*' numpy pytest hypothesis expecttest 'setuptools>=77'
 	PYTHONPATH=. OMP_NUM_THREADS=1 .cache/oldest/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,reference \
 		optimizer precision state storage curvature quantization options ops properties released_states torch_suite torch_suite_states))
+
+# Axolotl itself alone: it runs on what the newest release pins.
+test-oldest-axolotl: ext $(VENV)/.bench
+	@test -d .cache/axolotl/axolotl || $(PIP) --no-deps --target .cache/axolotl 'axolotl==0.18.*'
+	PYTHONPATH=$(CURDIR)/.cache/axolotl OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q tests/test_plugin_*.py
 
 # pip-audit in an environment of its own: it must not change what it looks at.
 audit: $(VENV)/.dev

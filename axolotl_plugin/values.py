@@ -12,8 +12,8 @@ from scao_hf.options import OPTIONS, SWITCHES, TORCH_OPTIONS, did_you_mean, read
 PREFIX = "scao_"
 #: Keys that optim_args may hold beside SCAO's options, and the config key that says the same.
 MOMENT_KEYS = {"betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon"}
-#: Keys of other optimizers that Axolotl accepts and SCAO does not read.
-WITHOUT_EFFECT = ("adam_beta3", "adam_epsilon2", "optim_target_modules", "torchdistx_path")
+#: Keys of other optimizers that Axolotl accepts and SCAO does not read; ``optim`` is the Trainer's name for ``optimizer``.
+WITHOUT_EFFECT = ("adam_beta3", "adam_epsilon2", "optim", "optim_target_modules", "torchdistx_path")
 FOREIGN_PREFIXES = ("dion_", "qgalore_")
 #: What users of other low-rank methods look for, and SCAO's name for it.
 SYNONYMS = {"rank": "k_max"}

@@ -223,6 +223,7 @@ WARNINGS = {
     "LoRA+ with groups": ({"loraplus_lr_ratio": 16, "embedding_lr": 1e-4}, "no effect of embedding_lr"),
     "one_cycle": ({"lr_scheduler": "one_cycle", "embedding_lr": 1e-4}, "one_cycle gives every group the same"),
     "keys of others": ({"adam_beta3": 0.9, "dion_lr": 0.1}, "adam_beta3, dion_lr belong to other optimizers"),
+    "the Trainer's name": ({"optim": "adamw_bnb_8bit"}, "optim belong to other optimizers and have no effect"),
     "bf16 adapter": ({"bf16": "full", "peft_autocast_adapter_dtype": False}, "leaves the adapter in bfloat16"),
     "half of the run": ({"max_steps": 30, "scao_warmup_steps": 20}, "lasts 20 steps: scao_warmup_steps is 20"),
     "rare refresh": ({"max_steps": 80, "scao_precond_freq": 60}, "1 x 60, more than half of max_steps: 80"),
