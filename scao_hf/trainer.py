@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +15,13 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from scao_hf import checks
 from scao_hf.distributed.exchange import WAYS_OUT
-from scao_hf.experts import find_experts, without_gradient
+from scao_hf.experts import find_experts, find_vocabulary
 from scao_hf.namesake import foreign_option
 from scao_hf.optimizer import SCAO, trainable_parameters
-from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, did_you_mean, resolve
+from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, did_you_mean, eight_bit_hint, resolve
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
-from scao_hf.rules import rule_of
 
 if TYPE_CHECKING:
     from transformers import Trainer as _AnyTrainer
@@ -74,6 +76,11 @@ def refuse_parallelism(trainer: Trainer) -> None:
     raise ValueError(f"SCAO does not run under {kind} flattens the matrices that SCAO steps whole. {WAYS_OUT}")
 
 
+def updates_per_step(args: TrainingArguments) -> int:
+    """Optimizer steps in one step of the Trainer's count: PPO takes many on one batch of answers."""
+    return int(getattr(args, "num_ppo_epochs", 1) * getattr(args, "num_mini_batches", 1))
+
+
 def unwrap(optimizer: Any) -> SCAO | None:
     """The SCAO instance inside Accelerate's wrappers, or None for another optimizer."""
     while optimizer is not None and not isinstance(optimizer, SCAO):
@@ -95,7 +102,7 @@ class SCAOCallback(TrainerCallback):
         self._file: StatisticsFile | None = None
         self._start, self._began = 0, 0.0
         self._ms: list[float] = []
-        self._reached = False
+        self._stepped = False
 
     @classmethod
     def attach(cls, trainer: Trainer) -> SCAOCallback:
@@ -112,27 +119,20 @@ class SCAOCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn about a resume without state, and about a run that ends before phase 2."""
+        """Look at the run before its first step (``scao_hf.checks``), and warn about a resume without state."""
         optimizer = unwrap(kwargs.get("optimizer"))
         if optimizer is None:
             return
         self._file = StatisticsFile(Path(args.output_dir) / STATISTICS_NAME, state.max_steps)
-        self._start, self._ms, self._reached = state.global_step, [], False
+        self._start, self._ms, self._stepped = state.global_step, [], False
         if state.global_step > 0 and not optimizer.state:
             logger.warning(
                 "resuming at step %d without SCAO's state: the checkpoint holds no optimizer.pt with scheduler.pt "
                 "(save_only_model?), so moments and curvature start again from nothing",
                 state.global_step,
             )
-        group = optimizer.param_groups[0]
-        start = rule_of(group, matrix=True).start(group)
-        if 0 < state.max_steps <= start:
-            logger.warning(
-                "SCAO's phase 2 begins after step %d but the run has %d steps: every step will be a plain AdamW step. "
-                "Lower warmup_steps, min_precond_updates or precond_freq",
-                start,
-                state.max_steps,
-            )
+        checks.check_parameters(optimizer, kwargs["model"].named_parameters())
+        checks.check_length(optimizer, (state.max_steps - state.global_step) * updates_per_step(args))
 
     def on_log(
         self,
@@ -144,7 +144,8 @@ class SCAOCallback(TrainerCallback):
     ) -> None:
         """Add the metrics to a training log and to the entry of ``log_history`` that was copied from it."""
         optimizer = unwrap(kwargs.get("optimizer"))
-        if optimizer is None or logs is None or "loss" not in logs:
+        # PPO logs one loss for the policy and one for the values.
+        if optimizer is None or logs is None or not any(re.match("loss(/|$)", name) for name in logs):
             return
         metrics = optimizer.metrics()
         logs.update(metrics)
@@ -161,7 +162,14 @@ class SCAOCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of the optimizer's step."""
+        """Start the clock of the optimizer's step. Before the first one, some parameter must have a gradient.
+
+        Raises:
+            RuntimeError: none has.
+        """
+        optimizer = unwrap(kwargs.get("optimizer"))
+        if optimizer is not None and not self._stepped:
+            checks.check_gradients(optimizer)
         self._began = time.perf_counter()
 
     def on_optimizer_step(
@@ -174,18 +182,49 @@ class SCAOCallback(TrainerCallback):
         """After the first step, check that the LoRA of every expert stack has had a gradient.
 
         Raises:
-            RuntimeError: some had none: they would stay as they are for the whole run, without a word.
+            RuntimeError: some had none.
         """
         optimizer = unwrap(kwargs.get("optimizer"))
-        if self._reached or optimizer is None or not optimizer.state:
+        if self._stepped or optimizer is None or not optimizer.state:
             return
-        self._reached = True
-        missing = without_gradient(kwargs["model"].named_parameters(), optimizer.param_groups, optimizer.state)
-        if missing:
-            raise RuntimeError(
-                f"no gradient has reached the LoRA of these experts, so that they do not train: {', '.join(missing)}. With "
-                "4-bit experts call scao_hf.moe.fuse_moe_lora(model) (scao_fuse_moe: true in a YAML) before training"
-            )
+        self._stepped = True
+        checks.check_experts(optimizer, kwargs["model"].named_parameters())
+
+
+@contextmanager
+def swapped(owner: Any, **values: Any) -> Iterator[None]:
+    """Give some attributes of ``owner`` other values inside the block."""
+    before = {name: getattr(owner, name) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+def parameter_groups(optimizer: Optimizer, model: nn.Module) -> list[dict[str, Any]]:
+    """The groups that a Trainer has made, with the names of their parameters, for SCAO.
+
+    Learning rate and weight decay are always the group's; other options where they are not the optimizer's defaults.
+    Empty groups are left out.
+    """
+    names = {param: name for name, param in model.named_parameters()}
+    named = all(param in names for group in optimizer.param_groups for param in group["params"])
+    groups = []
+    for group in optimizer.param_groups:
+        own = {
+            name: value
+            for name, value in group.items()
+            if name in ("lr", "weight_decay") or name not in optimizer.defaults or value != optimizer.defaults[name]
+        }
+        own.pop("param_names", None)
+        if named:
+            own["params"] = [(names[param], param) for param in group["params"]]
+        if own["params"]:
+            groups.append(own)
+    return groups
 
 
 class SCAOTrainerMixin(_AnyTrainer):
@@ -194,8 +233,8 @@ class SCAOTrainerMixin(_AnyTrainer):
     ``class MySFT(SCAOTrainerMixin, SFTTrainer): pass`` is all that is needed. Learning rate, weight decay and epsilon
     come from the training arguments. ``adam_beta1`` and ``adam_beta2`` do too where they differ from the defaults of
     TrainingArguments; otherwise the rule's own betas hold (to force 0.9 and 0.999, pass ``betas`` in ``scao_kwargs``).
-    Parameters are grouped as the Trainer groups them, so biases and norms are not decayed. ``trainer.args`` is a copy
-    of the arguments that names the optimizer ``scao``; the caller's object is left as it was.
+    Parameters are grouped by the Trainer's own ``create_optimizer``, with the learning rates and decays that it gives
+    its groups. ``args.optim`` is left as it is and not used.
 
     Args:
         *args: positional arguments of the Trainer.
@@ -203,51 +242,79 @@ class SCAOTrainerMixin(_AnyTrainer):
         **kwargs: keyword arguments of the Trainer.
 
     Raises:
-        ValueError: an option that is unknown or outside its range; a second optimizer; ``optim_args``; DeepSpeed or
-            FSDP1.
+        TypeError: a class has the Trainer before the mixin in its bases.
+        ValueError: an option that is unknown or outside its range; a second optimizer; ``optim_args``; LOMO; DeepSpeed
+            or FSDP1.
     """
 
     args: TrainingArguments
     optimizer: Optimizer | None
+    _built = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(SCAOTrainerMixin)]
+        for base in before:
+            if issubclass(base, Trainer) and not issubclass(base, SCAOTrainerMixin):
+                raise TypeError(
+                    f"{cls.__name__} has {base.__name__} before SCAOTrainerMixin and would train with its optimizer: "
+                    f"write class {cls.__name__}(SCAOTrainerMixin, {base.__name__})"
+                )
 
     def __init__(self, *args: Any, scao_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         check_scao_kwargs({} if scao_kwargs is None else scao_kwargs)
         self.scao_kwargs = dict(scao_kwargs or {})
         super().__init__(*args, **kwargs)
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+        # Some Trainers build their optimizer before this point.
+        if (self.optimizer is not None and not self._built) or self.optimizer_cls_and_kwargs is not None:
             raise ValueError("this trainer builds SCAO itself: pass neither optimizers nor optimizer_cls_and_kwargs")
-        if self.args.optim_args:
-            raise ValueError(f"optim_args={self.args.optim_args!r} is not read here: pass its options in scao_kwargs")
+        self._check_arguments()
         refuse_parallelism(self)
-        self.args = copy.copy(self.args)
-        self.args.optim = "scao"
         SCAOCallback.attach(self)
 
+    def _check_arguments(self) -> None:
+        """Refuse or warn of training arguments that are meant for another optimizer."""
+        args = self.args
+        if args.optim_args:
+            raise ValueError(f"optim_args={args.optim_args!r} is not read here: pass its options in scao_kwargs")
+        name = str(getattr(args.optim, "value", args.optim))
+        if "lomo" in name:
+            raise ValueError(f"optim={name!r} steps inside the backward pass, where SCAO cannot: leave optim out")
+        if args.optim_target_modules:
+            logger.warning("optim_target_modules=%r is not used: GaLore and APOLLO have it", args.optim_target_modules)
+        hint = eight_bit_hint(name, "moment_dtype='int8' and use_int8_ema=True in scao_kwargs")
+        small = self.scao_kwargs.get("moment_dtype") == "int8"
+        if not small if hint else not name.startswith(("adamw_torch", "scao")):
+            logger.warning("optim=%r is not used: this trainer has SCAO%s", name, f". {hint}" if hint else "")
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Build SCAO over the trainable parameters of the model (newer releases pass it), or of the Trainer's own."""
+        """Build SCAO over the parameter groups that the Trainer makes of its model (or of the one that is passed)."""
         if self.optimizer is None:
-            model = args[0] if args else kwargs.get("model")
-            self.optimizer = self._build_scao(self.model if model is None else model)
+            given = args[0] if args else kwargs.get("model")
+            model = self.model if given is None else given
+            trainable_parameters(model)
+            options = self._options()
+            # A Trainer with groups of its own may take the class from optim instead of optimizer_cls_and_kwargs.
+            with swapped(self, optimizer_cls_and_kwargs=(SCAO, options)), swapped(self.args, optim="adamw_torch"):
+                made: Any = super().create_optimizer(*args, **kwargs) or self.optimizer
+            groups, experts, vocabulary = parameter_groups(made, model), find_experts(model), find_vocabulary(model)
+            self.optimizer = SCAO(groups, experts=experts, vocabulary=vocabulary, **options)
+            self._built = True
         return self.optimizer
 
-    def _build_scao(self, model: nn.Module) -> SCAO:
-        decayed = set(self.get_decay_parameter_names(model))
-        trainable = trainable_parameters(model)
-        groups: list[dict[str, Any]] = [
-            {"params": [pair for pair in trainable if pair[0] in decayed], "weight_decay": self.args.weight_decay},
-            {"params": [pair for pair in trainable if pair[0] not in decayed], "weight_decay": 0.0},
-        ]
-        options = dict(self.scao_kwargs)
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, which names the optimizer."""
+        options = ", ".join(f"{name}={value}" for name, value in self.scao_kwargs.items())
+        with swapped(self.args, optim="scao", optim_args=options or None):
+            super().create_model_card(*args, **kwargs)
+
+    def _options(self) -> dict[str, Any]:
+        """The arguments of SCAO but the parameters."""
+        options = {name: value for name, value in self.scao_kwargs.items() if name != "rule" or value is not None}
         if options.get("betas") is None:
             options["betas"] = choose_betas(options.get("rule"), *(self._chosen(f"adam_beta{n}") for n in (1, 2)))
-        return SCAO(
-            [group for group in groups if group["params"]],
-            lr=self.args.learning_rate,
-            eps=self.args.adam_epsilon,
-            weight_decay=self.args.weight_decay,
-            experts=find_experts(model),
-            **{name: value for name, value in options.items() if name != "rule" or value is not None},
-        )
+        args = self.args
+        return {"lr": args.learning_rate, "eps": args.adam_epsilon, "weight_decay": args.weight_decay, **options}
 
     def _chosen(self, name: str) -> float | None:
         """A training argument, or None where it has the default of TrainingArguments."""

@@ -581,6 +581,7 @@ ARROWS = {
     "__init__": {"optimizer", "trainer", "ops"},
     "__main__": {"tools"},
     "buckets": {"experts"},
+    "checks": {"experts", "optimizer", "rules", "state", "update"},
     "curvature": set(),
     "default_kernels": {"curvature", "precision", "refresh", "update", "quantization"},
     "distributed": {"distributed", "buckets", "integrity", "names", "rules", "state"},
@@ -611,7 +612,7 @@ ARROWS = {
         *("tools", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
         *("state", "trainer", "__init__"),
     },
-    "trainer": {"distributed", "experts", "optimizer", "options", "report", "rules"},
+    "trainer": {"checks", "distributed", "experts", "optimizer", "options", "report", "rules"},
     "update": set(),
 }
 

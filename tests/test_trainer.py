@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,6 +161,138 @@ def test_groups_are_those_of_the_trainer(tiny_llama: Path, tmp_path: Path) -> No
     assert trainer.create_optimizer(model) is optimizer  # built once
 
 
+class StaticGroups(Trainer):
+    """Takes the class from optim, as Unsloth does for its embedding_learning_rate."""
+
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            named = [(name, param) for name, param in self.model.named_parameters() if param.requires_grad]
+            groups = [
+                {"params": [p for name, p in named if "lora_B" not in name], "weight_decay": 0.1, "lr": options["lr"]},
+                {"params": [p for name, p in named if "lora_B" in name], "weight_decay": 0.0, "lr": 1e-4, "own": "B"},
+                {"params": [], "weight_decay": 0.3, "lr": 1.0},
+            ]
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+
+class LoraPlus(Trainer):
+    """Takes the class that it was given, as Axolotl's Trainers do."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        from peft.optimizers import create_loraplus_optimizer
+
+        if self.optimizer is None:
+            cls, options = self.optimizer_cls_and_kwargs or (torch.optim.AdamW, {"lr": self.args.learning_rate})
+            self.optimizer = create_loraplus_optimizer(
+                self.model, cls, loraplus_lr_ratio=16, loraplus_weight_decay=0.1, **options
+            )
+        return self.optimizer
+
+
+class OwnOptions(Trainer):
+    """Sets no attribute but its own, and options of its groups."""
+
+    def create_optimizer(self, model: Any = None) -> None:
+        params = {side: [p for n, p in self.model.named_parameters() if f"lora_{side}" in n] for side in "AB"}
+        groups = [{"params": params["A"], "betas": (0.5, 0.6)}, {"params": params["B"], "lr": 3e-3}]
+        self.optimizer = torch.optim.AdamW(groups, lr=2e-3, weight_decay=0.2)
+
+
+@pytest.mark.parametrize(
+    ("base", "rates", "decays", "betas"),
+    [
+        (StaticGroups, (1e-2, 1e-4), (0.1, 0.0), ((0.9, 0.99), (0.9, 0.99))),
+        (LoraPlus, (1e-2, 0.16), (0.1, 0.1), ((0.9, 0.99), (0.9, 0.99))),
+        (OwnOptions, (2e-3, 3e-3), (0.2, 0.2), ((0.5, 0.6), (0.9, 0.99))),
+    ],
+    ids=["static", "loraplus", "options"],
+)
+@pytest.mark.parametrize("optim", ["adamw_torch", "paged_adamw_8bit", "galore_adamw_layerwise"])
+def test_the_trainers_own_groups_are_kept(
+    tiny_llama: Path,
+    tmp_path: Path,
+    base: type[Trainer],
+    rates: tuple[float, float],
+    decays: tuple[float, float],
+    betas: tuple[Any, Any],
+    optim: str,
+) -> None:
+    class Own(SCAOTrainerMixin, base):  # type: ignore[misc, valid-type]
+        pass
+
+    trainer = scao_trainer(tiny_llama, tmp_path, Own, optim=optim)
+    optimizer = trainer.create_optimizer()
+    assert type(optimizer) is SCAO
+    names = {name for group in optimizer.param_groups for name in group["param_names"]}
+    assert names == {name for name, param in trainer.model.named_parameters() if param.requires_grad}
+    found = {
+        side: {(group["lr"], group["weight_decay"], group["betas"]) for group in groups}
+        for side in "AB"
+        for groups in [[g for g in optimizer.param_groups if any(f"lora_{side}" in n for n in g["param_names"])]]
+    }
+    assert found == {side: {value} for side, value in zip("AB", zip(rates, decays, betas, strict=True), strict=True)}
+    assert all(group["warmup_steps"] == 2 and group["params"] for group in optimizer.param_groups)
+    assert (trainer.optimizer_cls_and_kwargs, trainer.args.optim) == (None, optim)
+    if base is StaticGroups:
+        assert [group.get("own") for group in optimizer.param_groups] == [None, "B"]
+
+
+def test_a_class_with_the_mixin_behind_the_trainer_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"write class Wrong\(SCAOTrainerMixin, StaticGroups\)"):
+
+        class Wrong(StaticGroups, SCAOTrainerMixin):
+            pass
+
+    with pytest.raises(TypeError, match="StaticGroups before SCAOTrainerMixin and would train with its optimizer"):
+
+        class Between(StaticGroups, SCAOTrainer):
+            pass
+
+    class Right(SCAOTrainer):
+        pass
+
+    class Further(Right):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "words"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, {}, "optim='adamw_bnb_8bit' is not used: this trainer has SCAO. SCAO's float32"),
+        ({"optim": "paged_adamw_8bit"}, {}, "moment_dtype='int8' and use_int8_ema=True in scao_kwargs bring it down"),
+        ({"optim": "adamw_torch_8bit"}, {"moment_dtype": "bfloat16"}, "about 4 times as large"),
+        ({"optim": "paged_adamw_32bit"}, {}, "stays in GPU memory"),
+        ({"optim": "paged_adamw_8bit"}, {"moment_dtype": "int8"}, None),
+        ({"optim": "adafactor"}, {}, "optim='adafactor' is not used: this trainer has SCAO"),
+        ({"optim": "lion_32bit"}, {}, "optim='lion_32bit' is not used"),
+        ({"optim": "sgd"}, {"moment_dtype": "int8"}, "optim='sgd' is not used"),
+        ({"optim_target_modules": ["q_proj"]}, {}, r"optim_target_modules=['q_proj'] is not used"),
+        ({"optim": "adamw_torch"}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_training_arguments_for_other_optimizers_are_named(
+    tiny_llama: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    own: dict[str, Any],
+    words: str | None,
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="scao_hf"):
+        scao_trainer(tiny_llama, tmp_path, scao_kwargs=own, **changes)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("scao_hf")]
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
+
+
+def test_lomo_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="optim='lomo' steps inside the backward pass"):
+        scao_trainer(tiny_llama, tmp_path, optim="lomo")
+
+
 @pytest.mark.parametrize("style", ["positional", "keyword"])
 def test_newer_trainers_pass_the_model(tiny_llama: Path, tmp_path: Path, style: str) -> None:
     trainer = scao_trainer(tiny_llama, tmp_path)
@@ -189,13 +322,31 @@ def test_betas(
     assert trainer.create_optimizer().param_groups[0]["betas"] == expected
 
 
-def test_the_callers_arguments_stay_usable_for_adamw(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_callers_arguments_hold_and_stay_usable(tiny_llama: Path, tmp_path: Path) -> None:
+    """What is changed in them before train() counts, and they can be used again, also out of training_args.bin."""
     args = arguments(tmp_path)
     name = args.optim
-    trainer = SCAOTrainer(model=lora_model(tiny_llama), args=args, train_dataset=[])
-    assert (trainer.args.optim, args.optim) == ("scao", name)
-    other = Trainer(model=lora_model(tiny_llama), args=args, train_dataset=[])
-    assert isinstance(other.create_optimizer(), torch.optim.AdamW)
+    trainer = SCAOTrainer(model=lora_model(tiny_llama), args=args, train_dataset=token_rows(tiny_llama))
+    args.max_steps, args.learning_rate = 2, 1e-4
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.optimizer.param_groups[0]["initial_lr"] == 1e-4
+    trainer.save_model(str(tmp_path))
+    saved = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    for own in (args, trainer.args, saved):
+        assert own.optim == name
+        assert dataclasses.replace(own, learning_rate=1e-3).optim == name
+        other = Trainer(model=lora_model(tiny_llama), args=own, train_dataset=[])
+        assert isinstance(other.create_optimizer(), torch.optim.AdamW)
+
+
+def test_the_model_card_names_the_optimizer(tiny_llama: Path, tmp_path: Path) -> None:
+    trainer = scao_trainer(tiny_llama, tmp_path)
+    name = trainer.args.optim
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Use scao and the args are:\nwarmup_steps=2, precond_freq=2, blend_steps=2" in card
+    assert (trainer.args.optim, trainer.args.optim_args) == (name, None)
 
 
 @pytest.mark.parametrize(
@@ -312,12 +463,99 @@ def test_resume_from_adamw_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
         scao_trainer(tiny_llama, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-def test_a_run_that_ends_before_phase_2_warns(
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        (2, "phase 2 begins after step 2 but the run has 2 steps: every step will be a plain AdamW step"),
+        (3, "the run's 3 steps end in the ramp of SCAO's phase 2, where the curvature has 33 % of its effect"),
+        (4, "67 % of its effect: phase 1 takes 2 steps"),
+        (5, None),
+    ],
+    ids=["not at all", "a third", "two thirds", "long enough"],
+)
+def test_a_run_that_is_too_short_warns(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, words: str | None
+) -> None:
+    trainer = scao_trainer(tiny_llama, tmp_path, max_steps=steps)
+    with caplog.at_level(logging.WARNING, logger="scao_hf"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if record.name == "scao_hf.checks"]
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
+    entry = trainer.state.log_history[-2]
+    assert entry["scao/blend"] == pytest.approx({2: 0, 3: 1 / 3, 4: 2 / 3, 5: 1}[steps])
+    # A second run goes on from there.
+    caplog.clear()
+    trainer.train()
+    assert not [record for record in caplog.records if record.name == "scao_hf.checks" and 2 * steps >= 5]
+
+
+def test_a_run_without_matrices_is_told(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    def said(model: PreTrainedModel) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="scao_hf"):
+            SCAOTrainer(
+                model=model, args=arguments(tmp_path, max_steps=2), train_dataset=token_rows(tiny_llama)
+            ).train()
+        return [record.getMessage() for record in caplog.records if record.name.startswith("scao_hf")]
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with pytest.warns(RuntimeWarning, match="every step will be AdamW's: .* A LoRA needs a rank of at least 2"):
+        assert said(get_peft_model(model, LoraConfig(r=1, target_modules=["q_proj"]))) == []
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for name, param in model.named_parameters():
+        param.requires_grad_("norm" in name)
+    assert said(model) == ["none of the 5 parameters is a matrix, so that every step is a plain AdamW step"]
+
+
+def test_the_orthogonal_rule_has_no_length_to_reach(
     tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        scao_trainer(tiny_llama, tmp_path, max_steps=2, scao_kwargs={"precond_freq": 2, "warmup_steps": 1}).train()
-    assert "phase 2 begins after step 2 but the run has 2 steps" in caplog.text
+    args, own = arguments(tmp_path, max_steps=2), {"rule": "orthogonal"}
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    trainer = SCAOTrainer(model=model, args=args, train_dataset=token_rows(tiny_llama), scao_kwargs=own)
+    with caplog.at_level(logging.WARNING, logger="scao_hf"):
+        trainer.train()
+    assert not [record for record in caplog.records if record.name.startswith("scao_hf")]
+    rules = {name: group["rule"] for group in trainer.optimizer.param_groups for name in group.get("param_names", ())}
+    assert {name: rule for name, rule in rules.items() if rule == "adamw"}.keys() == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }
+
+
+def test_another_adapter_between_two_runs(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from peft import LoraConfig
+
+    trainer = scao_trainer(tiny_llama, tmp_path, max_steps=5)
+    model = trainer.model
+    model.add_adapter("two", LoraConfig(r=4, target_modules=["q_proj"]))
+    trainer.train()
+    model.set_adapter("two")
+    with pytest.raises(RuntimeError, match="all parameters of the optimizer are frozen"):
+        trainer.train()
+
+    # Whoever leaves the first one trainable as well.
+    for name, param in model.named_parameters():
+        param.requires_grad_("lora_" in name)
+    with (
+        caplog.at_level(logging.WARNING, logger="scao_hf"),
+        pytest.raises(RuntimeError, match="no gradient has reached any parameter of the optimizer"),
+    ):
+        trainer.train()
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "scao_hf.checks"]
+    assert "4 trainable parameters are not in the optimizer and do not train: " in said
+    assert "lora_A.two.weight" in said
+
+    model.set_adapter("two")
+    trainer.optimizer = None  # as the messages say
+    before = trained(model)
+    trainer.train()
+    assert {name.split(".")[-2] for name in before} == {"two"}
+    assert all(float((value - before[name]).abs().max()) > 0 for name, value in trained(model).items())
 
 
 def trl_dataset(rows: list[dict[str, str]]) -> Any:
@@ -369,3 +607,110 @@ def test_trl_dpo(tiny_llama: Path, tmp_path: Path) -> None:
         scao_kwargs=EARLY,
     )
     check_trl_run(trainer, model, before)
+
+
+def test_trl_reinforcement(tiny_llama: Path, tmp_path: Path) -> None:
+    """Trainers that generate their own answers."""
+    trl = pytest.importorskip("trl", reason="needs trl")
+    for name in ("GRPO", "RLOO"):
+
+        class Own(SCAOTrainerMixin, getattr(trl, f"{name}Trainer")):  # type: ignore[misc]
+            pass
+
+        model = lora_model(tiny_llama)
+        before = trained(model)
+        config = getattr(trl, f"{name}Config")
+        trainer = Own(
+            model=model,
+            reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+            args=arguments(tmp_path, config, max_steps=4, max_completion_length=4, num_generations=2, bf16=False),
+            train_dataset=trl_dataset([{"prompt": f"after {n} comes "} for n in range(16)]),
+            processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+            scao_kwargs=EARLY,
+        )
+        check_trl_run(trainer, model, before)
+
+
+def test_trl_kto(tiny_llama: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="needs trl")
+
+    class Own(SCAOTrainerMixin, trl.KTOTrainer):
+        pass
+
+    model = lora_model(tiny_llama)
+    before = trained(model)
+    rows = [{"prompt": f"after {n} comes ", "completion": f"{n + 1}", "label": n % 2 == 0} for n in range(16)]
+    trainer = Own(
+        model=model,
+        args=arguments(tmp_path, trl.KTOConfig, max_steps=4, max_length=64, bf16=False),
+        train_dataset=trl_dataset(rows),
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama),
+        scao_kwargs=EARLY,
+    )
+    check_trl_run(trainer, model, before)
+
+
+def test_trl_ppo_builds_its_optimizer_in_the_constructor(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ppo = pytest.importorskip("trl.experimental.ppo", reason="needs trl with its PPO")
+    from transformers import AutoModelForSequenceClassification
+
+    class Own(SCAOTrainerMixin, ppo.PPOTrainer):
+        pass
+
+    def scorer() -> PreTrainedModel:
+        return AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    data = trl_dataset([{"input_ids": [5, 6, 7, 8]}] * 8)
+    options = {"total_episodes": 6, "response_length": 4, "num_sample_generations": 0, "max_steps": -1}
+    trainer = Own(
+        args=arguments(tmp_path, ppo.PPOConfig, learning_rate=1e-3, bf16=False, **options),
+        processing_class=tokenizer,
+        model=AutoModelForCausalLM.from_pretrained(tiny_llama),
+        ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama),
+        reward_model=scorer(),
+        value_model=scorer(),
+        train_dataset=data,
+        eval_dataset=data,
+        scao_kwargs=EARLY,
+    )
+    with caplog.at_level(logging.WARNING, logger="scao_hf"):
+        trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss/policy_avg" in entry]
+    assert len(entries) == 3  # batches of answers, with four steps each
+    assert all(entry.keys() >= METRICS for entry in entries)
+    assert entries[-1]["scao/blend"] == 1.0
+    assert not [record for record in caplog.records if record.name == "scao_hf.checks"]
+
+
+def test_the_class_of_the_optimizer_and_the_callback_in_any_trainer(tiny_llama: Path, tmp_path: Path) -> None:
+    """Without a class of one's own: what docs/getting-started.md shows."""
+    trl = pytest.importorskip("trl", reason="needs trl")
+    kwargs = {"lr": 1e-2, **EARLY}
+    for cls, config, rows in (
+        (Trainer, TrainingArguments, token_rows(tiny_llama)),
+        (trl.SFTTrainer, trl.SFTConfig, trl_dataset([{"text": f"the number {n}"} for n in range(16)])),
+    ):
+        own = {} if cls is Trainer else {"processing_class": AutoTokenizer.from_pretrained(tiny_llama)}
+        model = lora_model(tiny_llama)
+        before = trained(model)
+        args = arguments(tmp_path, config, max_steps=4, bf16=False)
+        trainer = cls(model=model, args=args, train_dataset=rows, optimizer_cls_and_kwargs=(SCAO, kwargs), **own)
+        SCAOCallback.attach(trainer)
+        check_trl_run(trainer, model, before)
+
+
+def test_metrics_behind_accelerates_wrapper() -> None:
+    from accelerate import Accelerator
+
+    model = torch.nn.Linear(6, 5)
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, SCAO(model.parameters(), **EARLY))
+    for _ in range(3):
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+    assert optimizer.optimizer.metrics()["scao/phase"] == 2.0
+    assert unwrap(optimizer) is optimizer.optimizer
