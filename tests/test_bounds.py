@@ -179,11 +179,7 @@ def test_in_float32_parts_of_a_batch_differ_by_rounding_alone() -> None:
     assert split_and_whole(torch.float32) <= LR / 10
 
 
-@pytest.mark.parametrize(
-    "subject",
-    [subject for subject in variants() if not subject.name.startswith("orthogonal")],
-    ids=lambda subject: subject.name.replace(" ", "-"),
-)
+@VARIANTS
 def test_a_decomposition_that_goes_on_failing_is_said_once(subject: Subject) -> None:
     task = Task(subject)
     task.train(0, 40)
