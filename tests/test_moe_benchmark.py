@@ -48,7 +48,7 @@ def test_a_run_is_made_once_for_each_rule(tmp_path: Path, monkeypatch: pytest.Mo
         "| `adamw` | 0.02 | 1.500 ± 0.707 |" in table and "| `scao` | 0.02 | 0.500 ± 0.707 | 0.250 ± 0.354x |" in table
     )
     # Another rule is another run, and the table counts it alone.
-    monkeypatch.setattr(peers, "behaviour", lambda rule, options: "another")
+    monkeypatch.setattr(peers, "behaviour", lambda *_: "another")
     monkeypatch.setattr(moe, "SEEDS", {"toy": 1})
     moe.main(["toy", "--out", str(out)])
     assert len(made) == 2 * len(moe.RATES["toy"]) * 3 + 2 * len(moe.RATES["toy"])
