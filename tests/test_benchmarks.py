@@ -362,7 +362,7 @@ def test_a_changed_rule_makes_another_run_and_the_later_one_counts(
     out = tmp_path / "out.jsonl"
     arguments = command(text_file, out, "--optimizers", "adamw,scao", "--lrs", "1e-3", "--seeds", "0")
     sweep.main(arguments)
-    monkeypatch.setattr(peers, "behaviour", lambda rule, options: "another")
+    monkeypatch.setattr(peers, "behaviour", lambda *_: "another")
     sweep.main(arguments)
     assert [run["cell"]["optimizer"] for run in records(out)] == ["adamw", "scao", "scao"]
     (setting,) = runs.settings([out])
