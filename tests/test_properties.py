@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from scao_hf import SCAO, options
+from scao_hf import SCAO
 
 STEPS = 9
 QUIET = settings(
@@ -132,7 +132,7 @@ def test_the_scale_of_the_loss_makes_no_difference(shape: tuple[int, ...], power
 
 
 @QUIET
-@given(st.sampled_from(options.MATRIX_RULES), st.integers(2, 9), st.integers(2, 30), st.integers(0, 3))
+@given(st.sampled_from(("eigenbasis", "published")), st.integers(2, 9), st.integers(2, 30), st.integers(0, 3))
 def test_transposing_the_problem_transposes_the_step(rule: str, rows: int, cols: int, seed: int) -> None:
     params = []
     for flip in (False, True):
