@@ -44,7 +44,9 @@ def of_option(name: str, option: options.Option) -> st.SearchStrategy[Any]:
 def choices(draw: st.DrawFn) -> dict[str, Any]:
     """Any legal combination of options."""
     chosen = {name: draw(of_option(name, option)) for name, option in options.OPTIONS.items()}
-    chosen["rule"] = draw(st.sampled_from(("eigenbasis", "published", "adamw")))  # the bounds of the orthogonal rule are others
+    chosen["rule"] = draw(
+        st.sampled_from(("eigenbasis", "published", "adamw"))
+    )  # the bounds of the orthogonal rule are others
     chosen["on_nonfinite"] = "skip"
     if chosen["k_min"] > chosen["k_max"]:
         chosen["k_min"] = chosen["k_max"]
