@@ -70,7 +70,7 @@ void adamw_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor e
 void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor factor,
                       Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor level,
                       Tensor vectors, Tensor mask, Tensor gain, Tensor long_vectors, Tensor agreement, bool cautious, double lr,
-                      double beta1, double beta2, double eps, double weight_decay, double rho) {
+                      double beta1, double beta2, double eps, double weight_decay, double rho, std::optional<Tensor> activity) {
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
   STD_TORCH_CHECK(inside_avg.dim() == 3, "scao: inside_avg must be [N, r, k]");
   const int64_t k = inside_avg.size(2);
@@ -89,6 +89,7 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Ten
   task.mask = floats(mask, "mask", exp_avg, {matrices, 1, k});
   task.gain = floats(gain, "gain", exp_avg, {matrices});
   task.agreement = floats(agreement, "agreement", exp_avg, {matrices});
+  task.activity = activity ? floats(*activity, "activity", exp_avg, {matrices, 2}) : nullptr;
   task.cautious = cautious;
   task.long_vectors = basis;
   task.long_dtype = long_dtype;
@@ -100,6 +101,7 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Ten
     tasks.push_back(task);
     task.exp_avg += r * l, task.factor += r * r, task.inside_avg += r * k, task.inside_sq += r * k;
     task.row += r, task.col += l, task.taken += 1, task.level += 1, task.agreement += 1, task.vectors += r * r, task.mask += k, task.gain += 1;
+    if (task.activity) task.activity += 2;
     task.long_vectors = basis + (i + 1) * k * l * (long_dtype == F32 ? 4 : 2);
   }
   const Numbers numbers{lr, beta1, beta2, eps, weight_decay, rho};
@@ -189,7 +191,7 @@ Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, T
                            Tensor row, Tensor col, Tensor vectors, Tensor mask, Tensor gain, Tensor factor_values,
                            Tensor long_values, Tensor long_tail, Tensor taken, Tensor finite, int64_t first, int64_t last,
                            double beta1, double beta2, double eps, double rho, double decay, double epsilon_sparse,
-                            int64_t k_min, int64_t k_max) {
+                            int64_t k_min, int64_t k_max, std::optional<Tensor> activity) {
   const Bases b = bases_of(exp_avg, long_vectors);
   const int64_t n = b.matrices, r = b.r, l = b.l, k = b.k, h = k + r, count = last - first;
   STD_TORCH_CHECK(first >= 0 && first <= last && last <= n, "scao: first and last must be within the stack");
@@ -208,6 +210,7 @@ Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, T
   task.long_tail = floats(long_tail, "long_tail", exp_avg, {n}) + first;
   task.taken = floats(taken, "taken", exp_avg, {n}) + first;
   task.finite = floats(finite, "finite", exp_avg, {n}) + first;
+  task.activity = activity ? floats(*activity, "activity", exp_avg, {n, 2}) + 2 * first : nullptr;
   Tensor failed = torch::stable::new_empty(exp_avg, {count});
   task.failed = static_cast<float*>(failed.data_ptr());
   const int64_t coefficients = (k + 2 * r) * h;

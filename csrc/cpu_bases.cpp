@@ -76,8 +76,7 @@ void bases(const RefreshTask& t, long first, long last, void* scratch) {
     taken[lane] = t.finite[first + lane] > 0 ? -1 : 0;
     bias1[lane] = static_cast<float>(bias(t.beta1, count));
     bias2[lane] = static_cast<float>(bias(t.beta2, count));
-    const float held = static_cast<float>(bias(t.rho, count));
-    plain[lane] = bias2[lane] / ((held > 1e-30f ? held : 1e-30f) * static_cast<float>(t.l));
+    plain[lane] = plain_scale(t.activity ? t.activity + 2 * (first + lane) : nullptr, t.rho, count, bias2[lane], t.l);
   }
 
   float *gram = take(h * h), *old_basis = take(r * r), *factor = take(r * r), *factor_values = take(r), *basis = take(r * r);

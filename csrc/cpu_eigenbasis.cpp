@@ -493,8 +493,7 @@ struct Step {
     const float root2 = __builtin_sqrtf(bias2), eps = static_cast<float>(n.eps);
     float trace = 0;
     for (long i = 0; i < r; i++) trace += t.factor[i * r + i];
-    const float held = static_cast<float>(bias(n.rho, count));
-    const float damping = DAMPING * trace * bias2 / ((held > 1e-30f ? held : 1e-30f) * static_cast<float>(l));  // (U14)
+    const float damping = DAMPING * trace * plain_scale(t.activity, n.rho, count, bias2, l);  // (U14)
     clear(mixed, kp * rp);
     inside(first, second, bias1, root2, damping, eps);
     clear(turn, r * rp);  // Q, for (Q^T G)[i] = sum_j Q[j][i] G[j]

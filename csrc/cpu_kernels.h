@@ -32,6 +32,7 @@ struct EigenbasisTask {
   View grad, param;
   float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken, *level, *agreement;
   const float *vectors, *mask, *gain;
+  const float* activity;     // (X3), [2], or null
   const void* long_vectors;  // [k, l]
   Dtype long_dtype;          // F32 or BF16
   bool cautious;
@@ -62,6 +63,7 @@ struct TurnTask {
 // or whose decompositions fail, stays as it is.
 struct RefreshTask {
   const float *gram, *factor, *taken, *finite;
+  const float* activity;  // or null
   float *inside_avg, *inside_sq, *row, *vectors, *mask, *factor_values, *long_values, *long_tail;
   // What turn takes: of these `turns` is 1 for what is to be turned. inside_norm: squared norm of the kept part's step.
   float *coefficients, *plain_row, *mean_square, *bias1, *bias2, *turns, *inside_norm;

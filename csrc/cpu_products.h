@@ -138,6 +138,12 @@ INLINE void clear(float* p, long n) {
 // (U5)
 INLINE double bias(double beta, double count) { return count > 0 ? 1 - __builtin_pow(beta, count) : 1.0; }
 
+// (U12): what a diagonal entry of L is multiplied by.
+INLINE float plain_scale(const float* activity, double rho, double count, float bias2, long l) {
+  const float held = static_cast<float>(bias(rho, activity ? activity[0] : count));
+  return (activity ? activity[1] : bias2) / ((held > 1e-30f ? held : 1e-30f) * static_cast<float>(l));
+}
+
 struct Arena {
   char* at;
   float* take(long floats) {

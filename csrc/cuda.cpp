@@ -19,7 +19,7 @@ void* stream_of(const Tensor& tensor) {
 void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor factor,
                       Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor level,
                       Tensor vectors, Tensor mask, Tensor gain, Tensor long_vectors, Tensor agreement, bool cautious, double lr,
-                      double beta1, double beta2, double eps, double weight_decay, double rho) {
+                      double beta1, double beta2, double eps, double weight_decay, double rho, std::optional<Tensor> activity) {
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
   STD_TORCH_CHECK(inside_avg.dim() == 3, "scao: inside_avg must be [N, r, k]");
   const int64_t k = inside_avg.size(2);
@@ -38,6 +38,7 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Ten
   state.vectors = floats(vectors, "vectors", exp_avg, {matrices, r, r});
   state.mask = floats(mask, "mask", exp_avg, {matrices, 1, k});
   state.agreement = floats(agreement, "agreement", exp_avg, {matrices});
+  state.activity = activity ? floats(*activity, "activity", exp_avg, {matrices, 2}) : nullptr;
   state.cautious = cautious;
   state.gain = floats(gain, "gain", exp_avg, {matrices});
   state.long_dtype = basis_dtype(long_vectors, exp_avg, {matrices, k, l});

@@ -209,9 +209,12 @@ __global__ void settle(Batch batch, State s, Numbers n) {
       const double count = static_cast<double>(s.taken[matrix]) + 1;
       s.taken[matrix] = static_cast<float>(count);
       x.header[1] = static_cast<float>(1 - pow(n.beta1, count));
-      const float bias2 = static_cast<float>(1 - pow(n.beta2, count)), held = static_cast<float>(1 - pow(n.rho, count));
+      const float bias2 = static_cast<float>(1 - pow(n.beta2, count));
       x.header[2] = sqrtf(bias2);
-      x.header[3] = DAMPING * bias2 / ((held > 1e-30f ? held : 1e-30f) * s.l);  // (U14) over the trace of L
+      const float* activity = s.activity ? s.activity + 2 * matrix : nullptr;
+      const double averaged = activity ? activity[0] : count;
+      const float held = averaged > 0 ? static_cast<float>(1 - pow(n.rho, averaged)) : 1.0f;
+      x.header[3] = DAMPING * (activity ? activity[1] : bias2) / ((held > 1e-30f ? held : 1e-30f) * s.l);  // (U14) over tr(L)
     }
   }
   SCAO_SYNC(5);

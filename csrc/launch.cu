@@ -53,6 +53,7 @@ extern "C" int scao_cuda_eigenbasis(const View* grads, const View* params, int m
     s.inside_avg += first * r * k, s.inside_sq += first * r * k, s.row += first * r;
     s.col += static_cast<long>(first) * l, s.taken += first, s.level += first, s.agreement += first, s.vectors += first * r * r;
     s.mask += first * k, s.gain += first;
+    if (s.activity) s.activity += 2L * first;
     s.long_vectors = static_cast<const char*>(s.long_vectors) + first * basis_bytes;
     const dim3 grid(state.chunks, count);
     SCAO_LAUNCH(cuda::project, grid, stream, batch, s);

@@ -22,6 +22,7 @@ struct Batch {
 struct State {
   float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken, *level, *agreement;
   const float *vectors, *mask, *gain;
+  const float* activity;  // (X3), [2] a matrix, or null
   const void* long_vectors;
   Dtype long_dtype;
   int r, l, k, chunks, cautious;

@@ -163,8 +163,8 @@ class Bucket:
         """A field of the state, ``[N, ...]``, as views by member: ``[...]`` each, or ``[E, ...]`` of E experts."""
         return stack.chunk(len(self.members)) if self.packed else stack.unbind(0)
 
-    def idle(self) -> Tensor | None:
-        """Which experts had no token, so that their gradient is all zero: bool ``[N, 1, 1]``; None for ordinary members."""
+    def largest(self) -> Tensor | None:
+        """The largest magnitude of each expert's gradient, ``[N]``, zero where it had no token; None for ordinary members."""
         if not self.packed:
             return None
         tops = [
@@ -172,7 +172,7 @@ class Bucket:
             for param, _, block in self.members
             if param.grad is not None and block is not None
         ]
-        return torch.cat(tops).eq(0)[:, None, None]
+        return torch.cat(tops)
 
     def gradients(self) -> Tensor:
         """A stacked copy ``[N, r, l]`` of the gradients in the bucket's arithmetic dtype."""

@@ -37,14 +37,15 @@ _LIBRARY.define(
     "eigenbasis_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!) exp_avg, Tensor(c!) factor, "
     "Tensor(d!) inside_avg, Tensor(e!) inside_sq, Tensor(f!) row, Tensor(g!) col, Tensor(h!) taken, "
     "Tensor(i!) level, Tensor vectors, "
-    f"Tensor mask, Tensor gain, Tensor long_vectors, Tensor(j!) agreement, bool cautious, {_NUMBERS}) -> ()"
+    f"Tensor mask, Tensor gain, Tensor long_vectors, Tensor(j!) agreement, bool cautious, {_NUMBERS}, "
+    "Tensor? activity=None) -> ()"
 )
 _LIBRARY.define(
     "eigenbasis_refresh_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor factor, Tensor(c!) inside_avg, "
     "Tensor(d!) inside_sq, Tensor(e!) row, Tensor(f!) col, Tensor(g!) vectors, Tensor(h!) mask, Tensor(i!) gain, "
     "Tensor(j!) factor_values, Tensor(k!) long_values, Tensor(l!) long_tail, Tensor taken, Tensor finite, int first, "
     "int last, float beta1, float beta2, float eps, float rho, float decay, float epsilon_sparse, "
-    "int k_min, int k_max) -> Tensor"
+    "int k_min, int k_max, Tensor? activity=None) -> Tensor"
 )
 _LIBRARY.define("eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) -> Tensor")
 _LIBRARY.define(
@@ -171,6 +172,7 @@ def _eigenbasis_fake(
     eps: float,
     weight_decay: float,
     rho: float,
+    activity: Tensor | None = None,
 ) -> None:
     size, r, l = exp_avg.shape
     k = inside_avg.shape[-1]
@@ -191,6 +193,8 @@ def _eigenbasis_fake(
         ("agreement", agreement, ()),
     ):
         _check(tensor, name, (size, *shape))
+    if activity is not None:
+        _check(activity, "activity", (size, 2))
 
 
 def _eigenbasis(
@@ -216,14 +220,17 @@ def _eigenbasis(
     eps: float,
     weight_decay: float,
     rho: float,
+    activity: Tensor | None = None,
 ) -> None:
     """(U3), (E1), (U11), (U16), decay and step."""
     _eigenbasis_fake(
         params, grads, exp_avg, factor, inside_avg, inside_sq, row, col, taken, level, vectors, mask, gain, long_vectors,
-        agreement, cautious, lr, beta1, beta2, eps, weight_decay, rho,
+        agreement, cautious, lr, beta1, beta2, eps, weight_decay, rho, activity,
     )  # fmt: skip
     state = {"exp_avg": exp_avg, "inside_avg": inside_avg, "inside_sq": inside_sq, "row": row, "col": col}
     state |= {"vectors": vectors, "mask": mask, "factor": factor}
+    if activity is not None:
+        state["activity"] = activity
     stacked, finite = _gradients(grads, exp_avg, level)
     taken += finite[:, 0, 0]
     weights, bias = moment_schedule((beta1, beta2), finite, taken[:, None, None])
@@ -328,6 +335,7 @@ def _refresh_fake(
     epsilon_sparse: float,
     k_min: int,
     k_max: int,
+    activity: Tensor | None = None,
 ) -> Tensor:
     size, r, l = exp_avg.shape
     k = long_vectors.shape[1]
@@ -348,6 +356,8 @@ def _refresh_fake(
         ("finite", finite, ()),
     ):
         _check(tensor, name, (size, *shape))
+    if activity is not None:
+        _check(activity, "activity", (size, 2))
     if not 0 <= first <= last <= size:
         raise ValueError(f"first and last are {first} and {last}: they must be in order and within the {size} matrices")
     return exp_avg.new_empty(last - first)
@@ -356,10 +366,14 @@ def _refresh_fake(
 def _refresh(*arguments: Any) -> Tensor:
     """``refresh.renew`` of the matrices from ``first`` to ``last``, which answers for those whose decompositions fail."""
     failed = _refresh_fake(*arguments).zero_()
-    (finite, first, last, *numbers), count = arguments[len(refresh.FIELDS) :], len(refresh.FIELDS)
+    (finite, first, last, *rest), count = arguments[len(refresh.FIELDS) :], len(refresh.FIELDS)
     rows = slice(first, last)
     state = {name: field[rows] for name, field in zip(refresh.FIELDS, arguments[:count], strict=True)}
-    settings = refresh.Settings(*numbers)
+    numbers = len(refresh.Settings._fields)
+    settings = refresh.Settings(*rest[:numbers])
+    for activity in rest[numbers:]:
+        if activity is not None:
+            state["activity"] = activity[rows]
     taken, kept = state["taken"][:, None, None], finite[rows, None, None]
     with full_precision():
         refresh.renew(state, taken, kept, moment_schedule(settings[:2], kept, taken)[1], settings)

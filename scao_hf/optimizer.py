@@ -27,7 +27,7 @@ from scao_hf.precision import full_precision
 from scao_hf.rules import Tick, rule_of
 from scao_hf.stacks import Stacks, publish
 from scao_hf.storage import opened
-from scao_hf.update import sanitize
+from scao_hf.update import count_activity, sanitize
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -402,12 +402,15 @@ def _check_params(params: Any) -> None:
 def _idle_experts_kept(bucket: Bucket) -> Iterator[None]:
     """Leave the curvature of experts without a token as it is: an average over the steps in which they had some.
 
-    Their moments decay as AdamW's do.
+    Their moments decay as AdamW's do; ``activity`` knows by how much these are smaller than the average (X3).
     """
-    idle = bucket.idle()
-    if idle is None:
+    largest = bucket.largest()
+    if largest is None:
         yield
         return
+    idle = largest == 0
+    if "activity" in bucket.state:
+        count_activity(bucket.state["activity"], largest, bucket.group["betas"][1])
     rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
     before = {name: field.clone() for name, field in bucket.state.items() if rule.kind(name) == "curvature"}
     yield

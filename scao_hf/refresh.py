@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import curvature
-from scao_hf.update import bounded_direction, damping_of, turn
+from scao_hf.update import averaged, bounded_direction, damping_of, turn
 
 #: Bound on (U13), either way.
 MOST_GAIN = 2.0
@@ -69,7 +69,8 @@ def write_finite(state: dict[str, Tensor], fresh: dict[str, Tensor], finite: Ten
 def plain_row(state: dict[str, Tensor], count: Tensor, bias2: Tensor, rho: float) -> Tensor:
     """(U12) Mean over l of AdamW's second moment, worked out from L's diagonal, ``[N, r, 1]``."""
     diagonal = state["factor"].diagonal(dim1=1, dim2=2)[..., None]
-    return curvature.debias(diagonal, rho, count) * (bias2 / state["exp_avg"].shape[-1])
+    held, weight = averaged(state, count, bias2)
+    return curvature.debias(diagonal, rho, held) * (weight / state["exp_avg"].shape[-1])
 
 
 def renew(
@@ -88,7 +89,7 @@ def renew(
     fresh gradients in them, within twice the size.
 
     Args:
-        state: ``FIELDS``, of the matrices to be refreshed.
+        state: ``FIELDS``, of the matrices to be refreshed, and of experts ``activity``.
         count: finite gradients seen by each, ``[N, 1, 1]``.
         finite: 0 for a matrix that stays as it is, ``[N, 1, 1]``.
         bias: bias corrections of the two moments, ``[N, 1, 1]``.
@@ -173,7 +174,8 @@ def small(
 def first_squares(state: dict[str, Tensor], square: Tensor, count: Tensor, bias2: Tensor, rho: float) -> None:
     """The second moments at the end of phase 1, from AdamW's."""
     l = square.shape[-1]
-    row = curvature.debias(state["factor_values"][..., None], rho, count) * bias2 / l
+    held, weight = averaged(state, count, bias2)
+    row = curvature.debias(state["factor_values"][..., None], rho, held) * weight / l
     row = torch.where(row.sum(1, keepdim=True) > 0, row, square.mean(2, keepdim=True))
     share, rest = curvature.shares(state["long_values"], state["long_tail"], state["mask"])
     state["inside_sq"].copy_(row * l * share)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scao_hf.buckets import Bucket
-from scao_hf.rules import rule_of
+from scao_hf.rules import COUNTERS, rule_of
 from scao_hf.state import Groups, expected, rule_for
 from scao_hf.update import blend_weight
 
@@ -116,8 +116,8 @@ def memory_report(groups: Groups, counted: Collection[Tensor]) -> dict[str, int]
     for param, group in owned:
         before += sum(field.nbytes for field in expected(param, group, 0).values())
         for name, field in expected(param, group, sys.maxsize).items():
-            counter = name.startswith(("taken", "level"))
-            kind = "counters" if counter else rule_for(param, group).kind(name.partition(".")[0])
+            field_name = name.partition(".")[0]
+            kind = "counters" if field_name in COUNTERS else rule_for(param, group).kind(field_name)
             sizes[kind] += field.nbytes
     total = sum(sizes.values())
     return {**sizes, "total": total, "peak": max(before, total), "parameters": sum(param.numel() for param, _ in owned)}

@@ -16,8 +16,8 @@ from scao_hf.experts import packing_of
 from scao_hf.names import difference, in_order, labels
 from scao_hf.rules import COUNTERS, Rule, rule_of
 
-#: Version of the state's layout, kept in every parameter group.
-VERSION = 2
+#: Version of the state's layout, kept in every parameter group. Version 2 has no ``activity``: it goes on without.
+VERSION, READABLE = 3, (2, 3)
 
 AS_SAVED = (
     "build the optimizer from the same model with the same trainable parameters and groups (adapter, decay) as in the run "
@@ -49,12 +49,15 @@ def rule_for(param: Tensor, group: dict[str, Any]) -> Rule:
 
 def create(bucket: Bucket, device: torch.device) -> dict[str, Tensor]:
     """Zeroed stacked state of a bucket of its age on ``device``; ``taken`` counts the finite gradients of each member,
-    ``level`` is how large they were (U3)."""
+    ``level`` is how large they were (U3), ``activity`` which of those of an expert were not zero (X3)."""
     rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
     size = bucket.size
     taken = torch.zeros(size, dtype=bucket.dtype, device=device)
     fields = rule.create(size, bucket.shape, bucket.dtype, device, bucket.group, bucket.step)
-    return {"taken": taken, "level": torch.zeros_like(taken), **encoding.zeros(fields, bucket.group)}
+    counters = {"taken": taken, "level": torch.zeros_like(taken)}
+    if bucket.packed and bucket.group["scao_version"] >= 3 and any(rule.kind(name) == "curvature" for name in fields):
+        counters["activity"] = torch.zeros(size, 2, dtype=bucket.dtype, device=device)
+    return counters | encoding.zeros(fields, bucket.group)
 
 
 def expected(param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
@@ -151,10 +154,10 @@ def check_groups(state_dict: dict[str, Any], groups: Groups) -> None:
             "delete 'param_names' from its groups"
         )
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        if not isinstance(saved["scao_version"], int) or saved["scao_version"] != VERSION:
+        if saved["scao_version"] not in READABLE:
             raise ValueError(
-                f"the saved state has layout version {saved['scao_version']}, this scao_hf reads {VERSION}: resume with the "
-                "release that wrote it, or start from the weights alone"
+                f"the saved state has layout version {saved['scao_version']}, this scao_hf reads "
+                f"{' and '.join(map(str, READABLE))}: resume with the release that wrote it, or start from the weights alone"
             )
         # A run by the eigenbasis alone continues by it.
         known = (group["rule"], "eigenbasis") if group["rule"] == "auto" else (group["rule"],)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scao_hf import quantization
 from scao_hf.buckets import Bucket
-from scao_hf.rules import Legal, Rule, rule_of
+from scao_hf.rules import COUNTERS, Legal, Rule, rule_of
 from scao_hf.rules.rule import CODES, NOT_NEGATIVE
 
 #: The fields that are encoded and the power of their levels (Q1): 2 for means of gradients, 4 for means of squares.
@@ -88,7 +88,7 @@ def _decoded(bucket: Bucket) -> dict[str, Tensor]:
     """The whole state in the rule's dtypes; what is not encoded is the bucket's own tensor."""
     rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
     likes = rule.create(1, bucket.shape, bucket.dtype, torch.device("meta"), bucket.group, bucket.step)
-    state = {name: bucket.state[name] for name in ("taken", "level")}
+    state = {name: bucket.state[name] for name in COUNTERS if name in bucket.state}
     for name, like in likes.items():
         if name in bucket.state:
             state[name] = bucket.state[name].to(like.dtype)

@@ -137,6 +137,37 @@ def damping_of(plain_row: Tensor) -> Tensor:
     return DAMPING * plain_row.sum(1, keepdim=True)
 
 
+def count_activity(activity: Tensor, largest: Tensor, beta2: float) -> None:
+    """(X3) ``n <- n + a`` and ``w <- b2 w + (1 - b2) a`` for an expert, a being 1 in a step with tokens and 0 without.
+
+    An expert's curvature averages the n gradients that are not zero, its second moments all of them: what the average
+    is in place of AdamW's second moment is w times as large. With tokens in every step n is t and w is ``1 - b2^t``.
+
+    Args:
+        activity: n and w, ``[N, 2]``, changed in place; as they were where the gradient is not finite.
+        largest: largest magnitude of each gradient, ``[N]``.
+        beta2: b2.
+    """
+    held, weight = activity[:, 0], activity[:, 1]
+    active, finite = (part.to(activity.dtype) for part in (largest > 0, largest.isfinite()))
+    held += active * finite
+    weight.lerp_(active, (1 - beta2) * finite)
+
+
+def averaged(state: dict[str, Tensor], count: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
+    """How many gradients a matrix's curvature averages, and what they weigh in its second moments, ``[N, 1, 1]`` each.
+
+    Args:
+        state: with ``activity`` where the two differ from those that follow (X3).
+        count: finite gradients seen by each matrix, ``[N, 1, 1]``.
+        bias2: bias correction of the second moments.
+    """
+    if "activity" not in state:
+        return count, bias2
+    held, weight = state["activity"][..., None, None].unbind(1)
+    return held, weight
+
+
 def bounded_direction(mean: Tensor, square: Tensor, damping: Tensor, bias: tuple[Tensor, Tensor], eps: float) -> Tensor:
     """(U6) with an estimated second moment: damped (U14), and within 1: no mean of squares is below the squared mean."""
     return adam_direction(mean, square + damping, bias, eps).clamp_(-1, 1)

@@ -35,7 +35,9 @@ class View(ctypes.Structure):
     )
 
 
-POINTERS = "exp_avg factor inside_avg inside_sq row col taken level agreement vectors mask gain long_vectors".split()
+POINTERS = (
+    "exp_avg factor inside_avg inside_sq row col taken level agreement vectors mask gain activity long_vectors".split()
+)
 
 
 class State(ctypes.Structure):
@@ -89,11 +91,13 @@ def step(
     grads: list[torch.Tensor],
     state: dict[str, torch.Tensor],
     cautious: bool = True,
+    activity: torch.Tensor | None = None,
 ) -> int:
     size, r, l = state["exp_avg"].shape
     k = state["mask"].shape[-1]
     scratch = torch.full((min(size, 48) * library.scao_cuda_scratch(r, l, k),), float("nan"))
-    pointers = (state[name].data_ptr() for name in POINTERS)
+    fields = state | {"activity": activity}
+    pointers = (None if fields[name] is None else fields[name].data_ptr() for name in POINTERS)
     arguments = State(*pointers, CODES[state["long_vectors"].dtype], r, l, k, 0, int(cautious), scratch.data_ptr())
     views = [(View * size)(*(view(tensor, r, l) for tensor in tensors)) for tensors in (grads, params)]
     return library.scao_cuda_eigenbasis(*views, size, arguments, Numbers(*NUMBERS), None)
@@ -151,6 +155,16 @@ def test_more_matrices_than_one_launch_takes(kernels) -> None:
     other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
     assert step(kernels, params, grads, state) == 0
     default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
+    assert largest_error(params, state, other, expected) <= 1
+
+
+def test_experts_that_are_idle_in_some_steps(kernels) -> None:
+    """(X3), in more launches than one."""
+    params, grads, state = case(4, 40, 4, torch.float32, torch.bfloat16, size=60)
+    other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
+    activity = torch.stack([torch.arange(60) % 7 + 1.0, torch.logspace(-4, -1, 60)], 1)
+    assert step(kernels, params, grads, state, activity=activity) == 0
+    default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS, activity)
     assert largest_error(params, state, other, expected) <= 1
 
 

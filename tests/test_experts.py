@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scao_hf import SCAO, create_scao_optimizer, curvature, ops, options, reference
+from scao_hf import SCAO, create_scao_optimizer, curvature, ops, options, reference, refresh, update
 from scao_hf.experts import Packing, find_experts, unpack
 
 transformers = pytest.importorskip("transformers")
@@ -118,6 +118,60 @@ def test_a_packed_step_is_the_reference_rule_expert_by_expert(side: str) -> None
         alone = reference.eigenbasis(small_first(start), [small_first(grad) for grad in grads], group)[-1]
         # The bases of the long side are held in the state's own dtype, float64 here.
         assert (alone - small_first(whole.detach())).abs().max() <= 1e-8
+
+
+@pytest.mark.parametrize("active", [1.0, 0.5, 0.1])
+@pytest.mark.parametrize("kernels", ["as built", "pytorch"])
+def test_the_second_moment_from_the_curvature_is_adamws_at_every_activity(
+    active: float, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(U12), which the size of the steps is measured by, was 6.6 times as large for experts with every tenth token."""
+    if kernels == "pytorch":
+        monkeypatch.setattr(ops, "NATIVE", frozenset())
+    draw = torch.Generator().manual_seed(1)
+    whole, packing = torch.nn.Parameter(torch.zeros(EXPERTS * 4, 60)), Packing("A", EXPERTS)
+    optimizer = SCAO([whole], lr=1e-3, experts={whole: packing}, **QUICK)
+    square = torch.zeros(EXPERTS, 4, 60)
+    for step in range(60):
+        grad = torch.randn(EXPERTS, 4, 60, generator=draw) + 0.3
+        grad *= (torch.rand(EXPERTS, generator=draw) < active)[:, None, None] if step > 1 else 1
+        square.lerp_(grad.square(), 0.01)
+        whole.grad = grad.flatten(0, 1)
+        optimizer.step()
+        if step > 5:
+            state = {name: value for name, value in optimizer.state[whole].items() if isinstance(value, Tensor)}
+            count = state["taken"][:, None, None]
+            row = refresh.plain_row(state, count, update.bias_correction(0.99, count), 0.95)
+            assert (row.mean((1, 2)) / square.mean((1, 2)) - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("rule", ["eigenbasis", "published"])
+def test_a_state_without_activity_goes_on_as_it_was(rule: str) -> None:
+    """Layout version 2: saved again as such, and its steps are those of experts that have tokens in every step."""
+    whole, packing = packed("A"), Packing("A", EXPERTS)
+
+    def fresh() -> tuple[torch.nn.Parameter, SCAO]:
+        param = torch.nn.Parameter(whole.detach().clone())
+        return param, SCAO([param], lr=0.01, rule=rule, experts={param: packing}, **QUICK)
+
+    (param, optimizer), (other, loaded) = fresh(), fresh()
+    grads = gradients("A", 16)
+    for grad in grads[:10]:
+        param.grad = grad.clone()
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        del entry["activity"], entry["checksum"]
+    saved["param_groups"][0]["scao_version"] = 2
+    with torch.no_grad():
+        other.copy_(param)
+    loaded.load_state_dict(saved)
+    for grad in grads[10:]:
+        param.grad, other.grad = grad.clone(), grad.clone()
+        optimizer.step()
+        loaded.step()
+    assert "activity" not in loaded.state[other] and loaded.state_dict()["param_groups"][0]["scao_version"] == 2
+    torch.testing.assert_close(param, other, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

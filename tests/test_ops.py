@@ -72,9 +72,11 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: s
     assert error <= tolerance, f"{name}: {error:.2g} of the largest entry"
 
 
-def compare(op, default, params, grads, state, step: float, cautious: bool = True, lr: float = NUMBERS[0]) -> None:
+def compare(
+    op, default, params, grads, state, step: float, cautious: bool = True, lr: float = NUMBERS[0], activity=()
+) -> None:
     """Both kernels on copies: state to 2e-6 of its largest entry, parameters to 1e-4 of a step and one rounding."""
-    numbers = (lr, *NUMBERS[1:])
+    numbers = (lr, *NUMBERS[1:], *activity)
     if "agreement" in state:
         numbers = (cautious, *numbers)
     other_params = [param.clone() for param in params]
@@ -118,6 +120,22 @@ def test_which_entries_agree_does_not_depend_on_the_rate(level: str, r: int, l: 
             params, grads = members(3, r, l, dtype, tall)
             state = eigenbasis_state(3, r, l, k)
             compare(ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, lr, lr=lr)
+
+
+@native
+def test_experts_that_are_idle_in_some_steps_are_stepped_as_in_pytorch(level: str) -> None:
+    """The curvature averages fewer gradients than the second moments, which they weigh less in (X3)."""
+    torch.manual_seed(0)
+    params, grads = members(3, 16, 70, torch.float32, False)
+    activity = torch.tensor([[11.0, 1 - 0.99**11], [2.0, 0.02], [40.0, 1e-3]])
+    state = eigenbasis_state(3, 16, 70, 16)
+    compare(ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, NUMBERS[0], activity=(activity,))
+    state, gains = refresh_state(3, 16, 70, 16), []
+    for kernel in (ops.eigenbasis_refresh_, default_kernels._refresh):
+        fields = {name: value.clone() for name, value in state.items()}
+        kernel(*fields.values(), torch.ones(3), 0, 3, *REFRESH, activity)
+        gains.append(fields["gain"])
+    close(*gains, 1e-4, "gain")
 
 
 @pytest.mark.parametrize("kernel", [pytest.param("native", marks=native), "pytorch"])

@@ -165,7 +165,7 @@ class Eigenbasis:
             ops.adamw_step_(params, grads, *fields, *ops.numbers(group))
         else:
             fields = (state[name] for name in FUSED)
-            ops.eigenbasis_step_(params, grads, *fields, group["cautious"], *ops.numbers(group))
+            ops.eigenbasis_step_(params, grads, *fields, group["cautious"], *ops.numbers(group), state.get("activity"))
         if refresh:
             finite = state["taken"] - before
             if since:
@@ -225,7 +225,9 @@ class Eigenbasis:
             fields = (state[name] for name in refresh.FIELDS)
             settings = self._settings(step, group)
             # As a list, which costs no operation.
-            failed = ops.eigenbasis_refresh_(*fields, finite, due.start, due.stop, *settings).tolist()
+            failed = ops.eigenbasis_refresh_(
+                *fields, finite, due.start, due.stop, *settings, state.get("activity")
+            ).tolist()
             portions = [slice(row, row + 1) for row, bad in enumerate(failed, due.start) if bad]
         else:
             portions = list(_portions(moments.shape, due))

@@ -16,6 +16,7 @@ from scao_hf.rules.rule import CODES, FACTOR, FINITE, NOT_NEGATIVE, SHARE, VECTO
 from scao_hf.update import (
     adam_direction,
     adam_moments,
+    averaged,
     blend_weight,
     clip_norm,
     curvature_start,
@@ -154,7 +155,8 @@ def _store(state: dict[str, Tensor], side: str, factor: Tensor, seed: int) -> No
 def _refresh(state: dict[str, Tensor], side: str, factor: Tensor, tick: Tick) -> None:
     """(E2), (E3), decomposition, (E4), (E5); a decomposition that fails leaves the last good basis in place."""
     group = tick.group
-    factor = curvature.debias(factor, group["rho"], tick.count)
+    held, _ = averaged(state, tick.count, tick.bias[1])
+    factor = curvature.debias(factor, group["rho"], held)
     decomposition = curvature.eigh(factor, curvature.damping(factor, group["eps"]), ops.eigh)
     if decomposition is None:
         return

@@ -54,7 +54,7 @@ SHARE, VECTORS = Legal(0, 1.001), Legal(-10, 10)
 #: Codes of int8, of numbers with a sign.
 CODES = Legal(-LEVELS, LEVELS)
 #: What every parameter's state has beside its rule's fields; no more than ``step`` gradients are taken.
-COUNTERS = {"taken": Legal(0, whole=True), "level": Legal(0, LARGEST_GRADIENT)}
+COUNTERS = {"taken": Legal(0, whole=True), "level": Legal(0, LARGEST_GRADIENT), "activity": Legal(0)}
 
 
 @dataclass(frozen=True)
