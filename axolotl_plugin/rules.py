@@ -44,7 +44,7 @@ def check_config(get: Get, findings: Findings) -> None:
     _check_experts(get, findings)
     if get("optimizer") != "scao":
         return
-    options = _merged_options(get, findings.errors)
+    options = merged_options(get, findings.errors)
     _check_torch_options(get, findings)
     _check_parallelism(get, findings)
     _check_training_kind(get, options, findings)
@@ -74,7 +74,7 @@ def check_run(get: Get, args: TrainingArguments, options: dict[str, Any], findin
 def optimizer_kwargs(cfg: Any, args: TrainingArguments) -> dict[str, Any]:
     """The arguments of ``SCAO`` for a validated config: the Trainer's, ``optim_args`` and the ``scao_*`` options."""
     errors: list[str] = []
-    options = _merged_options(cfg.get, errors)
+    options = merged_options(cfg.get, errors)
     Findings(errors).report(None)
     kwargs = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "eps": args.adam_epsilon}
     if (betas := choose_betas(options.get("rule"), cfg.adam_beta1, cfg.adam_beta2)) is not None:
@@ -85,7 +85,7 @@ def optimizer_kwargs(cfg: Any, args: TrainingArguments) -> dict[str, Any]:
     return {**kwargs, **options}
 
 
-def _merged_options(get: Get, errors: list[str]) -> dict[str, Any]:
+def merged_options(get: Get, errors: list[str]) -> dict[str, Any]:
     """The options of optim_args and of the fields, or none of them where they contradict each other."""
     options = read_optim_args(get("optim_args"), errors)
     for name in OPTIONS:

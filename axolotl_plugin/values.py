@@ -41,8 +41,9 @@ def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
     near = did_you_mean(word, (*known, *SYNONYMS))
     for synonym, name in SYNONYMS.items():
         near = near.replace(repr(synonym), repr(name))
-    options = ", ".join(prefix + name for name in known)
-    return f"{near.replace(chr(39), chr(39) + prefix, 1)}; its options are: {options}"
+    if near:
+        return near.replace("'", "'" + prefix, 1)
+    return f"; its options are: {', '.join(prefix + name for name in known)}"
 
 
 def read_optim_args(optim_args: str | dict[str, Any] | None, errors: list[str]) -> dict[str, Any]:
@@ -122,11 +123,6 @@ def read_raw(data: dict[str, Any], findings: Findings) -> dict[str, Any]:
 def _optimizer_name(name: str, findings: Findings) -> str:
     if name.strip().lower() == "scao":
         return "scao"
-    from axolotl.utils.schemas.enums import CustomSupportedOptimizers
-    from transformers.training_args import OptimizerNames
-
-    known = {str(known.value) for enum in (OptimizerNames, CustomSupportedOptimizers) for known in enum}
-    near = did_you_mean(name.strip().lower(), ["scao"])
-    if near and name not in known:
+    if near := did_you_mean(name.strip().lower(), ["scao"]):  # no optimizer that Axolotl knows is
         findings.errors.append(f"optimizer: {name!r} is unknown{near}")
     return name

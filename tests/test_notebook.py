@@ -22,7 +22,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from test_examples import chat_model  # noqa: F401 -- a fixture
 
-from scao_hf.tools.settings import from_yaml
+from scao_hf.tools.axolotl_yaml import from_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "examples" / "colab_t4.ipynb"

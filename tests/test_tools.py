@@ -13,8 +13,10 @@ import subprocess
 import sys
 import warnings
 import xml.dom.minidom
+from collections.abc import Callable
 from dataclasses import replace
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from typer.testing import CliRunner
 import scao_hf
 from scao_hf import SCAO, default_kernels, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
-from scao_hf.tools import ToolError, doctor, matrices, run_log, run_report, settings, simulate
+from scao_hf.tools import ToolError, axolotl_yaml, doctor, matrices, rivals, run_log, run_report, settings, simulate
 from scao_hf.tools import axolotl_keys as keys_of
 from scao_hf.tools import plan as planning
 from scao_hf.tools.cli import app
@@ -117,25 +119,32 @@ def constants_of(weight: Any) -> int:
     return storage_bytes([state.absmax, state.code, *nested])
 
 
-def qlora(config: Any, rank: int = 16, upcast: bool = False) -> nn.Module:
-    """The real thing on the CPU: NF4 by bitsandbytes, LoRA by peft, random weights."""
+def qlora(
+    config: Any, rank: int = 16, upcast: bool = False, bits: int = 4, dtype: torch.dtype = torch.bfloat16, **lora: Any
+) -> Any:
+    """The real thing on the CPU: NF4 or int8 by bitsandbytes, LoRA by peft, random weights."""
     bnb, peft = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
     config._attn_implementation = "sdpa"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
-            quantised = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, layer.bias is not None, torch.bfloat16, True, "nf4"
-            )
-            quantised.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            sides = (layer.in_features, layer.out_features, layer.bias is not None)
+            if bits == 4:
+                quantised = bnb.nn.Linear4bit(*sides, dtype, True, "nf4")
+                quantised.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            else:
+                quantised = bnb.nn.Linear8bitLt(*sides, has_fp16_weights=False, threshold=6.0)
+                quantised.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False)
             if layer.bias is not None:
                 quantised.bias = layer.bias
             model.set_submodule(name, quantised.to("cpu"))
-    model.is_loaded_in_4bit = True
+    setattr(model, f"is_loaded_in_{bits}bit", True)
     model.requires_grad_(False)
     if upcast:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
+    cast = lora.pop("autocast_adapter_dtype", True)
+    config = peft.LoraConfig(r=rank, target_modules="all-linear", **lora)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=cast)
     model.enable_input_require_grads()
     return model.train()
 
@@ -182,6 +191,65 @@ def test_plan_is_exact_to_the_byte(tmp_path: Path, family: str, tied: bool, upca
     assert sum(size for name, size in sizes.items() if name.startswith("SCAO")) == max(held[0][0], held[1][0])
 
 
+HEADS = ("embed_tokens", "lm_head")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "lora"),
+    [
+        ({"four_bit": False, "eight_bit": True}, {"bits": 8}),
+        ({"half_adapter": True}, {"autocast_adapter_dtype": False}),
+        ({"modules_to_save": HEADS}, {"modules_to_save": list(HEADS)}),
+        (
+            {"modules_to_save": HEADS, "tied_copies": True},
+            {"modules_to_save": list(HEADS), "ensure_weight_tying": True},
+        ),
+    ],
+    ids=["int8", "16-bit adapter", "copies", "tied copies"],
+)
+def test_other_weights_are_exact_to_the_byte(tmp_path: Path, chosen: dict[str, Any], lora: dict[str, Any]) -> None:
+    config = tiny("qwen2", tie_word_embeddings=True)
+    config.save_pretrained(tmp_path)
+    plan = planning.make_plan(settings.Settings(str(tmp_path), rank=4, batch=1, sequence=16, **chosen))
+    sizes = {row.name: row.size for row in plan.rows}
+    model = qlora(config, rank=4, **lora)
+    frozen = {id(param): param.data for param in (*model.parameters(), *model.buffers()) if not param.requires_grad}
+    scales = [param.SCB for param in model.parameters() if type(param).__name__ == "Int8Params"]
+    quantised = [param for param in model.parameters() if type(param).__name__ == "Params4bit"]
+    held = storage_bytes(list(frozen.values())) + storage_bytes(scales) + sum(map(constants_of, quantised))
+    names = ("4-bit NF4 weights", "int8 weights", "their quantisation constants", "unquantised weights")
+    assert sum(sizes.get(name, 0) for name in names) == held
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    assert sizes["LoRA weights"] + sizes.get("trainable copies", 0) == sizes["gradients"] == storage_bytes(trainable)
+    assert plan.trainable == sum(param.numel() for param in trainable)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [
+        ("adamw_bnb_8bit", ("AdamW", 8)),
+        ("paged_adamw_32bit", ("AdamW", 32)),
+        ("lion_8bit", ("Lion", 8)),
+        ("lion_32bit", ("Lion", 32)),
+    ],
+)
+def test_states_of_others_are_those_of_bitsandbytes(name: str, made: tuple[str, int]) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    params = [nn.Parameter(torch.zeros(side, dtype=torch.bfloat16)) for side in ((64, 64), (63, 65), (100, 100), (7,))]
+    optimizer = getattr(bnb.optim, made[0])(params, optim_bits=made[1])
+    for index, param in enumerate(params):
+        optimizer.init_state(optimizer.param_groups[0], param, 0, index)
+    held = [
+        value
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and not key.startswith("qmap")  # the same for all parameters
+    ]
+    assert rivals.state_bytes(name, params, []) == storage_bytes(held)
+    kept = rivals.state_bytes(name, params, params[2:3])  # as the Trainer asks for embeddings
+    assert kept == rivals.state_bytes(name, params[:2] + params[3:], []) + 4 * 10_000 * rivals.STATES[name][0]
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(
         value.numel() * value.element_size()
@@ -191,36 +259,89 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     )
 
 
-@pytest.mark.parametrize("upcast", [False, True])
-@pytest.mark.parametrize(("fields", "batch"), [({}, 4), ({"vocab_size": 8000, "hidden_size": 64}, 2)])
-def test_peak_is_that_of_the_cpu_allocator(monkeypatch: Any, fields: dict[str, int], batch: int, upcast: bool) -> None:
-    # Where CUDA's autocast is on, peft leaves casts to it; it does not ask for the CPU's.
+@pytest.fixture
+def casts_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where CUDA's autocast is on, peft leaves casts to it; it does not ask for the CPU's."""
     asks = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asks(*device) if device else True)
-    model: Any = qlora(tiny(**fields), upcast=upcast)
-    planned = planning.build_model(tiny(**fields))
-    planning.prepare(planned, settings.Settings("any", upcast=upcast))
+
+
+def allocated(step: Callable[[], object]) -> int:
+    """The most that a step has allocated at once, after another one."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+WIDE = {"vocab_size": 8000, "hidden_size": 64}
+
+
+@pytest.mark.usefixtures("casts_as_on_a_gpu")
+@pytest.mark.parametrize(
+    ("fields", "batch", "bits", "upcast", "float32"),
+    [
+        *((fields, batch, 4, upcast, False) for fields, batch in (({}, 4), (WIDE, 2)) for upcast in (False, True)),
+        *((fields, batch, 4, False, True) for fields, batch in (({}, 4), (WIDE, 2))),
+        *(
+            (WIDE, 2, 8, upcast, False) for upcast in (False, True)
+        ),  # in a layer, a CPU's int8 product has float32 copies
+    ],
+)
+def test_peak_is_that_of_the_cpu_allocator(
+    monkeypatch: Any, fields: dict[str, int], batch: int, bits: int, upcast: bool, float32: bool
+) -> None:
+    if bits == 8:  # the product of GPUs; on a CPU bitsandbytes decodes the weights instead
+        products = pytest.importorskip("bitsandbytes.autograd._functions")
+        monkeypatch.setattr(products, "MatMul8bitFp", products.MatMul8bitLt)
+    dtype = torch.float32 if float32 else torch.bfloat16
+    model = qlora(tiny(**fields), upcast=upcast, bits=bits, dtype=dtype)
+    planned = planning.build_model(tiny(**fields), dtype)
+    planning.prepare(planned, settings.Settings("any", upcast=upcast, four_bit=bits == 4, eight_bit=bits == 8))
     tokens = torch.randint(0, 512, (batch, 128))
     for param in model.parameters():
         param.grad = torch.zeros_like(param) if param.requires_grad else None
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not float32):
             loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
 
+    for checkpointing, reentrant in ((False, False), (True, True), (True, False)):
+        if checkpointing:
+            simulate.set_checkpointing(model, True, reentrant)
+        peak = allocated(step)
+        estimate = simulate.step_peaks(planned, batch, 128, checkpointing, reentrant=reentrant).peak
+        assert abs(estimate / peak - 1) < simulate.STATED_ERROR / 2, (checkpointing, reentrant, estimate, peak)
+
+
+@pytest.mark.usefixtures("casts_as_on_a_gpu")
+def test_peak_of_preference_tuning_is_that_of_trl(tiny_llama: Path, tmp_path: Path) -> None:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    config, batch, length = tiny(vocab_size=2000, hidden_size=64), 1, 512
+    half = length // 2
+    rows = {"prompt": ["a" * half] * 4, "chosen": ["b" * (half - 1)] * 4, "rejected": ["c" * (half - 1)] * 4}
+    common = {"max_length": length, "use_cpu": True, "bf16": True, "report_to": "none"}
+    trainer = trl.DPOTrainer(
+        model=qlora(config),
+        args=trl.DPOConfig(str(tmp_path), per_device_train_batch_size=batch, gradient_checkpointing=False, **common),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    model, inputs = trainer.accelerator.prepare_model(trainer.model), next(iter(trainer.get_train_dataloader()))
+    assert inputs["input_ids"].shape == (2 * batch, length)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param) if param.requires_grad else None
+    asked = settings.Settings("any", batch=batch, sequence=length, objective="dpo", reference=True)
+    planned = planning.build_model(config)
+    planning.prepare(planned, asked)
     for checkpointing in (False, True):
         if checkpointing:
-            simulate.set_checkpointing(model, True)
-        step()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            step()
-        live = peak = 0
-        for event in profile.profiler.kineto_results.events():  # type: ignore[union-attr]
-            if event.name() == "[memory]":
-                live += event.nbytes()
-                peak = max(peak, live)
-        estimate = simulate.step_peaks(planned, batch, 128, checkpointing).peak
+            simulate.set_checkpointing(trainer.model, True)
+        peak = allocated(lambda: trainer.training_step(model, inputs))
+        estimate = simulate.step_peaks(planned, asked.sequences, length, checkpointing, "dpo", True).peak
         assert abs(estimate / peak - 1) < simulate.STATED_ERROR / 2, (checkpointing, estimate, peak)
 
 
@@ -241,7 +362,7 @@ def test_checkpointing_is_set_under_the_name_that_transformers_has_for_it(monkey
 
 
 def test_reference_configuration_fits_a_16_gb_card_with_a_margin() -> None:
-    plan = planning.make_plan(settings.from_yaml(REFERENCE))
+    plan = planning.make_plan(axolotl_yaml.from_yaml(REFERENCE))
     assert (plan.lora_pairs, plan.trainable) == (252, 29_933_568)
     assert 5.5 * 2**30 < plan.total < 8 * 2**30
     assert plan.free(16) > 6 * 2**30 > plan.margin
@@ -253,18 +374,26 @@ def test_advice_makes_it_fit(tmp_path: Path) -> None:
     plan = planning.make_plan(settings.Settings(str(tmp_path), batch=512, sequence=4096, checkpointing=False))
     assert plan.free(16) < 0
     changes = planning.advice(plan, 16)
-    assert changes[0][0] == "gradient_checkpointing: true" and changes[1][0].startswith("micro_batch_size: 1")
+    assert [text for text, _ in changes] == ["micro_batch_size: 1, accumulation steps x 512"]
     assert plan.free(16) + sum(size for _, size in changes) >= plan.margin
-    better = settings.with_overrides(plan.settings, checkpointing=True, batch=1)
-    assert planning.make_plan(better).free(16) > 0
-    assert planning.advice(plan, 0.1)[-1][0] == "sequence_len: 256"
+    assert planning.make_plan(settings.with_overrides(plan.settings, batch=1)).free(16) > 0
+    changes = planning.advice(plan, 0.1)  # what costs least comes first, and what is not enough is said in one line
+    words = ["micro_batch_size", "the cut_cross_entropy plugin", "gradient_checkpointing: true", "sequence_len: 256"]
+    assert [text[: len(word)] for (text, _), word in zip(changes, words, strict=True)] == words
 
 
 def test_plan_prints_a_table_and_json(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
     result = run("plan", "--model", tmp_path, "--seq", 128, "--gpu", 6, "--targets", "q_proj, v_proj")
     assert result.exit_code == 0, result.output
-    for words in ("4-bit NF4 weights", "6 LoRA pairs of rank 16", "6 GB (yours)", "fits", "SCAO: moments", "AdamW"):
+    for words in (
+        "4-bit NF4 weights",
+        "6 LoRA pairs of rank 16",
+        "6 GB (yours)",
+        "fits",
+        "SCAO: moments",
+        "adamw_torch",
+    ):
         assert words in " ".join(result.output.split())
     text = GOOD.replace("Qwen/Qwen2.5-0.5B", str(tmp_path))
     result = run("plan", yaml_file(tmp_path, text), "--batch", 3, "--no-checkpointing", "--json")
@@ -318,10 +447,35 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
         ("a: [", "is not a YAML file"),
         ("- 1", "has no base_model"),
         ("optimizer: scao", "has no base_model"),
-        (GOOD + "load_in_8bit: true", "load_in_8bit cannot be planned"),
+        (GOOD + "load_in_8bit: true", "load_in_4bit and load_in_8bit exclude each other"),
+        (GOOD.replace("qlora", "lora"), "load_in_4bit has no effect in Axolotl with adapter: lora"),
+        (GOOD.replace("load_in_4bit: true", ""), "adapter: qlora needs load_in_4bit: true"),
+        (GOOD + "deepspeed: deepspeed_configs/zero3.json", "deepspeed_configs/zero3.json: ZeRO flattens the matrices"),
+        (
+            GOOD + "fsdp_version: 2\nfsdp_config: {offload_params: true}",
+            "fsdp_config.offload_params: true keeps the shards",
+        ),
+        (GOOD + "fsdp_version: 2\nfsdp_config: {x: 1}", "fsdp_config cannot be planned: weights and state are spread"),
+        (GOOD + "rl: grpo", "rl: grpo cannot be planned: it generates with the model in training"),
+        (
+            GOOD + "rl: grpo\nvllm: {gpu_memory_utilization: 0.85}",
+            "it generates with vLLM, which takes 85% of its card",
+        ),
+        (
+            GOOD + "rl: grpo\ntrl: {use_vllm: true, vllm_gpu_memory_utilization: 0.3}",
+            "vLLM, which takes 30% of its card",
+        ),
+        (GOOD + "rl: orpo", "rl: orpo cannot be planned: only dpo, ipo and plain fine-tuning can"),
+        (GOOD + "attn_implementation: eager", "eager attention cannot be planned"),
+        (GOOD + "bnb_config_kwargs: {llm_int8_skip_modules: [a]}", "llm_int8_skip_modules cannot be planned"),
+        (GOOD + "unfrozen_parameters: [lm_head]", "unfrozen_parameters cannot be planned: which weights are trained"),
+        (GOOD + "optimizer: scoa", "optimizer: 'scoa' is unknown (did you mean 'scao'?)"),
+        (GOOD + "optimizer: scao\nmax_steps: 8", "max_steps: 8 would end before phase 2"),
+        (GOOD + "max_steps: many", "max_steps: many must be a number"),
+        (GOOD.replace("-0.5B", "-0.5B-bnb-4bit").replace("qlora", "lora").replace("load_in_4bit: true", ""), "already"),
         (GOOD.replace("qlora", "ia3"), "adapter 'ia3' cannot be planned"),
         (GOOD.replace("lora_target_linear", "x"), "there is no LoRA target"),
-        (GOOD + "scao_kmax: 4", "did you mean scao_k_max?"),
+        (GOOD + "scao_kmax: 4", "did you mean 'scao_k_max'?"),
         (GOOD + "scao_sparsity: 0.3", "not an option of SCAO (it belongs to the PyPI package scao"),
         (GOOD + "scao_k_max: 0", "k_max=0 is not valid"),
         (GOOD + "lora_r: big", "rank is 'big': it must be an integer"),
@@ -329,7 +483,11 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
         (GOOD.replace("adapter: qlora", ""), "4-bit weights cannot be trained without an adapter"),
         (
             GOOD.replace("lora_target_linear: true", "lora_target_modules: [qproj]"),
-            "this model has down_proj, gate_proj",
+            "no layer matches the LoRA targets qproj: this model has down_proj, gate_proj",
+        ),
+        (
+            GOOD.replace("lora_target_linear: true", "lora_target_modules: [q_proj, foo, lm_head]"),
+            "no layer matches the LoRA targets foo, lm_head: this model has",
         ),
         (GOOD.replace("lora_target_linear: true", "lora_target_modules: '('"), "are no regular expression"),
         (GOOD + "lora_modules_to_save: [wte]", "lora_modules_to_save names wte"),
@@ -346,6 +504,103 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
 )
 def test_mistakes_in_a_yaml(tmp_path: Path, text: str, words: str) -> None:
     assert words in mistake("plan", yaml_file(tmp_path, text))
+
+
+def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
+    text = (
+        GOOD
+        + "scao_kmax: 4\nscao_warmup: 3\ndeepspeed: zero3.json\nlora_r: 0.5\nlora_dropout: big\nqat: {a: 1}\nrl: kto\n"
+    )
+    said = mistake("plan", yaml_file(tmp_path, text))
+    for words in (
+        "scao_kmax is not an option of SCAO (did you mean 'scao_k_max'?)",
+        "scao_warmup is not an option of SCAO (did you mean 'scao_warmup_steps'?)",
+        "deepspeed: zero3.json: ZeRO",
+        "could not convert string to float: 'big'",
+        "qat cannot be planned",
+        "rl: kto cannot be planned",
+    ):
+        assert words in said
+
+
+def test_what_a_yaml_leaves_to_axolotl(tmp_path: Path) -> None:
+    """Precision, checkpointing and the reference of a preference, as Axolotl's loader has them."""
+    full = "base_model: any\nsequence_len: 64\n"
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (
+            GOOD,
+            {"upcast": False, "float32": False, "reentrant": True, "objective": "sft", "rival": "adamw_torch_fused"},
+        ),
+        (GOOD + "optimizer: scao", {"rival": "adamw_torch"}),
+        (GOOD + "optimizer: ADAMW_bnb_8bit\noptim_args: {x: 1}", {"rival": "adamw_bnb_8bit", "scao": {}}),
+        (GOOD + "optimizer: scao\noptim_args: {k_max: 4}\nscao_k_min: 2", {"scao": {"k_max": 4, "k_min": 2}}),
+        (GOOD + "bf16: false", {"float32": True}),
+        (GOOD + "bf16: false\nfp16: true", {"float32": False}),
+        (GOOD + "peft_autocast_adapter_dtype: false", {"half_adapter": True}),
+        (GOOD + "gradient_checkpointing_kwargs: {use_reentrant: false}", {"reentrant": False}),
+        (GOOD + "rl: dpo", {"objective": "dpo", "reference": True, "reentrant": False, "sequences": 2}),
+        (GOOD + "rl: ipo\nprecompute_ref_log_probs: true", {"objective": "ipo", "reference": False}),
+        (GOOD.replace("qlora", "lora").replace("4bit", "8bit"), {"eight_bit": True, "four_bit": False}),
+        (GOOD + "learning_rate: 5e-4\nmax_steps: '100'", {"model": "Qwen/Qwen2.5-0.5B"}),
+        (full, {"upcast": True, "adapter": False}),
+        (full + "flash_attention: true", {"upcast": False}),
+        (full + "attn_implementation: flash_attention_2", {"upcast": False}),
+        (full + "model_config: {num_hidden_layers: 2}", {"shape": {"num_hidden_layers": 2}}),
+    ]
+    for text, expected in cases:
+        found = axolotl_yaml.from_yaml(yaml_file(tmp_path, text))
+        assert {name: getattr(found, name) for name in expected} == expected, text
+
+
+def test_notes_say_what_is_not_counted(tmp_path: Path) -> None:
+    keys = "liger_fused_linear_cross_entropy: true\ntorch_compile: true\nmicro_batchsize: 8\ngradient_checkpointing: offload\n"
+    plugins = (
+        "plugins: [axolotl_plugin.SCAOPlugin, my.Plugin, axolotl.integrations.liger.LigerPlugin]\noptimizer: scao\n"
+    )
+    notes = axolotl_yaml.from_yaml(yaml_file(tmp_path, GOOD + keys + plugins)).notes
+    assert notes == (
+        "what these plugins change is not counted: my.Plugin",
+        "the run needs less than is counted here, because of liger_fused_linear_cross_entropy",
+        "the run needs less: gradient_checkpointing: offload moves activations away",
+        "what these keys add is not counted: torch_compile",
+        "Axolotl does not read `micro_batchsize` (did you mean 'micro_batch_size'?)",
+    )
+
+
+def test_a_preference_takes_twice_the_sequences_and_a_copy_where_all_is_trained(tmp_path: Path) -> None:
+    tiny(vocab_size=4000).save_pretrained(tmp_path)
+    base = GOOD.replace("Qwen/Qwen2.5-0.5B", str(tmp_path))
+    texts = base, base + "rl: dpo", base.replace("adapter: qlora\nload_in_4bit: true\n", "rl: dpo\n")
+    plain, dpo, full = (planning.make_plan(axolotl_yaml.from_yaml(yaml_file(tmp_path, text))) for text in texts)
+    one, two = plain.peaks["off"], dpo.peaks["off"]
+    assert 1.9 * one.kept < two.kept < 2 * one.kept and two.head > 2 * one.head
+    assert dpo.total > plain.total and "reference model" not in {row.name for row in dpo.rows}
+    sizes = {row.name: row.size for row in full.rows}
+    assert sizes["reference model"] == sizes["unquantised weights"]
+
+
+def test_scao_is_compared_with_the_optimizer_of_the_yaml(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    base = GOOD.replace("Qwen/Qwen2.5-0.5B", str(tmp_path)) + "lora_r: 64\n"
+    shown = " ".join(run("plan", yaml_file(tmp_path, base + "optimizer: adamw_bnb_8bit")).output.split())
+    assert "adamw_bnb_8bit" in shown and "With `scao_moment_dtype: int8` and `scao_use_int8_ema: true` it is" in shown
+    plan = json.loads(run("plan", yaml_file(tmp_path, base + "optimizer: adamw_bnb_8bit"), "--json").stdout)
+    assert plan["rival_state"]["adamw_bnb_8bit"] < 0.3 * plan["adamw_state"]
+    assert plan["scao_int8_state"] < 0.5 * plan["scao_state"]["peak"]
+    shown = " ".join(run("plan", yaml_file(tmp_path, base + "optimizer: muon")).output.split())
+    assert "the state of muon is not known: SCAO is compared with AdamW" in shown and "With `scao_" not in shown
+
+
+def test_a_yaml_is_planned_where_axolotl_is_not_installed(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    path = yaml_file(tmp_path, GOOD.replace("Qwen/Qwen2.5-0.5B", str(tmp_path)) + "optimizer: scao")
+    code = (
+        "import sys; sys.modules['axolotl'] = None; from scao_hf.tools.cli import app\n"
+        f"app(['plan', {str(path)!r}, '--json'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["settings"]["model"] == str(tmp_path)
 
 
 def test_every_key_of_axolotl_and_its_plugins_is_known() -> None:
@@ -370,8 +625,8 @@ def test_every_key_of_axolotl_and_its_plugins_is_known() -> None:
 
 def test_a_yaml_is_read_as_the_plugin_reads_it(tmp_path: Path) -> None:
     text = "scao_k_max: '8'\nscao_rho: 9e-1\nscao_tau: none\nscao_k_min:\nscao_fuse_moe: true\noptimizer: ' SCAO'\n"
-    found = settings.from_yaml(yaml_file(tmp_path, GOOD + text + "plugins: [axolotl_plugin.SCAOPlugin]"))
-    assert found.scao == {"k_max": 8, "rho": 0.9, "tau": None}
+    found = axolotl_yaml.from_yaml(yaml_file(tmp_path, GOOD + text + "plugins: [axolotl_plugin.SCAOPlugin]"))
+    assert found.scao == {"k_max": 8, "rho": 0.9}
     assert not found.notes
 
 
@@ -379,9 +634,9 @@ def test_a_yaml_is_read_as_the_plugin_reads_it(tmp_path: Path) -> None:
 def test_every_example_can_be_planned_or_says_why_not(path: Path) -> None:
     if "moe" in path.stem:
         with pytest.raises(ToolError, match="stacked experts would not be counted"):
-            settings.from_yaml(path)
+            axolotl_yaml.from_yaml(path)
     else:
-        assert not settings.from_yaml(path).notes
+        assert not axolotl_yaml.from_yaml(path).notes
 
 
 def test_a_yaml_without_the_plugin_is_planned_and_told(tmp_path: Path) -> None:
@@ -408,7 +663,7 @@ def test_a_yaml_without_the_plugin_is_planned_and_told(tmp_path: Path) -> None:
     ],
 )
 def test_a_yaml_that_would_train_with_another_scao_is_known(raw: dict[str, Any], told: bool) -> None:
-    note = settings.plugin_note(raw)
+    note = axolotl_yaml.plugin_note(raw)
     assert (note is not None) is told
     assert not told or "without which `optimizer: scao` is not this SCAO" in str(note)
 
@@ -420,6 +675,10 @@ def test_mistakes_of_the_plan(tmp_path: Path) -> None:
     for size in (-1, "nan", "inf", 1e300):
         assert "--gpu is" in mistake("plan", REFERENCE, "--gpu", size)
     assert "batch is 0" in mistake("plan", "--model", "SmolLM2-135M", "--batch", 0)
+    said = mistake("plan", "--model", "SmolLM2-135M", "--targets", "q_proj,foo")
+    assert "no layer matches the LoRA targets foo: this model has down_proj, " in said
+    (tmp_path / "train.py").write_text("", encoding="utf-8")
+    assert "is a script, which cannot be planned: pass --model NAME" in mistake("plan", tmp_path / "train.py")
     assert "holds no config.json" in mistake("plan", "--model", tmp_path)
     assert "./nowhere does not exist" in mistake("plan", "--model", "./nowhere")
     assert "is neither a folder nor a model name" in mistake("plan", "--model", "a/b/c")
@@ -916,7 +1175,7 @@ def test_the_entry_points_lead_to_the_commands(monkeypatch: Any) -> None:
     ],
 )
 def test_example_fits_the_card_that_it_names(name: str, card: int) -> None:
-    plan = planning.make_plan(settings.from_yaml(ROOT / "examples" / "axolotl" / name))
+    plan = planning.make_plan(axolotl_yaml.from_yaml(ROOT / "examples" / "axolotl" / name))
     assert plan.free(card) > plan.margin and not plan.notes
 
 

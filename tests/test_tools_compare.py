@@ -51,7 +51,7 @@ def test_arms_differ_in_the_optimizer_alone(tmp_path: Path) -> None:
 
 def test_fused_experts_are_fused_in_both_arms(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
-    config = Arm(job(tmp_path, scao_fuse_moe=True), "adamw_torch", Rate(1e-3)).config()
+    config = Arm(job(tmp_path, scao_fuse_moe=True, adapter="lora"), "adamw_torch", Rate(1e-3)).config()
     assert config["plugins"] == [arms.SCAO_PLUGIN, arms.ARM_PLUGIN] and config["scao_fuse_moe"]
     assert "scao_k_max" not in config
 
@@ -109,7 +109,11 @@ def test_mistakes_of_compare(tmp_path: Path) -> None:
         "compare", path, "--steps", 10
     )
     said = mistake("compare", path, "--set", "scao_kmax=8")
-    assert "scao_kmax is not an option of SCAO: did you mean scao_k_max?" in said
+    assert "scao_kmax is not an option of SCAO (did you mean 'scao_k_max'?)" in said
+    said = mistake("compare", path, "--set", "deepspeed=zero3.json", "--set", "rl=dpo", "--set", "scao_rho=x")
+    assert "deepspeed: zero3.json: ZeRO flattens" in said and "scao_rho='x' is not valid" in said
+    said = mistake("compare", path, "--set", "base_model=./nowhere", "--set", "datasets=[{path: data/rows.jsonl}]")
+    assert "./nowhere does not exist, seen from " in said and "datasets: data/rows.jsonl does not exist" in said
     assert "scao_rho='x' is not valid: it must be a number in [0, 1)" in mistake("compare", path, "--set", "scao_rho=x")
     assert "k_min=9 must not exceed k_max=8" in mistake("compare", path, "--set", "scao_k_min=9")
     assert "write --set KEY=VALUE" in mistake("compare", path, "--set", "seed")
@@ -133,7 +137,7 @@ def test_mistakes_of_compare(tmp_path: Path) -> None:
     path.write_text("base_model: x", encoding="utf-8")
     assert "has no learning_rate" in mistake("compare", path)
     path.write_text("base_model: any/model\nlearning_rate: fast", encoding="utf-8")
-    assert "has no learning_rate above 0 ('fast')" in mistake("compare", path)
+    assert "learning_rate: fast must be a finite number above 0" in mistake("compare", path)
     path.write_text("base_model: any/model\nlearning_rate: 5e-4\nplugins: one.Plugin", encoding="utf-8")
     assert "plugins is 'one.Plugin': it must be a list" in mistake("compare", path)
     path.write_text("{", encoding="utf-8")

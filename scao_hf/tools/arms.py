@@ -18,11 +18,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from scao_hf.options import RULES, did_you_mean, resolve
+from axolotl_plugin.values import Findings
+from scao_hf.options import OPTIONS, RULES, did_you_mean, resolve
 from scao_hf.rules import rule_of
 from scao_hf.tools import ToolError, logged
 from scao_hf.tools.axolotl_keys import unknown
-from scao_hf.tools.settings import collection, plugin_note, read_yaml, scao_options
+from scao_hf.tools.axolotl_yaml import collection, missing_inputs, optimizer_of, plugin_note, read_yaml, scao_options
 
 ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
 #: Environment variables of a run: where its measurements go, and for a script what is to be run (JSON).
@@ -117,14 +118,15 @@ class Job:
 
     def _check_scao(self) -> None:
         """Refuse what SCAO would refuse, before the other optimizer's run has taken its time."""
-        raw = {**read_yaml(self.source), **self.changes}
-        try:
-            passed = scao_options(raw)
-            options = resolve(passed.get("rule") or RULES[0], passed)
-        except ValueError as error:  # ToolError among them
-            raise ToolError(f"{self.source}: {error}") from error
+        raw = {key: value for key, value in {**read_yaml(self.source), **self.changes}.items() if key != "max_steps"}
+        findings = Findings()
+        passed = scao_options(raw, findings)
+        if problems := findings.errors + missing_inputs(raw):
+            raise ToolError(f"{self.source}: {'; '.join(problems)}")
+        known = {name: value for name, value in passed.items() if name in OPTIONS and name != "rule"}
+        options = resolve(passed.get("rule") or RULES[0], known)
         start = rule_of(options, matrix=True).start(options)
-        if self.steps <= start and not raw.get("optim_args"):  # which may set them too
+        if self.steps <= start:
             raise ToolError(
                 f"--steps {self.steps} would end before SCAO's phase 2, which begins after step {start}: pass more steps, "
                 "or lower scao_warmup_steps and scao_precond_freq"
@@ -153,8 +155,8 @@ def rival_of(job: Job, against: str | None = None) -> str:
     Raises:
         ToolError: no optimizer of that name.
     """
-    own = "" if job.script else str({**read_yaml(job.source), **job.changes}.get("optimizer") or "").strip().lower()
-    name = against or (own if own not in ("", "scao") else "adamw_torch")
+    own = "scao" if job.script else optimizer_of({"optimizer": "scao", **read_yaml(job.source), **job.changes})
+    name = against or ("adamw_torch" if own == "scao" else own)
     if name == "scao":
         raise ToolError(
             "--against scao would compare SCAO with itself: name another optimizer, for example adamw_torch"

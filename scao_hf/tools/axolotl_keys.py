@@ -10,10 +10,10 @@ from scao_hf.options import did_you_mean
 READ = frozenset(
     """
     adapter attn_implementation base_model bf16 bfloat16 bnb_config_kwargs chunked_cross_entropy cut_cross_entropy
-    eager_attention flash_attention flex_attention float16 float32 fp16 gradient_checkpointing load_in_4bit load_in_8bit
-    lora_dropout lora_modules_to_save lora_r lora_target_linear lora_target_modules micro_batch_size model_config optim_args
-    optimizer peft_autocast_adapter_dtype peft_ensure_weight_tying plugins precompute_ref_log_probs rl sage_attention
-    sequence_len trl vllm xformers_attention
+    eager_attention flash_attention flex_attention float16 float32 fp16 gradient_checkpointing
+    gradient_checkpointing_kwargs load_in_4bit load_in_8bit lora_dropout lora_modules_to_save lora_r lora_target_linear
+    lora_target_modules micro_batch_size model_config optim_args optimizer peft_autocast_adapter_dtype
+    peft_ensure_weight_tying plugins precompute_ref_log_probs rl sage_attention sequence_len trl vllm xformers_attention
     """.split()
 )
 
@@ -95,7 +95,7 @@ OTHER = frozenset(
     fp8_enable_fsdp_float8_all_gather fsdp_final_state_dict_type fsdp_version fused_attn_kernel gc_collect_steps
     gc_steps gemma4_hybrid_attn_impl generate_samples generation_do_sample generation_max_new_tokens
     generation_prompt_ratio generation_temperature generation_top_k generation_top_p gradient_accumulation_steps
-    gradient_checkpointing_kwargs gradio_max_new_tokens gradio_server_name gradio_server_port gradio_share
+    gradio_max_new_tokens gradio_server_name gradio_server_port gradio_share
     gradio_temperature gradio_title greater_is_better grokfast_lamb group_by_length hatchery heads_k_stride
     hf_mlflow_log_artifacts hf_use_auth_token hub_model_id hub_revision hub_strategy image_resize_algorithm image_size
     include_tkps include_tokens_per_second is_falcon_derived_model is_llama_derived_model is_mistral_derived_model

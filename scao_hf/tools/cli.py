@@ -106,7 +106,10 @@ def plan(
             raise ToolError("nothing to plan: pass an Axolotl YAML, or --model NAME (try --model Qwen/Qwen2.5-3B)")
         if gpu is not None and not 0 < gpu < 2**20:
             raise ToolError(f"--gpu is {gpu:g}: it must be above 0 and below {2**20}, for example --gpu 16")
-        base = asked.from_yaml(config) if config is not None else asked.Settings(model or "")
+        with _libraries_silent():
+            from scao_hf.tools.axolotl_yaml import from_yaml
+
+            base = from_yaml(config) if config is not None else asked.Settings(model or "")
         chosen = asked.with_overrides(
             base,
             model=model,
@@ -116,6 +119,7 @@ def plan(
             sequence=seq,
             checkpointing=checkpointing,
             four_bit=four_bit,
+            eight_bit=False if four_bit else None,
             upcast=upcast,
         )
         with _libraries_silent():
@@ -135,7 +139,8 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
     lora = f", {plan.lora_pairs} LoRA pairs of rank {chosen.rank}" if chosen.adapter else ""
     console.print(
         f"[bold]{escape(chosen.model)}[/]: {plan.parameters / 1e9:.2f} billion parameters (from {escape(plan.source)}), "
-        f"{plan.trainable / 1e6:.2f} million trainable{lora}; batch {chosen.batch} x {chosen.sequence} tokens, "
+        f"{plan.trainable / 1e6:.2f} million trainable{lora}; batch {chosen.batch} x {chosen.sequence} tokens"
+        f"{'' if chosen.objective == 'sft' else f', chosen and rejected ({chosen.objective})'}, "
         f"gradient checkpointing {'on' if chosen.checkpointing else 'off'}"
     )
     table = Table()
@@ -149,12 +154,15 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
     words = f"{plan.total / 2**30:.2f} GiB, give or take {_mib(plan.margin)} MiB"
     table.add_row("peak", f"[bold]{_mib(plan.total)}[/]", words)
     console.print(table)
-    state = plan.scao["peak"]
-    more = state - plan.adamw
+    state, (rival, size) = plan.scao["peak"], plan.rival
     console.print(
-        f"Optimizer state: SCAO {_mib(plan.scao['total'])} MiB ({_mib(state)} MiB at its peak), AdamW "
-        f"{_mib(plan.adamw)} MiB: SCAO's peak is {_mib(abs(more))} MiB {'more' if more > 0 else 'less'}."
+        f"Optimizer state: SCAO {_mib(plan.scao['total'])} MiB ({_mib(state)} MiB at its peak), {escape(rival)} "
+        f"{_mib(size)} MiB: SCAO's peak is {_mib(abs(state - size))} MiB {'more' if state > size else 'less'}."
     )
+    if state > 1.5 * size and plan.small < 0.75 * state:
+        console.print(
+            f"With `scao_moment_dtype: int8` and `scao_use_int8_ema: true` it is {_mib(plan.small)} MiB at its peak."
+        )
     without, with_it = plan.peaks["off"].peak, plan.peaks["on"].peak
     console.print(
         f"Activations, logits and loss: {_mib(with_it)} MiB with gradient checkpointing, {_mib(without)} MiB without."
@@ -209,12 +217,12 @@ def compare(
     """
     console = Console(highlight=False)
     with _mistakes_in_one_line():
-        from scao_hf.tools import arms, comparison
-
         if seeds < 1:
             raise ToolError(f"--seeds is {seeds}: it must be at least 1, and 3 to tell a small gap from chance")
-        rate = comparison.parse_rate(lr)
         with _libraries_silent():
+            from scao_hf.tools import arms, comparison
+
+            rate = comparison.parse_rate(lr)
             job = arms.Job(config, steps, out, tuple(arguments or ()), arms.parse_changes(changes or []))
             optimizers = (arms.rival_of(job, against), "scao")
         runs = comparison.most_runs(rate, seeds)
@@ -278,7 +286,7 @@ def report(
 
     RUN_DIR is the output folder of a Trainer or of Axolotl, or a checkpoint in it.
     """
-    with _mistakes_in_one_line():
+    with _mistakes_in_one_line(), _libraries_silent():
         from scao_hf.tools.run_report import write_report
 
         result = write_report(run_dir, out)
@@ -295,12 +303,11 @@ def doctor(
 
     With CONFIG, an Axolotl YAML: also whether it trains with this SCAO.
     """
-    with _mistakes_in_one_line():
+    with _mistakes_in_one_line(), _libraries_silent():
+        from scao_hf.tools.axolotl_yaml import plugin_note, read_yaml
         from scao_hf.tools.doctor import examine
-        from scao_hf.tools.settings import plugin_note, read_yaml
 
         note = plugin_note(read_yaml(config)) if config else None
-    with _libraries_silent():
         found = examine()
     print(found.text)
     if note:

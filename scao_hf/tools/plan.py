@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from scao_hf.optimizer import SCAO
 from scao_hf.tools import ToolError
+from scao_hf.tools.rivals import STATES, state_bytes
 from scao_hf.tools.settings import Settings, load_config
 from scao_hf.tools.simulate import STATED_ERROR, AutocastLinear, Peaks, fused_attention, step_peaks
 
@@ -35,7 +38,14 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A finished plan; sizes are bytes."""
+    """A finished plan; sizes are bytes.
+
+    Attributes:
+        scao: SCAO's state as ``memory_report`` has it.
+        adamw: AdamW's, in the precision of the parameters.
+        rival: the optimizer that SCAO takes the place of, and its state.
+        small: the peak of SCAO's state with its int8 options.
+    """
 
     settings: Settings
     source: str
@@ -45,6 +55,8 @@ class Plan:
     lora_pairs: int
     scao: dict[str, int]
     adamw: int
+    rival: tuple[str, int]
+    small: int
     peaks: dict[str, Peaks]
     notes: list[str] = field(default_factory=list)
 
@@ -74,6 +86,8 @@ class Plan:
             "lora_pairs": self.lora_pairs,
             "scao_state": self.scao,
             "adamw_state": self.adamw,
+            "rival_state": {self.rival[0]: self.rival[1]},
+            "scao_int8_state": self.small,
             "activations": {
                 f"checkpointing_{name}": {**peaks._asdict(), "peak": peaks.peak} for name, peaks in self.peaks.items()
             },
@@ -101,7 +115,10 @@ def make_plan(settings: Settings) -> Plan:
         ToolError: the model cannot be found or built, no layer matches the LoRA targets, or an option is illegal.
     """
     config, source = load_config(settings.model)
-    model = build_model(config)
+    _check_checkpoint(config, settings)
+    for name, value in settings.shape.items():
+        setattr(config, name, value)
+    model = build_model(config, torch.float32 if settings.float32 else torch.bfloat16)
     parameters = sum(param.numel() for param in model.parameters())
     frozen, pairs = prepare(model, settings)
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
@@ -109,21 +126,42 @@ def make_plan(settings: Settings) -> Plan:
         optimizer = SCAO(trainable, **settings.scao)
     except (ValueError, TypeError) as error:
         raise ToolError(str(error)) from error
-    scao, adamw = optimizer.memory_report(), sum(2 * size_of(param) for _, param in trainable)
-    notes = [*settings.notes, *_moments_note(trainable, settings, scao["peak"], adamw)]
+    scao, notes = optimizer.memory_report(), list(settings.notes)
+    small = SCAO(trainable, **{**settings.scao, "moment_dtype": "int8", "use_int8_ema": True}).memory_report()["peak"]
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    states = {
+        name: state_bytes(name, (param for _, param in trainable), embeddings)
+        for name in ("adamw_torch", settings.rival)
+        if name in STATES
+    }
+    if settings.rival not in states:
+        notes.append(f"the state of {settings.rival} is not known: SCAO is compared with AdamW")
+    notes += _moments_note(trainable, settings, scao["peak"], states["adamw_torch"])
     try:
         flags = {"off": False, "on": True}
-        peaks = {name: step_peaks(model, settings.batch, settings.sequence, flag) for name, flag in flags.items()}
+        kind = {
+            name: getattr(settings, name) for name in ("sequences", "sequence", "objective", "reference", "reentrant")
+        }
+        peaks = {name: step_peaks(model, checkpointing=flag, **kind) for name, flag in flags.items()}
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         # A model may read values in its forward pass, which a tensor without data cannot answer.
         peaks = {"off": Peaks(0, 0, 0), "on": Peaks(0, 0, 0)}
         reason = str(error).split("\n")[0]
         notes.append(f"NOT counted: activations and logits, for this model's step cannot be followed ({reason})")
+    if settings.reference and not settings.adapter:
+        copy = sum(row.size for row in frozen)
+        frozen.append(
+            Row("reference model", copy, True, "the weights as they were; with an adapter it would need none")
+        )
     rows = [*frozen, *_training_rows(settings, model, trainable, scao)]
     rows += _step_rows(settings, peaks["on" if settings.checkpointing else "off"])
     rows.append(Row("CUDA context, workspaces, allocator", OVERHEAD, False, "assumed"))
     count = sum(param.numel() for _, param in trainable)
-    return Plan(settings, source, rows, parameters, count, pairs, scao, adamw, peaks, notes)
+    rival = settings.rival if settings.rival in states else "adamw_torch"
+    adamw = states["adamw_torch"]
+    return Plan(
+        settings, source, rows, parameters, count, pairs, scao, adamw, (rival, states[rival]), small, peaks, notes
+    )
 
 
 def _moments_note(trainable: list[tuple[str, nn.Parameter]], settings: Settings, peak: int, adamw: int) -> list[str]:
@@ -138,15 +176,33 @@ def _moments_note(trainable: list[tuple[str, nn.Parameter]], settings: Settings,
     ]
 
 
-def build_model(config: Any) -> nn.Module:
-    """The causal language model of a config on the meta device, with 16-bit weights and nothing trainable."""
+def _check_checkpoint(config: Any, settings: Settings) -> None:
+    """Refuse weights that are quantised already in a way other than the one that is planned."""
+    found = getattr(config, "quantization_config", None)
+    if found is None and not re.search(r"bnb-4bit$", settings.model):
+        return
+    method = found.get("quant_method", "another way") if isinstance(found, dict) else "bitsandbytes"
+    if method != "bitsandbytes" or not settings.four_bit:
+        raise ToolError(
+            f"the weights of {settings.model} are quantised already ({method}): only bitsandbytes in 4 bit can be planned, "
+            "with adapter: qlora and load_in_4bit: true"
+        )
+
+
+def int8_bytes(rows: int, cols: int) -> tuple[int, int]:
+    """Bytes of a weight in int8 and of its scales, one for each row, as bitsandbytes holds them."""
+    return rows * cols, 4 * rows
+
+
+def build_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The causal language model of a config on the meta device, with nothing trainable; float32 is without autocast."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    AttentionInterface.register(_ATTENTION, fused_attention)
-    config._attn_implementation = _ATTENTION
+    config._attn_implementation = f"{_ATTENTION}_{dtype}"
+    AttentionInterface.register(config._attn_implementation, functools.partial(fused_attention, dtype=dtype))
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, TypeError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ToolError(f"no causal language model can be built from this config: {reason}") from error
@@ -164,7 +220,7 @@ def prepare(model: nn.Module, settings: Settings) -> tuple[list[Row], int]:
         The rows of the frozen (or, without an adapter, of all) weights, and the number of LoRA pairs.
 
     Raises:
-        ToolError: no linear layer matches the targets.
+        ToolError: no linear layer matches one of the targets.
     """
     anything: Any = model
     head = anything.get_output_embeddings()
@@ -178,31 +234,38 @@ def prepare(model: nn.Module, settings: Settings) -> tuple[list[Row], int]:
     packed = constants = pairs = 0
     taken: set[Tensor] = set()
     for name, module in linear.items():
-        four_bit = settings.four_bit and module is not head
+        quantised = settings.quantised and module is not head
         lora = None
         if settings.adapter and module is not head and settings.targeted(name):
             sides = ((settings.rank, module.in_features), (module.out_features, settings.rank))
-            down, up = (nn.Parameter(torch.empty(side, device=module.weight.device)) for side in sides)
+            kind = torch.bfloat16 if settings.half_adapter else torch.float32
+            down, up = (nn.Parameter(torch.empty(side, dtype=kind, device=module.weight.device)) for side in sides)
             lora, pairs = (down, up), pairs + 1
-        if four_bit:
-            packed_here, constants_here = nf4_bytes(module.weight.numel(), settings.double_quant)
+        if quantised:
+            if settings.four_bit:
+                packed_here, constants_here = nf4_bytes(module.weight.numel(), settings.double_quant)
+            else:
+                packed_here, constants_here = int8_bytes(*module.weight.shape)
             packed, constants = packed + packed_here, constants + constants_here
             taken.add(module.weight)
         dtype = torch.bfloat16 if settings.upcast else module.weight.dtype
-        model.set_submodule(name, AutocastLinear(module, four_bit, lora, settings.dropout, dtype))
-    if settings.adapter and not pairs:
-        known = sorted({name.rpartition(".")[2] for name, module in linear.items() if module is not head})
-        asked = settings.targets if isinstance(settings.targets, str) else ", ".join(settings.targets)
-        raise ToolError(f"no layer matches the LoRA targets {asked}: this model has {', '.join(known)}")
+        bits = (4 if settings.four_bit else 8) if quantised else 16
+        model.set_submodule(name, AutocastLinear(module, bits, lora, settings.dropout, dtype))
+    counted = [name for name, module in linear.items() if module is not head]
+    if settings.adapter and (missing := settings.unmatched(counted)):
+        known = sorted({name.rpartition(".")[2] for name in counted})
+        raise ToolError(f"no layer matches the LoRA targets {', '.join(missing)}: this model has {', '.join(known)}")
     taken_or_lora = {*taken, *lora_factors(model)}
     rest = [param for param in model.parameters() if param not in taken_or_lora]
     plain = sum(map(size_of, rest)) + sum(map(size_of, model.buffers()))
     rows = []
-    if settings.four_bit:
+    if settings.quantised:
         double = "double quantisation" if settings.double_quant else "no double quantisation"
-        rows.append(Row("4-bit NF4 weights", packed, True, f"{len(taken)} linear layers"))
-        rows.append(Row("their quantisation constants", constants, True, double))
-    remark = "embeddings, norms, biases, output layer" if settings.four_bit else "all weights of the model"
+        name = "4-bit NF4 weights" if settings.four_bit else "int8 weights"
+        rows.append(Row(name, packed, True, f"{len(taken)} linear layers"))
+        remark = double if settings.four_bit else "one for each row"
+        rows.append(Row("their quantisation constants", constants, True, remark))
+    remark = "embeddings, norms, biases, output layer" if settings.quantised else "all weights of the model"
     rows.append(Row("unquantised weights", plain, True, remark + (", in 32 bit" if settings.upcast else "")))
     for weight in taken:
         weight.data = weight.data.new_empty(0)  # decoded in the step, never there as a whole
@@ -220,17 +283,26 @@ def _unfreeze(model: nn.Module, settings: Settings) -> None:
     if not settings.adapter:
         model.requires_grad_(True)
         return
-    for factor in lora_factors(model):
-        factor.requires_grad_(True)
     found: set[str] = set()
     for name, module in model.named_modules():
         saved = name.rpartition(".")[2]
         if saved in settings.modules_to_save:
             found.add(saved)
-            for param in module.parameters():
-                param.requires_grad_(True)
+            _copy(module, settings.tied_copies)
+    for factor in lora_factors(model):
+        factor.requires_grad_(True)
     if missing := set(settings.modules_to_save) - found:
         raise ToolError(f"lora_modules_to_save names {', '.join(sorted(missing))}, which this model does not have")
+
+
+def _copy(module: nn.Module, tied: bool) -> None:
+    """Make the parameters of a layer trainable; those that another such layer has already are copied once more."""
+    for part in module.modules():
+        for name, param in part.named_parameters(recurse=False):
+            if param.requires_grad and not tied:
+                setattr(part, name, nn.Parameter(torch.empty_like(param)))
+            else:
+                param.requires_grad_(True)
 
 
 def _training_rows(
@@ -240,7 +312,7 @@ def _training_rows(
     lora = sum(map(size_of, lora_factors(model)))
     rows = []
     if settings.adapter:
-        rows.append(Row("LoRA weights", lora, True, "32 bit"))
+        rows.append(Row("LoRA weights", lora, True, "16 bit" if settings.half_adapter else "32 bit"))
         if size > lora:
             rows.append(Row("trainable copies", size - lora, True, "modules_to_save"))
     rows.append(Row("gradients", size, True))
@@ -260,37 +332,40 @@ def _step_rows(settings: Settings, peaks: Peaks) -> list[Row]:
 
 
 def advice(plan: Plan, card: float) -> list[tuple[str, int]]:
-    """Changes that together make a plan fit, easiest first, each with the bytes that it saves; all where none do."""
+    """Changes that together make a plan fit, each with the bytes that it saves; all of them where even these do not.
+
+    First what leaves the result as it is (a smaller micro-batch, no logits), then what costs time, then what trains otherwise.
+    """
     settings = plan.settings
-    peaks, batch, sequence = plan.peaks["on" if settings.checkpointing else "off"], settings.batch, settings.sequence
     changes: list[tuple[str, int]] = []
     missing = plan.margin - plan.free(card)
+    run = {"batch": settings.batch, "head": 1, "checkpointing": settings.checkpointing, "sequence": settings.sequence}
 
-    def change(text: str, saved: int) -> bool:
+    def peak(batch: int, head: int, checkpointing: int, sequence: int) -> int:
+        peaks = plan.peaks["on" if checkpointing else "off"]
+        share = batch * sequence / (settings.batch * settings.sequence)
+        return int(share * (peaks.kept + max(head * peaks.head, peaks.layer)))
+
+    def change(text: str, saved: int = 0, **to: int) -> bool:
+        saved = saved or peak(**run) - peak(**{**run, **to})
         if saved > 0:
             changes.append((text, saved))
+            run.update(to)
         return sum(size for _, size in changes) >= missing
 
-    if not settings.checkpointing:
-        if change("gradient_checkpointing: true", peaks.peak - plan.peaks["on"].peak):
-            return changes
-        peaks = plan.peaks["on"]
-    if not settings.four_bit and settings.adapter:
+    fused = "the cut_cross_entropy plugin" if settings.objective == "sft" else "dpo_use_liger_kernel: true"
+    if change(f"micro_batch_size: 1, accumulation steps x {settings.batch}", batch=1):
+        return changes
+    if change(f"{fused}, which never holds the logits", head=0):
+        return changes
+    if change("gradient_checkpointing: true", checkpointing=True):
+        return changes
+    if settings.adapter and not settings.quantised:
         linear = sum(row.size for row in plan.rows if row.name == "unquantised weights")
         if change("load_in_4bit: true with adapter: qlora (about)", int(0.7 * linear)):
             return changes
-    if batch > 1:
-        text = f"micro_batch_size: 1, accumulation steps x {batch}"
-        if change(text, peaks.peak - peaks.peak // batch):
-            return changes
-        peaks = Peaks(*(size // batch for size in peaks))
-    text = "the cut_cross_entropy plugin, which never holds the logits"
-    if change(text, max(0, peaks.head - max(peaks.layer, 0))):
-        return changes
-    peaks = Peaks(peaks.kept, 0, peaks.layer)
-    while sequence >= 512:
+    left, sequence = missing - sum(size for _, size in changes), settings.sequence
+    while sequence >= 512 and peak(**run) - peak(**{**run, "sequence": sequence}) < left:
         sequence //= 2
-        if change(f"sequence_len: {sequence}", peaks.peak // 2):
-            return changes
-        peaks = Peaks(*(size // 2 for size in peaks))
+    change(f"sequence_len: {sequence}", sequence=sequence)
     return changes

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 
 from scao_hf.tools import ToolError, logged, matrices
-from scao_hf.tools.settings import read_yaml
 
 #: Colours of the phases: AdamW steps, the ramp, steps with curvature.
 FIRST, RAMP, SECOND = "#e8eaee", "#f6e3c0", "#d3ebd9"
@@ -74,6 +73,8 @@ def _named_in(path: Path) -> str:
     """The output_dir that an Axolotl YAML names, as an addition to a message."""
     if path.suffix not in (".yml", ".yaml"):
         return ""
+    from scao_hf.tools.axolotl_yaml import read_yaml
+
     return f", which this YAML says is {read_yaml(path).get('output_dir') or './model-out'}"
 
 

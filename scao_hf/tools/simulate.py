@@ -65,12 +65,32 @@ class _Frozen4bit(torch.autograd.Function):
         return grads[0] @ grads[0].new_empty(ctx.sides), None
 
 
+class _Frozen8bit(torch.autograd.Function):
+    """bitsandbytes' int8 product: the input is quantised for it and kept, the weight is decoded for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out_features: int) -> Tensor:
+        ctx.sides = (out_features, x.shape[-1])
+        ctx.kept = x  # as bitsandbytes has it, out of sight of checkpointing, which does not let go of it
+        codes = x.to(torch.float16).to(torch.int8)
+        products = codes.new_empty((*x.shape[:-1], out_features), dtype=torch.int32)
+        return products.to(torch.float16).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ grads[0].new_empty(ctx.sides), None
+
+
+#: How a frozen weight of so many bits is multiplied.
+_FROZEN = {4: _Frozen4bit, 8: _Frozen8bit}
+
+
 class AutocastLinear(nn.Module):
-    """A linear layer as it acts under autocast: 4-bit or plain, with or without LoRA.
+    """A linear layer as it acts under autocast: quantised or plain, with or without LoRA.
 
     Args:
         base: the layer; only its shapes, bias and weight are used.
-        four_bit: whether the weight is held in 4 bits.
+        bits: in which the weight is held: 4, 8 or 16.
         lora: the factors A ``[r, in]`` and B ``[out, r]`` in float32, or None.
         dropout: LoRA dropout.
         dtype: of the products.
@@ -79,21 +99,23 @@ class AutocastLinear(nn.Module):
     def __init__(
         self,
         base: nn.Linear,
-        four_bit: bool,
+        bits: int,
         lora: tuple[Tensor, Tensor] | None,
         dropout: float,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.out_features, self.four_bit, self.dropout = base.out_features, four_bit, dropout
+        self.out_features, self.bits, self.dropout = base.out_features, bits, dropout
         self.weight, self.bias = base.weight, base.bias
         self.lora = None if lora is None else nn.ParameterList(lora)
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        asked, x = x.dtype, x.to(self.dtype)
-        if self.four_bit:
-            out = _Frozen4bit.apply(x, self.out_features)  # type: ignore[no-untyped-call]
+        given, asked, x = x, x.dtype, x.to(self.dtype)
+        if frozen := _FROZEN.get(self.bits):
+            out = frozen.apply(
+                given if self.bits == 8 else x, self.out_features
+            )  # int8 products are not cast by autocast
             out = (out if self.bias is None else out + self.bias.to(self.dtype)).to(asked)
         else:
             bias = None if self.bias is None else self.bias.to(self.dtype)
@@ -101,7 +123,7 @@ class AutocastLinear(nn.Module):
         if self.lora is not None:
             down, up = (factor.to(self.dtype) for factor in self.lora)
             inner = nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
-            out = out.clone() if self.four_bit else out
+            out = out.clone() if frozen else out
             out = out + nn.functional.linear(nn.functional.linear(inner, down), up) * 2.0
         return out  # type: ignore[no-any-return]
 
@@ -122,12 +144,18 @@ class _Attention(torch.autograd.Function):
 
 
 def fused_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; keys and values are repeated for their groups, as sdpa does on old cards."""
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (key, value))
-    inputs = (tensor.to(torch.bfloat16) for tensor in (query, key, value))  # as autocast has it
+    inputs = (tensor.to(dtype) for tensor in (query, key, value))  # as autocast has it
     out = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2).contiguous(), None
 
@@ -150,25 +178,75 @@ class Peaks(NamedTuple):
         return self.kept + max(self.head, self.layer)
 
 
-def set_checkpointing(model: Any, enabled: bool) -> None:
+def set_checkpointing(model: Any, enabled: bool, reentrant: bool = False) -> None:
     """Turn gradient checkpointing of a transformers model on or off, under the name that its release has for it."""
     names = ("activation_checkpointing", "gradient_checkpointing")  # the latter is deprecated since transformers 5.2x
     name = next(name for name in names if hasattr(model, f"{name}_enable"))
     if enabled:
         # Saving the state of a random generator is no matter of memory, and the meta device has none.
-        getattr(model, f"{name}_enable")({"use_reentrant": False, "preserve_rng_state": False})
+        getattr(model, f"{name}_enable")({"use_reentrant": reentrant, "preserve_rng_state": False})
     else:
         getattr(model, f"{name}_disable")()
 
 
-def step_peaks(model: nn.Module, batch: int, sequence: int, checkpointing: bool) -> Peaks:
+def _next_token_loss(model: Any, tokens: Tensor, _: bool) -> Tensor:
+    return model(input_ids=tokens, labels=tokens, use_cache=False).loss  # type: ignore[no-any-return]
+
+
+class _Gather(torch.autograd.Function):
+    """``gather`` along the last dimension; in a dispatch mode torch's own gradient takes twice the memory that it has else."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.shape = values.shape
+        ctx.save_for_backward(index)
+        return values.gather(-1, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.shape).scatter_add_(-1, index, grads[0]), None
+
+
+def _preference_loss(model: Any, tokens: Tensor, reference: bool) -> Tensor:
+    """DPO as TRL has it; the reference, the same model without LoRA or a copy of it, takes as much for its pass."""
+
+    def log_probabilities() -> tuple[Tensor, Tensor]:
+        logits = model(input_ids=tokens, use_cache=False).logits.float()[:, :-1]  # Accelerate returns 32 bits
+        chosen = _Gather.apply(logits, tokens[:, 1:, None])  # type: ignore[no-untyped-call]
+        whole = torch.stack([torch.logsumexp(row, -1) for row in logits])
+        return logits, (chosen - whole[..., None]).sum((1, 2))
+
+    logits, policy = log_probabilities()
+    with torch.no_grad():
+        held = (
+            log_probabilities() if reference else (logits, policy)
+        )  # both pairs of logits are there until the loss is
+        rows = logits.reshape(-1, logits.shape[-1])  # the entropy for the log: a copy, and some rows at a time
+        shares = rows[:128].log_softmax(-1)
+        (shares.exp() * shares).sum(-1)
+    return -nn.functional.logsigmoid(policy - held[1]).mean()
+
+
+def step_peaks(
+    model: nn.Module,
+    sequences: int,
+    sequence: int,
+    checkpointing: bool,
+    objective: str = "sft",
+    reference: bool = False,
+    reentrant: bool = False,
+) -> Peaks:
     """Run one forward and backward pass of a language model and follow its memory.
 
     Args:
         model: on the meta device (or a real one, for tests), in training mode, its linear layers as in training.
-        batch: sequences in a micro-batch.
+        sequences: how many go through the model at once.
         sequence: tokens in a sequence.
         checkpointing: recompute each layer in the backward pass.
+        objective: "sft", or a preference.
+        reference: a preference with a pass through the reference model.
+        reentrant: the older kind of checkpointing.
 
     Returns:
         Peaks; gradients of parameters are not in them.
@@ -177,14 +255,16 @@ def step_peaks(model: nn.Module, batch: int, sequence: int, checkpointing: bool)
         if param.requires_grad:
             param.grad = torch.zeros_like(param)  # between micro-batches they are there throughout
     device = next(model.parameters()).device
-    tokens = torch.zeros(batch, sequence, dtype=torch.long, device=device)
+    tokens = torch.zeros(sequences, sequence, dtype=torch.long, device=device)
     toggle: Any = model
-    set_checkpointing(model, checkpointing)
+    set_checkpointing(model, checkpointing, reentrant)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), tokens]
     meter = Meter(known)
     marks: dict[str, int] = {}
 
     def before_head(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if "kept" in marks:
+            return  # the reference's pass
         marks["kept"], marks["forward"] = meter.live, meter.restart()
 
         def after_head(grad: Tensor) -> Tensor:
@@ -198,7 +278,7 @@ def step_peaks(model: nn.Module, batch: int, sequence: int, checkpointing: bool)
     inputs = toggle.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
     try:
         with meter:
-            toggle(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            (_next_token_loss if objective == "sft" else _preference_loss)(toggle, tokens, reference).backward()
     finally:
         handle.remove()
         inputs.remove()
