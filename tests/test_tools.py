@@ -1073,6 +1073,8 @@ def test_doctor_prints_a_block_for_bug_reports(monkeypatch: Any) -> None:
     assert result.output.startswith("```\n") and "\n```\nNothing is broken." in result.output
     for words in ("torch ", "transformers ", "bitsandbytes ", "cuda ", "backend, cpu ", torch.__version__):
         assert words in result.output
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["rows"]["torch"] == torch.__version__ and found["problems"] == [] and found["note"] is None
 
 
 def test_doctor_tells_two_packages_of_the_name_apart(tmp_path: Path, monkeypatch: Any) -> None:
@@ -1158,9 +1160,10 @@ def test_the_entry_points_lead_to_the_commands(monkeypatch: Any) -> None:
     helped = ClickRunner().invoke(group, ["scao", "--help"])
     assert helped.exit_code == 0 and all(word in helped.output for word in ("plan", "compare", "report", "doctor"))
     for broken in (False, True):
-        monkeypatch.setattr(doctor, "examine", lambda broken=broken: doctor.Findings("as it is", broken))
+        found = doctor.Findings([("a", "b")], ["c"] * broken)
+        monkeypatch.setattr(doctor, "examine", lambda found=found: found)
         done = ClickRunner().invoke(group, ["scao", "doctor"])
-        assert (done.output, done.exit_code) == ("as it is\n", int(broken))
+        assert (done.output, done.exit_code) == (found.text + "\n", int(broken))
         assert done.exception is None or isinstance(done.exception, SystemExit)
 
 

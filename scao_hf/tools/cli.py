@@ -298,6 +298,7 @@ def report(
 @app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The rows and the problems as JSON.")] = False,
 ) -> None:
     """Is the installation sound? Versions, backend, self-test; a block to paste into a bug report.
 
@@ -309,7 +310,10 @@ def doctor(
 
         note = plugin_note(read_yaml(config)) if config else None
         found = examine()
-    print(found.text)
-    if note:
-        print(f"{config}: {note}.")
-    raise typer.Exit(1 if found.broken else 0)
+    if as_json:
+        print(json.dumps({"rows": dict(found.rows), "problems": found.problems, "note": note}, indent=2))
+    else:
+        print(found.text)
+        if note:
+            print(f"{config}: {note}.")
+    raise typer.Exit(1 if found.problems else 0)

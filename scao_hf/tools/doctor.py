@@ -36,10 +36,18 @@ _OPTIONS = {"warmup_steps": 4, "blend_steps": 5, "precond_freq": 3, "min_precond
 
 @dataclass(frozen=True)
 class Findings:
-    """The text to paste, and whether something is broken."""
+    """What was found, row by row, and what is broken, with the way out."""
 
-    text: str
-    broken: bool
+    rows: list[tuple[str, str]]
+    problems: list[str]
+
+    @property
+    def text(self) -> str:
+        """The block to paste."""
+        width = max(len(name) for name, _ in self.rows)
+        rows = "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows)
+        end = "\n".join(f"BROKEN: {problem}" for problem in self.problems) or "Nothing is broken."
+        return f"```\n{rows}\n```\n{end}"
 
 
 def examine() -> Findings:
@@ -77,10 +85,7 @@ def examine() -> Findings:
     lines.append(("axolotl plugin", plugin))
     if not sound:
         problems.append("Axolotl cannot load the plugin: pip install 'scao-hf[axolotl]' where Axolotl is installed")
-    width = max(len(name) for name, _ in lines)
-    rows = "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
-    end = "\n".join(f"BROKEN: {problem}" for problem in problems) or "Nothing is broken."
-    return Findings(f"```\n{rows}\n```\n{end}", bool(problems))
+    return Findings(lines, problems)
 
 
 def _version(package: str) -> str:
