@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from survival import COMPARED
 from texts import table
 
 FILE = "survival.jsonl"
+#: Characters of a reason that the table shows; the file has all of it.
+LONGEST = 80
 Rows = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -40,7 +43,8 @@ def _cell(record: dict[str, Any] | None) -> str:
         return ""
     if record["outcome"] == "survived":
         return "yes"
-    reason = record["reason"].replace("|", "/").replace("<", "(").replace(">", ")")
+    reason = textwrap.shorten(record["reason"], LONGEST, placeholder=" ...")
+    reason = reason.replace("|", "/").replace("<", "(").replace(">", ")")
     return f"({reason})" if record["outcome"] == "inapplicable" else f"**no**: {reason}"
 
 

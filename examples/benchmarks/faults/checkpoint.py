@@ -6,15 +6,18 @@ import copy
 import io
 import math
 import pickle
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from faults.core import Inapplicable, Lost, Subject, Task, copies, equal_states, fault, require
+from faults.core import LR, Inapplicable, Lost, Subject, Task, copies, distance, equal_states, fault, require
 
 
 def saved(optimizer: Optimizer) -> bytes:
@@ -50,7 +53,7 @@ def resumed(subject: Subject, dtype: torch.dtype | None, pause: int) -> None:
     # Whether weights_only can read the file is another row.
     second.optimizer.load_state_dict(torch.load(io.BytesIO(data), weights_only=False))
     second.train(pause, 60)
-    gap = max(float((a - b).detach().float().abs().max()) for a, b in zip(whole.params, second.params, strict=True))
+    gap = distance(whole.params, second.params)
     require(gap == 0, f"weights differ by {gap:.2g}")
 
 
@@ -165,3 +168,90 @@ def aliased(subject: Subject) -> None:
     task.optimizer.load_state_dict(state)
     task.train(30, 40)
     require(equal_states(state, kept), "training writes into the loaded dict")
+
+
+@fault("checkpoint", "a state with a negative second moment is refused")
+def negative(subject: Subject) -> None:
+    def change(state: dict[str, Any]) -> None:
+        squares = [
+            value
+            for entry in state["state"].values()
+            for key, value in entry.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1 and "sq" in key
+        ]
+        if not squares:
+            raise Inapplicable("no tensor of its state dict is named as a square")
+        for value in squares:
+            value.neg_()
+
+    turned_away(subject, change)
+
+
+@fault("checkpoint", "parameters in another order, with names: matched, or refused")
+def other_order(subject: Subject) -> None:
+    params = [Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) / 4) for seed in (1, 2)]
+    draw = torch.Generator().manual_seed(0)
+    grads = [[torch.randn(6, 8, generator=draw) * scale for scale in (1.0, 1e-3)] for _ in range(25)]
+
+    def steps(params: list[Any], optimizer: Optimizer, first: int, last: int) -> None:
+        for step in range(first, last):
+            for param, grad in zip(params, grads[step], strict=True):
+                param.grad = grad.to(param.dtype)
+            optimizer.step()
+
+    try:
+        optimizer = subject.build(list(zip("ab", params, strict=True)), LR)
+    except (TypeError, AttributeError, ValueError):
+        raise Inapplicable("it takes no names") from None
+    if "param_names" not in optimizer.param_groups[0]:
+        raise Inapplicable("it keeps no names")
+    steps(params, optimizer, 0, 20)
+    twins = [Parameter(param) for param in copies(params)]
+    other = subject.build(list(zip("ba", reversed(twins), strict=True)), LR)
+    try:
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    except (ValueError, RuntimeError, KeyError):
+        return
+    steps(params, optimizer, 20, 25)
+    steps(twins, other, 20, 25)
+    gap = distance(params, twins)
+    # Not to the bit: in another order SCAO refreshes them in other steps. With the other one's state AdamW is 0.07 away.
+    require(gap <= LR, f"each takes the other's state: weights differ by {gap:.2g}")
+
+
+@fault("checkpoint", "one parameter's entry saved alone has its own size")
+def entry_alone(subject: Subject) -> None:
+    sizes = []
+    for count in (1, 20):
+        params = [Parameter(torch.ones(8, 32)) for _ in range(count)]
+        optimizer = subject.build(params, LR)
+        for step in range(12):
+            for param in params:
+                param.grad = torch.sin(torch.arange(256.0) * (step + 1)).view(8, 32)
+            optimizer.step()
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict()["state"][0], buffer)
+        sizes.append(len(buffer.getvalue()))
+    require(sizes[1] <= 1.5 * sizes[0], f"{sizes[1]:,} bytes, {sizes[0]:,} where it is the only one")
+
+
+@fault("checkpoint", "torch.distributed.checkpoint in one process, to the bit")
+def distributed_checkpoint(subject: Subject) -> None:
+    for pause in (3, 41):
+        whole, first = Task(subject), Task(subject)
+        whole.train(0, 50)
+        first.train(0, pause)
+        second = Task(subject, params=[Parameter(param) for param in copies(first.params)])
+        models = [torch.nn.ParameterList(task.params) for task in (first, second)]
+        with tempfile.TemporaryDirectory() as folder:
+            saved = {"optimizer": get_optimizer_state_dict(models[0], first.optimizer)}
+            checkpoint.save(saved, checkpoint_id=folder, no_dist=True)
+            target = {"optimizer": get_optimizer_state_dict(models[1], second.optimizer)}
+            try:
+                checkpoint.load(target, checkpoint_id=folder, no_dist=True)
+            except checkpoint.api.CheckpointException as error:  # not an Exception
+                raise Lost(str(error).strip().splitlines()[-1]) from error
+            set_optimizer_state_dict(models[1], second.optimizer, target["optimizer"])
+        second.train(pause, 50)
+        gap = distance(whole.params, second.params)
+        require(gap == 0, f"weights differ by {gap:.2g}")

@@ -131,6 +131,11 @@ def copies(params: Params) -> Params:
     return [param.detach().clone() for param in params]
 
 
+def distance(first: Params, second: Params) -> float:
+    """The largest difference of two lists of parameters."""
+    return max(float((a - b).detach().float().abs().max()) for a, b in zip(first, second, strict=True))
+
+
 def same(first: Params, second: Params) -> bool:
     """Whether two lists of parameters are equal to the bit."""
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from faults.core import LR, STEPS, Inapplicable, Subject, Task, clean_loss, copies, fault, finite, require, same
@@ -54,6 +55,68 @@ def rank_one(subject: Subject) -> None:
     for step in range(60):
         before = param.detach().clone()
         param.grad = column @ torch.randn(1, 24, generator=draw)
+        optimizer.step()
+        require(finite([param]), "weights are NaN or Inf")
+        size = float((param.detach() - before).square().mean().sqrt()) / LR
+        require(size <= 2, f"a step of {size:.2g} lr at step {step + 1}")
+
+
+def largest_move(subject: Subject, gradient: Callable[[int], Tensor], limit: float, steps: int = 40) -> None:
+    """No entry may move by more than ``limit`` learning rates in a step."""
+    param = Parameter(torch.zeros_like(gradient(0)))
+    optimizer = subject.build([param], LR)
+    for step in range(steps):
+        before = param.detach().clone()
+        param.grad = gradient(step)
+        optimizer.step()
+        require(finite([param]), "weights are NaN or Inf")
+        move = float((param.detach() - before).abs().max()) / LR
+        require(move <= limit, f"an entry moves {move:.2g} lr at step {step + 1}")
+
+
+@fault("numerics", "gradients of ones: no entry moves more than 1.5 lr")
+def all_ones(subject: Subject) -> None:
+    largest_move(subject, lambda step: torch.ones(48, 32), 1.5)
+
+
+@fault("numerics", "a constant diagonal gradient: no entry moves more than 2 lr")
+def diagonal(subject: Subject) -> None:
+    largest_move(subject, lambda step: torch.eye(16, 24), 2)
+
+
+@fault("numerics", "gradients of rank two: no entry moves more than 4 lr")
+def rank_two(subject: Subject) -> None:
+    draw = torch.Generator().manual_seed(0)
+    columns, rows = torch.randn(8, 2, generator=draw), torch.randn(40, 2, 24, generator=draw)
+    largest_move(subject, lambda step: columns @ rows[step], 4)
+
+
+@fault("numerics", "a step with zero gradients does not enlarge the next one")
+def idle_step(subject: Subject) -> None:
+    draw = torch.Generator().manual_seed(0)
+    mean = torch.randn(8, 24, generator=draw)
+    runs = [Parameter(torch.zeros(8, 24)) for _ in range(2)]
+    optimizers = [subject.build([param], LR) for param in runs]
+    for step in range(45):
+        grad = mean + torch.randn(8, 24, generator=draw)
+        moves = []
+        for param, optimizer in zip(runs, optimizers, strict=True):
+            before = param.detach().clone()
+            param.grad = torch.zeros_like(grad) if param is runs[1] and step == 40 else grad.clone()
+            optimizer.step()
+            moves.append(float((param.detach() - before).square().mean().sqrt()))
+        if step > 40:
+            require(moves[1] <= 1.1 * moves[0], f"{moves[1] / moves[0]:.2f} times as large")
+
+
+@fault("numerics", "gradients in one step of five: no step above twice lr in the mean")
+def seldom(subject: Subject) -> None:
+    draw = torch.Generator().manual_seed(0)
+    param = Parameter(torch.zeros(8, 24))
+    optimizer = subject.build([param], LR)
+    for step in range(80):
+        before = param.detach().clone()
+        param.grad = torch.randn(8, 24, generator=draw) * (step % 5 == 0)
         optimizer.step()
         require(finite([param]), "weights are NaN or Inf")
         size = float((param.detach() - before).square().mean().sqrt()) / LR
