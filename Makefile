@@ -156,6 +156,7 @@ $(VENV)/.bench: $(VENV)/.demo examples/benchmarks/requirements.txt
 survival: $(VENV)/.bench ext
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python examples/benchmarks/survival.py --out examples/benchmarks/results/survival.jsonl
 	$(BIN)/python examples/benchmarks/tables.py --write > /dev/null
+	$(BIN)/python examples/benchmarks/pictures.py > /dev/null
 
 bench-quick: $(VENV)/.bench
 	$(OFFLINE) $(BIN)/python examples/benchmarks/sweep.py --task tiny --rank 8 --steps 100 --seeds 0,1 \
@@ -167,6 +168,7 @@ bench-costs: $(VENV)/.bench ext
 	$(OFFLINE) $(BIN)/python examples/benchmarks/memory.py --redo-stale
 	@mkdir -p runs/benchmarks
 	$(BIN)/python examples/benchmarks/tables.py --write --plots runs/benchmarks > runs/benchmarks/tables.md
+	$(BIN)/python examples/benchmarks/pictures.py
 
 # The published experiments. The reduced form learns from the demo's data, so that nothing is downloaded.
 reproduce-quick: $(VENV)/.bench ext

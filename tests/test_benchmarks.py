@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import data  # noqa: E402
 import models  # noqa: E402
 import packed  # noqa: E402
 import peers  # noqa: E402
+import pictures  # noqa: E402
 import polora  # noqa: E402
 import reproduce  # noqa: E402
 import runs  # noqa: E402
@@ -732,6 +734,22 @@ def test_readme_markers_are_filled(results: Path) -> None:
 def test_plots_are_drawn(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert tables.plot(tables.settings([results])[0], tmp_path).stat().st_size > 10_000
+
+
+def test_the_pictures_are_drawn_from_the_records() -> None:
+    """To the byte with the matplotlib that drew them; with another, whose lines may differ, the figures in words."""
+    matplotlib = pytest.importorskip("matplotlib")
+    made = pictures.draw(sorted((ROOT / "examples" / "benchmarks" / "results").glob("*.jsonl")))
+    assert {path.name for path in pictures.FOLDER.glob("*.svg")} == {*made, *pictures.BY_HAND}
+    for name, svg in made.items():
+        committed = (pictures.FOLDER / name).read_text(encoding="utf-8")
+        assert "prefers-color-scheme: dark" in committed and not set(pictures.COLOURS.values()) & set(
+            re.findall(r"(?<=: )#[0-9a-f]{6}(?=;)", committed.partition("</style>")[2])
+        ), f"{name}: a colour that dark surroundings do not change"
+        if f"Matplotlib v{matplotlib.__version__}," in committed:
+            assert committed == svg, f"{name} is out of date: python examples/benchmarks/pictures.py"
+        said = [re.search(r'aria-label="([^"]*)"', text)[1] for text in (committed, svg)]  # type: ignore[index]
+        assert said[0] == said[1], f"{name} is out of date: python examples/benchmarks/pictures.py"
 
 
 def test_the_readmes_hold_what_the_result_files_give() -> None:

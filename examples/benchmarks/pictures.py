@@ -1,0 +1,239 @@
+"""Draw the pictures of README and docs from the result files, as SVG that follows the reader's light or dark theme.
+
+    python examples/benchmarks/pictures.py      # write docs/pictures/*.svg
+
+A picture is a function of the records alone: tests/test_benchmarks.py draws each one again and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import costs
+import sweep_tables
+from runs import Record, Setting, best_lr, loss_of, optimizer_seconds, same_machine
+from tables import HERE, ROOT, read
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FOLDER = ROOT / "docs" / "pictures"
+#: The setting of the loss curves: the longest run of a pretrained model in 4 bit.
+LONGEST = "qlora-r16-cosine-300"
+INK, PAPER, GRID = "#1b1f24", "#fdfdfd", "#d0d5db"
+NAMES = {"adamw": "AdamW", "scao": "SCAO"}
+COLOURS = {"adamw": "#b35400", "scao": "#1f5fbf"}
+DARK = {INK: "#e8ebef", PAPER: "#16191d", GRID: "#3b424b", COLOURS["adamw"]: "#ffa657", COLOURS["scao"]: "#79b0ff"}
+#: Diagrams in the same folder that show no record.
+BY_HAND = ()
+#: Bytes per parameter up to which an optimizer's state is drawn; the others are named below the bars.
+LARGEST = 12
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """The mean of the last ``width`` values, from the first of which there are as many."""
+    return [statistics.mean(values[end - width : end]) for end in range(width, len(values) + 1)]
+
+
+def at_the_rate_of_adamw(setting: Setting, optimizer: str) -> list[Record]:
+    """An optimizer's runs at AdamW's best rate, on the seeds that AdamW has there too."""
+    reference = sweep_tables.reference_runs(setting)
+    rate = best_lr(setting.at(sweep_tables.REFERENCE))
+    return [record for seed, record in setting.at(optimizer)[rate].items() if seed in reference]
+
+
+def loss(setting: Setting, figure: Figure) -> str:
+    """Training and held-out loss over steps and over seconds, at the rate that is AdamW's best."""
+    width = max(1, setting.steps // 15)
+    reference = at_the_rate_of_adamw(setting, "adamw")
+    axes = figure.subplots(1, 2, sharey=True)
+    said = []
+    for optimizer, name in NAMES.items():
+        found = [r for r in at_the_rate_of_adamw(setting, optimizer) if same_machine(r, reference[0])]
+        second = sweep_tables.pass_seconds(setting, reference[0]) + statistics.median(map(optimizer_seconds, found))
+        curves = [smooth(record["train_loss"], width) for record in found]
+        by_step = list(zip(*curves, strict=True))
+        steps = range(width, width + len(by_step))
+        measured = [list(entries) for entries in zip(*(record["evals"] for record in found), strict=True)]
+        for axis, unit in zip(axes, (1.0, second / 60), strict=True):
+            times = [step * unit for step in steps]
+            axis.fill_between(times, *map(list, zip(*((min(v), max(v)) for v in by_step), strict=True)), alpha=0.25)
+            axis.collections[-1].set(facecolor=COLOURS[optimizer], linewidth=0)
+            means = [statistics.mean(values) for values in by_step]
+            axis.plot(times, means, color=COLOURS[optimizer], linewidth=1.8, label=f"{name}, training")
+            axis.plot(
+                [entries[0]["step"] * unit for entries in measured],
+                [statistics.mean(entry["loss"] for entry in entries) for entries in measured],
+                **{"color": COLOURS[optimizer], "marker": "o", "linestyle": ":", "label": f"{name}, held out"},
+            )
+        said.append(f"{name} {statistics.mean(map(loss_of, found)):.4f}")
+    for axis, label in zip(axes, ("step", "minutes on one CPU thread"), strict=True):
+        axis.set(xlabel=label, xlim=(0, None))
+    axes[0].set_ylabel("loss")
+    early = axes[0].lines[0].get_ydata()[setting.steps // 15]  # what comes before is much higher, and the same for both
+    axes[0].set_ylim(None, 1.05 * early)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    rate = best_lr(setting.at("adamw"))
+    seeds = len(reference)
+    figure.suptitle(f"{brief(setting)}, rate {rate:g}, {seeds} seeds (band: lowest to highest)", fontsize=10)
+    return f"Held-out loss at the end, {sweep_tables.title(setting)}: {', '.join(said)}"
+
+
+def brief(setting: Setting) -> str:
+    """What a picture calls a setting."""
+    cell = setting.cell
+    rank = f", LoRA r = {cell['rank']}" if "rank" in cell else ""
+    shape = "" if cell["schedule"] == "cosine" else f", {cell['schedule']} rate"
+    model = cell["model"].split(",")[0].split(" (")[0].removesuffix("-Instruct")
+    return f"{model}{rank}, {Path(cell['data']).stem.split('_')[0]}{shape}, {setting.steps} steps"
+
+
+def rates(found: Iterable[Setting], figure: Figure) -> str:
+    """Held-out loss by learning rate: a line through the seed that every rate has, a dot for each other run."""
+    order = sorted(found, key=lambda it: (it.cell["task"], it.cell["schedule"], it.cell.get("rank", 0), it.steps))
+    drawn = [(setting, curves) for setting in order if (curves := basins(setting))]
+    columns = min(3, len(drawn))
+    axes = figure.subplots(-(-len(drawn) // columns), columns, squeeze=False).flatten()
+    said = []
+    for axis in axes[len(drawn) :]:
+        axis.set_axis_off()
+    for axis, (setting, curves) in zip(axes, drawn, strict=False):
+        for optimizer, (seed, by_lr) in curves.items():
+            line = [(lr, loss_of(seeds[seed])) for lr, seeds in by_lr.items() if seed in seeds]
+            others = [(lr, loss_of(r)) for lr, seeds in by_lr.items() for key, r in seeds.items() if key != seed]
+            axis.plot(*zip(*line, strict=True), color=COLOURS[optimizer], marker="o", label=NAMES[optimizer])
+            if others:
+                axis.plot(*zip(*others, strict=True), color=COLOURS[optimizer], marker=".", linestyle="", alpha=0.6)
+        values = [value for line in axis.lines for value in line.get_ydata()]
+        axis.set_ylim(None, min(axis.get_ylim()[1], 1.1 * min(values)))
+        axis.set_xscale("log", base=2)
+        rates = sorted({lr for _, by_lr in curves.values() for lr in by_lr})
+        axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
+        axis.minorticks_off()
+        axis.set_title(brief(setting).replace(", LoRA", "\nLoRA"), fontsize=8, color=INK)
+        said.append(
+            f"{brief(setting)}: best " + ", ".join(f"{NAMES[o]} {best_lr(b):g}" for o, (_, b) in curves.items())
+        )
+    axes[0].set_ylabel("held-out loss")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return "; ".join(said)
+
+
+def basins(setting: Setting) -> dict[str, tuple[int, dict[float, dict[int, Record]]]]:
+    """AdamW's and SCAO's runs by rate with the seed of the line; nothing where one has fewer than three rates."""
+    found = {}
+    for optimizer in NAMES:
+        by_lr = {
+            lr: seeds for lr, seeds in setting.at(optimizer).items() if max(map(loss_of, seeds.values())) < math.inf
+        }
+        counts = {seed: sum(seed in seeds for seeds in by_lr.values()) for seeds in by_lr.values() for seed in seeds}
+        seed = max(counts, key=lambda seed: (counts[seed], -seed), default=0)
+        if counts.get(seed, 0) < 3 or setting.cell["task"] == "gpt":
+            return {}
+        found[optimizer] = (seed, by_lr)
+    return found
+
+
+def state(records: Iterable[costs.Record], figure: Figure) -> str:
+    """Bytes of state per parameter of one LoRA load: while phase 2 holds, and the largest at any time."""
+    held = {}
+    for record in records:
+        if record["cell"]["benchmark"] == "memory" and record["cell"]["part"] == "state":
+            peak = record.get("report", {}).get("peak", record["bytes"])
+            held[record["cell"]["optimizers"][0]] = [v / record["parameters"] for v in (record["bytes"], peak)]
+            rank, count = record["cell"]["rank"], record["parameters"]
+    shown = sorted((name for name, values in held.items() if max(values) < LARGEST), key=lambda n: (held[n][1], n))
+    axis = figure.subplots()
+    for at, name in enumerate(shown):
+        rest, peak = held[name]
+        colour = COLOURS["scao" if name.startswith("scao") else "adamw"]
+        axis.barh(at, peak, color=colour, alpha=0.35, height=0.7)
+        axis.barh(at, rest, color=colour, height=0.7)
+        axis.text(max(rest, peak) + 0.1, at, f"{rest:.2f}" + (f" (peak {peak:.2f})" if peak > rest + 0.01 else ""))
+        axis.texts[-1].set(va="center", fontsize=9, color=INK)
+    labels = [name.replace(":", "\n", 1).replace(":", ", ").replace("'", "") for name in shown]
+    axis.set_yticks(range(len(shown)), labels)
+    axis.set(xlabel="bytes of optimizer state per trained parameter", xlim=(0, 10))
+    more = ", ".join(
+        f"{name} {values[0]:.0f}" for name, values in held.items() if name not in shown and ":" not in name
+    )
+    figure.suptitle(f"LoRA r = {rank}, {count / 1e6:.1f} million parameters in float32; not drawn: {more}", fontsize=10)
+    return "; ".join(f"{name} {held[name][0]:.2f}, peak {held[name][1]:.2f}" for name in shown)
+
+
+def finish(figure: Figure, text: str, name: str) -> str:
+    """A figure as SVG: text stays text, and every colour has one for dark surroundings."""
+    for axis in figure.axes:
+        axis.grid(color=GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=INK, labelsize=8)
+        axis.xaxis.label.set_color(INK)
+        axis.yaxis.label.set_color(INK)
+        plain(axis)
+    for legend in figure.legends:
+        for label in legend.get_texts():
+            label.set_color(INK)
+    if figure.get_suptitle():
+        figure.suptitle(figure.get_suptitle(), fontsize=10, color=INK)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Description": text})
+    svg = buffer.getvalue()
+    names = {INK: "ink", PAPER: "paper", GRID: "grid", COLOURS["adamw"]: "adamw", COLOURS["scao"]: "scao"}
+    for colour, variable in names.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    light, dark = (
+        " ".join(f"--{variable}: {(DARK[colour] if other else colour)};" for colour, variable in names.items())
+        for other in (False, True)
+    )
+    style = f"<style>svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
+    svg = svg.replace(" <defs>", f" {style}\n <defs>", 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{name}: {text}" ', 1)
+
+
+def plain(axis: Axes) -> None:
+    """Only the left and the lower frame, on the paper's colour."""
+    axis.patch.set_alpha(0)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+
+
+def draw(paths: Sequence[Path]) -> dict[str, str]:
+    """Every picture by its file's name."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    found, measured = read(paths)
+    longest = next(setting for setting in found if setting.name == LONGEST)
+    pictures = {
+        "loss.svg": ((9, 3.6), lambda figure: loss(longest, figure)),
+        "rates.svg": ((9, 5.2), lambda figure: rates(found, figure)),
+        "state.svg": ((9, 4.2), lambda figure: state(measured, figure)),
+    }
+    made = {}
+    for name, (size, fill) in pictures.items():
+        settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "text.color": INK}
+        with matplotlib.rc_context(settings):
+            figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
+            made[name] = finish(figure, fill(figure), name.removesuffix(".svg"))
+    return made
+
+
+def main() -> None:
+    """Write the pictures."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    for name, svg in draw(sorted((HERE / "results").glob("*.jsonl"))).items():
+        (FOLDER / name).write_text(svg, encoding="utf-8")
+        print(FOLDER / name)
+
+
+if __name__ == "__main__":
+    main()
