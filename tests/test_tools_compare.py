@@ -21,6 +21,7 @@ from test_tools import mistake, run
 from scao_hf.tools import ToolError, arms, comparison, measure
 from scao_hf.tools.arms import Arm, Job, Outcome, Rate
 from scao_hf.tools.comparison import Side
+from scao_hf.trainer import SCAOTrainerMixin
 
 CONFIG = {"base_model": "any/model", "optimizer": "scao", "learning_rate": 1e-3, "scao_k_max": 8, "val_set_size": 0.1}
 
@@ -72,6 +73,28 @@ def test_a_plain_trainer_gets_scao_as_the_mixin_builds_it(tmp_path: Path) -> Non
         assert type(trainer.optimizer).__name__ == kind
         assert trainer.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
         assert (trainer.args.learning_rate, trainer.args.max_steps, args.learning_rate) == (5e-4, 8, 1e-3)
+
+
+@pytest.mark.parametrize("mixin", [False, True])
+def test_both_arms_have_the_parameter_groups_of_the_trainer(tmp_path: Path, mixin: bool) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    class Halves(Trainer):
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            cls, options = self.optimizer_cls_and_kwargs or Trainer.get_optimizer_cls_and_kwargs(self.args)
+            weight, bias = self.model.weight, self.model.bias
+            self.optimizer = cls([{"params": [weight], "lr": 3e-3}, {"params": [bias], "weight_decay": 0.5}], **options)
+            return self.optimizer
+
+    kind = type("Own", (SCAOTrainerMixin, Halves), {}) if mixin else Halves
+    args = TrainingArguments(str(tmp_path), learning_rate=1e-3, use_cpu=True, report_to="none")
+    asked = {"steps": 8, "save_steps": 2, "output_dir": "x", "learning_rate": None, "scale": 1.0, "seed": 0}
+    for name, made in (("scao", "SCAO"), ("adamw_torch", "AdamW")):
+        trainer = kind(model=torch.nn.Linear(4, 4), args=args)
+        measure.prepare_trainer(trainer, {**asked, "optimizer": name}, tmp_path / "m")
+        assert type(trainer.optimizer).__name__ == made
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == [3e-3, 1e-3]
+        assert trainer.optimizer.param_groups[1]["weight_decay"] == 0.5
 
 
 def test_the_yamls_own_optimizer_is_what_scao_is_compared_with(tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def prepare_trainer(trainer: Any, arm: dict[str, Any], path: Path) -> None:
         trainer.create_optimizer()
     else:
         args.optim = arm["optimizer"]
-        Trainer.create_optimizer(trainer)  # not the mixin's, which would build SCAO
+        maker: Any = super(SCAOTrainerMixin, trainer) if own else trainer  # the mixin would build SCAO
+        maker.create_optimizer()
     Recorder.watch(trainer, path)
 
 
