@@ -156,7 +156,6 @@ $(VENV)/.bench: $(VENV)/.demo examples/benchmarks/requirements.txt
 survival: $(VENV)/.bench ext
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python examples/benchmarks/survival.py --out examples/benchmarks/results/survival.jsonl
 	$(BIN)/python examples/benchmarks/tables.py --write > /dev/null
-	$(BIN)/python examples/benchmarks/pictures.py > /dev/null
 
 bench-quick: $(VENV)/.bench
 	$(OFFLINE) $(BIN)/python examples/benchmarks/sweep.py --task tiny --rank 8 --steps 100 --seeds 0,1 \

@@ -743,10 +743,13 @@ def test_the_pictures_are_drawn_from_the_records() -> None:
     assert {path.name for path in pictures.FOLDER.glob("*.svg")} == {*made, *pictures.BY_HAND}
     for name, svg in made.items():
         committed = (pictures.FOLDER / name).read_text(encoding="utf-8")
-        assert "prefers-color-scheme: dark" in committed and not set(pictures.COLOURS.values()) & set(
-            re.findall(r"(?<=: )#[0-9a-f]{6}(?=;)", committed.partition("</style>")[2])
-        ), f"{name}: a colour that dark surroundings do not change"
-        if f"Matplotlib v{matplotlib.__version__}," in committed:
+        if not name.startswith("badge-"):
+            assert "prefers-color-scheme: dark" in committed
+            drawn = committed.partition("</style>")[2]
+            assert not [colour for colour in pictures.DARK if colour in drawn], (
+                f"{name}: a colour that stays in the dark"
+            )
+        if f"Matplotlib v{matplotlib.__version__}," in committed or name.startswith("badge-"):
             assert committed == svg, f"{name} is out of date: python examples/benchmarks/pictures.py"
         said = [re.search(r'aria-label="([^"]*)"', text)[1] for text in (committed, svg)]  # type: ignore[index]
         assert said[0] == said[1], f"{name} is out of date: python examples/benchmarks/pictures.py"

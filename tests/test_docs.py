@@ -15,8 +15,10 @@ from typing import Any
 
 import documents
 import pytest
+import torch
 from documents import DOCS, ROOT
 
+import scao_hf
 from scao_hf import SCAO, ops
 from scao_hf.options import OPTIONS, SWITCHES
 
@@ -26,7 +28,6 @@ DOCUMENTS = sorted(
 )
 #: What is generated: the file, the name in its markers, and what makes it.
 GENERATED = (
-    (README, "options", documents.options_table),
     (DOCS / "options.md", "options", documents.options_table),
     (DOCS / "options.md", "edits", documents.edits_table),
     (DOCS / "equations.md", "equations", documents.equations),
@@ -100,12 +101,15 @@ def test_every_message_is_explained_and_every_explanation_has_a_message() -> Non
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")
+    pytest.importorskip("latex2mathml")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "site" / "troubleshooting.html").read_text(encoding="utf-8")
     assert "on_nonfinite=" in page
+    assert (tmp_path / "site" / "search" / "search_index.js").is_file()  # which search reads from a file
+    assert "<math" in (tmp_path / "site" / "how-it-works.html").read_text(encoding="utf-8")
     outside = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page)
     assert not outside, f"the page loads from elsewhere: {outside}"
 
@@ -116,7 +120,7 @@ def test_options_of_the_signature_are_all_documented() -> None:
         "betas",
         *OPTIONS,
     }
-    text = README.read_text(encoding="utf-8")
+    text = (DOCS / "options.md").read_text(encoding="utf-8")
     for name in ("lr", "eps", "weight_decay"):
         default = f"{signature[name].default:g}".replace("0.001", "1e-3").replace("1e-08", "1e-8")
         assert f"`{name}` ({default})" in text
@@ -124,22 +128,54 @@ def test_options_of_the_signature_are_all_documented() -> None:
 
 def test_readme_keeps_its_order() -> None:
     headings = re.findall(r"^## (.*)$", README.read_text(encoding="utf-8"), re.MULTILINE)
-    expected = ["Requirements", "Install", "Usage", "Options", "Limits", "FAQ", "Development", "Citation"]
-    assert [heading for heading in headings if heading in expected] == expected
+    expected = ["Evidence", "Install", "Usage", "How it works", "Limits", "Documentation", "Development", "Citation"]
+    assert headings == expected
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    assert any(line.startswith("```") for line in lines[:30])
+
+
+def test_the_diffs_of_the_readme_are_the_two_changes() -> None:
+    yaml = pytest.importorskip("yaml")
+    kept = [re.sub(r"^[+ ]", "", part, flags=re.MULTILINE) for part in snippets("diff")]
+    first, second = (re.sub(r"^-.*\n", "", part, flags=re.MULTILINE) for part in kept)
+    assert yaml.safe_load(first) == {"plugins": ["axolotl_plugin.SCAOPlugin"], "optimizer": "scao"}
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    model = torch.nn.ParameterList([weight])
+    exec(second, {"scao_hf": scao_hf, "model": model, "loss": weight.square().sum()})
+    assert not torch.equal(weight, torch.ones(2, 2))
 
 
 def test_there_are_snippets_of_each_kind() -> None:
-    assert len(snippets("python")) >= 3
+    assert len(snippets("python")) >= 2
     assert len(snippets("yaml")) >= 1
+
+
+def tiny_model(folder: Path) -> None:
+    """A language model that takes no time, with a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"<pad>": 0, **{f"word{n}": n for n in range(1, 64)}}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>").save_pretrained(folder)
 
 
 @pytest.mark.parametrize("index", range(len(snippets("python"))))
 def test_python_snippet_runs(index: int, tmp_path: Path) -> None:
+    """As it is, but for a model of the hub, which is made here, and a device that tests have."""
     code = snippets("python")[index]
-    for package in ("transformers", "trl"):
+    for package in ("datasets", "peft", "transformers", "trl"):
         if package in code:
             pytest.importorskip(package)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if named := re.search(r'model="(.*?)"', code):
+        tiny_model(tmp_path / "model")
+        (tmp_path / "train.jsonl").write_text('{"text": "word1 word2 word3 word4"}\n' * 32, encoding="utf-8")
+        code = code.replace(named[1], "model").replace("max_steps=100", "max_steps=25, use_cpu=True, bf16=False")
+        code += 'assert trainer.state.log_history[-2]["scao/phase"] == 2\n'
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -473,11 +473,11 @@ def test_state_of_parameters_in_bfloat16_is_counted_at_its_largest_too(spec: str
             assert found[kind][measured] == pytest.approx(report[stated], rel=2e-3), (kind, measured)
 
 
-def test_the_readme_states_the_state_of_weights_in_bfloat16() -> None:
+def test_the_faq_states_the_state_of_weights_in_bfloat16() -> None:
     with torch.device("meta"):
         params = list(loads.llama_layer().bfloat16().parameters())
     report = SCAO(params, moment_dtype="bfloat16").memory_report()
     rest, peak = (report[name] / report["parameters"] for name in ("total", "peak"))
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    text = " ".join((ROOT / "docs" / "faq.md").read_text(encoding="utf-8").split())
     assert f"{peak:.2f} bytes per parameter in phase 1 and {rest:.2f} in phase 2, against AdamW's 4.00" in text
     assert SCAO(params, moment_dtype="int8").memory_report()["peak"] < 4 * report["parameters"] < report["peak"]

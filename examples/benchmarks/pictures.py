@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,14 +27,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER = ROOT / "docs" / "pictures"
-#: The setting of the loss curves: the longest run of a pretrained model in 4 bit.
-LONGEST = "qlora-r16-cosine-300"
 INK, PAPER, GRID = "#1b1f24", "#fdfdfd", "#d0d5db"
 NAMES = {"adamw": "AdamW", "scao": "SCAO"}
 COLOURS = {"adamw": "#b35400", "scao": "#1f5fbf"}
 DARK = {INK: "#e8ebef", PAPER: "#16191d", GRID: "#3b424b", COLOURS["adamw"]: "#ffa657", COLOURS["scao"]: "#79b0ff"}
 #: Diagrams in the same folder that show no record.
-BY_HAND = ()
+BY_HAND = ("how-it-works.svg",)
+#: What the README says in a word: label, and where pyproject.toml has the value.
+BADGES = {
+    "license": r'^license = "(.*)"$',
+    "python": r'^requires-python = "(.*)"$',
+    "torch": r'"torch(>=[\d.]+)"',
+    "axolotl": r'"axolotl(>=[\d.]+)"',
+}
 #: Bytes per parameter up to which an optimizer's state is drawn; the others are named below the bars.
 LARGEST = 12
 
@@ -42,21 +49,15 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     return [statistics.mean(values[end - width : end]) for end in range(width, len(values) + 1)]
 
 
-def at_the_rate_of_adamw(setting: Setting, optimizer: str) -> list[Record]:
-    """An optimizer's runs at AdamW's best rate, on the seeds that AdamW has there too."""
-    reference = sweep_tables.reference_runs(setting)
-    rate = best_lr(setting.at(sweep_tables.REFERENCE))
-    return [record for seed, record in setting.at(optimizer)[rate].items() if seed in reference]
-
-
 def loss(setting: Setting, figure: Figure) -> str:
     """Training and held-out loss over steps and over seconds, at the rate that is AdamW's best."""
     width = max(1, setting.steps // 15)
-    reference = at_the_rate_of_adamw(setting, "adamw")
+    both = dict(zip(NAMES, (list(runs.values()) for runs in sweep_tables.same_rate(setting)), strict=True))
+    reference = both["adamw"]
     axes = figure.subplots(1, 2, sharey=True)
     said = []
     for optimizer, name in NAMES.items():
-        found = [r for r in at_the_rate_of_adamw(setting, optimizer) if same_machine(r, reference[0])]
+        found = [record for record in both[optimizer] if same_machine(record, reference[0])]
         second = sweep_tables.pass_seconds(setting, reference[0]) + statistics.median(map(optimizer_seconds, found))
         curves = [smooth(record["train_loss"], width) for record in found]
         by_step = list(zip(*curves, strict=True))
@@ -168,6 +169,18 @@ def state(records: Iterable[costs.Record], figure: Figure) -> str:
     return "; ".join(f"{name} {held[name][0]:.2f}, peak {held[name][1]:.2f}" for name in shown)
 
 
+def badge(label: str, value: str) -> str:
+    """A word and its value on two fields; it needs no service."""
+    left, right = (10 + 7 * len(text) for text in (label, value))
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}: {escape(value)}" width="{left + right}" '
+        f'height="20" font-family="sans-serif" font-size="11" text-anchor="middle" fill="#ffffff">'
+        f'<rect width="{left + right}" height="20" rx="3" fill="#3f4753"/>'
+        f'<rect x="{left}" width="{right}" height="20" rx="3" fill="{COLOURS["scao"]}"/>'
+        f'<text x="{left / 2}" y="14">{label}</text><text x="{left + right / 2}" y="14">{escape(value)}</text></svg>\n'
+    )
+
+
 def finish(figure: Figure, text: str, name: str) -> str:
     """A figure as SVG: text stays text, and every colour has one for dark surroundings."""
     for axis in figure.axes:
@@ -211,9 +224,9 @@ def draw(paths: Sequence[Path]) -> dict[str, str]:
     from matplotlib.figure import Figure
 
     found, measured = read(paths)
-    longest = next(setting for setting in found if setting.name == LONGEST)
+    claimed = next(setting for setting in found if setting.name == sweep_tables.CLAIM)
     pictures = {
-        "loss.svg": ((9, 3.6), lambda figure: loss(longest, figure)),
+        "loss.svg": ((9, 3.6), lambda figure: loss(claimed, figure)),
         "rates.svg": ((9, 5.2), lambda figure: rates(found, figure)),
         "state.svg": ((9, 4.2), lambda figure: state(measured, figure)),
     }
@@ -223,6 +236,10 @@ def draw(paths: Sequence[Path]) -> dict[str, str]:
         with matplotlib.rc_context(settings):
             figure = Figure(figsize=size, layout="constrained", facecolor=PAPER)
             made[name] = finish(figure, fill(figure), name.removesuffix(".svg"))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for label, pattern in BADGES.items():
+        value = re.findall(pattern, project, re.MULTILINE)[0].replace(">=", ">= ")
+        made[f"badge-{label}.svg"] = badge(label, value)
     return made
 
 

@@ -59,9 +59,7 @@ def _notes(rows: Rows, missing: dict[str, str]) -> str:
 
 
 def tables(paths: Iterable[Path]) -> dict[str, str]:
-    """``survival``: faults survived of those that apply, by kind; ``survival-total``: of all
-    kinds; ``survival-faults``: every fault with the reasons.
-    """
+    """``survival``: faults survived of those that apply, by kind; ``survival-faults``: every fault with the reasons."""
     rows, missing = read(paths)
     if not rows:
         return {}
@@ -80,6 +78,5 @@ def tables(paths: Iterable[Path]) -> dict[str, str]:
     ]
     return {
         "survival": table(["faults survived", *head], lines) + _notes(rows, missing),
-        "survival-total": table(head, [total]),
         "survival-faults": table(["fault", *head], faults),
     }

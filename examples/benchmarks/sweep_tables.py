@@ -16,6 +16,9 @@ from scao_hf.options import OPTIONS
 
 REFERENCE = "adamw"
 SUBJECT = "scao"
+#: What the README rests on: the setting of its claim, and those of its table.
+CLAIM = "qlora-r16-cosine-300"
+EVIDENCE = (CLAIM, "qlora-r8-cosine-60", "gpt-cosine-500")
 
 
 def of_subject(optimizer: str) -> bool:
@@ -259,19 +262,17 @@ def glance(found: Iterable[Setting]) -> str:
     order = list(sweep.BATCH)  # fine-tuning, what SCAO is meant for, before training from scratch
     for setting in sorted(found, key=lambda it: (order.index(it.cell["task"]), it.cell.get("rank", 0), it.name)):
         ours, theirs = setting.at(SUBJECT), setting.at(REFERENCE)
-        lr = best_lr(theirs) if theirs else 0.0
-        shared = sorted(set(ours.get(lr, {})) & set(theirs.get(lr, {})))
-        if not shared or len(theirs[lr]) < 2:
+        reference, moved = same_rate(setting)
+        if not reference or len(reference_runs(setting)) < 2:
             continue
-        reference = {seed: theirs[lr][seed] for seed in shared}
-        moved = {seed: ours[lr][seed] for seed in shared}
+        lr = best_lr(theirs)
         name = title(setting)
         words = {"AdamW": enclosure(theirs), "SCAO": enclosure(ours)}
         marks = ", ".join(f"{who}: {word}" for who, word in words.items() if word != "enclosed")
         rows.append(
             [
                 name,
-                str(len(shared)),
+                str(len(reference)),
                 f"{lr:g}" + (f" ({marks})" if marks else ""),
                 spread([loss_of(record) for record in reference.values()], 4),
                 spread([loss_of(record) for record in moved.values()], 4),
@@ -282,13 +283,8 @@ def glance(found: Iterable[Setting]) -> str:
         )
         if best_lr(ours) != lr:
             elsewhere.append(f"{name}: {best_lr(ours):g}")
-        best = ours[best_lr(ours)]
-        for optimizer in list(setting.runs):
-            by_lr = setting.at(optimizer)
-            if by_lr and optimizer.split(":")[0] not in {SUBJECT, *peers.ABLATIONS}:
-                gains = change(by_lr[best_lr(by_lr)], best, loss_of)
-                if gains and statistics.mean(gains) < 0:
-                    ahead.append(f"`{optimizer}` in {name}: loss {percent(gains)} (seeds: {len(gains)})")
+        for optimizer, gains in ahead_in(setting):
+            ahead.append(f"`{optimizer}` in {name}: loss {percent(gains)} (seeds: {len(gains)})")
     notes = ""
     for words, found_there in (
         ("SCAO has a better rate than AdamW's in:", elsewhere),
@@ -299,12 +295,72 @@ def glance(found: Iterable[Setting]) -> str:
     return table(head, rows) + notes
 
 
+def same_rate(setting: Setting) -> tuple[dict[int, Record], dict[int, Record]]:
+    """AdamW's and SCAO's runs at AdamW's best rate, on the seeds that both have."""
+    reference = reference_runs(setting)
+    ours = setting.at(SUBJECT).get(best_lr(setting.at(REFERENCE)), {}) if reference else {}
+    shared = sorted(reference.keys() & ours.keys())
+    return {seed: reference[seed] for seed in shared}, {seed: ours[seed] for seed in shared}
+
+
+def claim(setting: Setting) -> str:
+    """What SCAO is worth in one setting, with everything that it depends on, in one paragraph."""
+    theirs, ours = same_rate(setting)
+    cell, lr = setting.cell, best_lr(setting.at(REFERENCE))
+    steps, _, times = sooner(setting, SUBJECT, lr, theirs).partition(" / ")
+    gains = change(ours, theirs, loss_of)
+    lower = statistics.mean(gains) < 0
+    end = f"{spread([-gain if lower else gain for gain in gains], 2, ' %')} {'lower' if lower else 'higher'}"
+    speed = {"not reached": "does not reach AdamW's final held-out loss"}.get(
+        steps,
+        f"reaches AdamW's final held-out loss {steps} sooner in steps" + (f", {times} in time" if "x" in times else ""),
+    )
+    marks = "" if enclosure(setting.at(SUBJECT)) == "enclosed" else "; SCAO was not tried at rates on both sides of it"
+    return (
+        f"**At AdamW's best learning rate SCAO {speed}, and ends {end}**: "
+        f"{cell['model'].split(',')[0].split(' (')[0]} in 4 bit, LoRA r = {cell['rank']}, {Path(cell['data']).stem}, "
+        f"{setting.steps} steps, {len(theirs)} seeds (mean and standard deviation), on a CPU{marks}.\n"
+    )
+
+
+def evidence(found: Sequence[Setting]) -> str:
+    """The three settings of the README, and where other optimizers end lower than SCAO in any setting."""
+    rows = []
+    for setting in (setting for name in EVIDENCE for setting in found if setting.name == name):
+        theirs, ours = same_rate(setting)
+        rows.append(
+            [
+                title(setting),
+                spread([loss_of(record) for record in theirs.values()], 3),
+                spread([loss_of(record) for record in ours.values()], 3),
+                percent(change(ours, theirs, loss_of)),
+                sooner(setting, SUBJECT, best_lr(setting.at(REFERENCE)), theirs),
+                ", ".join(f"`{name}` {percent(gains)}" for name, gains in ahead_in(setting)) or "none",
+            ]
+        )
+    head = ["setting", "AdamW", "SCAO", "difference", "speed-up: steps / time", "ends lower than SCAO"]
+    return table(head, rows)
+
+
+def ahead_in(setting: Setting) -> list[tuple[str, list[float]]]:
+    """The optimizers whose loss at their best rate is below SCAO's at its own, with the differences by seed."""
+    ours = setting.at(SUBJECT)
+    found = []
+    for optimizer in list(setting.runs):
+        by_lr = setting.at(optimizer)
+        if ours and by_lr and optimizer.split(":")[0] not in {SUBJECT, *peers.ABLATIONS}:
+            gains = change(by_lr[best_lr(by_lr)], ours[best_lr(ours)], loss_of)
+            if gains and statistics.mean(gains) < 0:
+                found.append((optimizer, gains))
+    return found
+
+
 def title(setting: Setting) -> str:
     """What a row of the summary calls a setting."""
     cell = setting.cell
     rank = f", LoRA r={cell['rank']}" if "rank" in cell else ""
     model = cell["model"].split(",")[0].split(" (")[0]
-    model += f" of {cell.get('size', '838k').upper()}" if cell["task"] == "gpt" else ""
+    model += f" of {cell.get('size', '838k').upper()} from scratch" if cell["task"] == "gpt" else ""
     return f"{model}{rank}, {Path(cell['data']).stem}, {cell['schedule']}, {setting.steps} steps"
 
 
@@ -314,4 +370,7 @@ def tables(found: Sequence[Setting]) -> dict[str, str]:
     for setting in found:
         result[setting.name] = comparison(setting)
         result[f"{setting.name}:rates"] = rates(setting)
-    return {**result, "options": options(found), "glance": glance(found)} if found else {}
+    result |= {
+        f"{setting.name}:claim": claim(setting) for setting in found if setting.name == CLAIM and same_rate(setting)[0]
+    }
+    return {**result, "options": options(found), "glance": glance(found), "evidence": evidence(found)} if found else {}
