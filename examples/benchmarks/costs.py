@@ -183,12 +183,13 @@ def claim(state: Sequence[Record], training: dict[str, Record]) -> str:
     place, record = next(iter(training.items()))
     rest = record["rest"][f"{clock(record)}_ms"]
     times = {name: figures[f"{clock(record)}_ms_amortised"] for name, figures in record["figures"].items()}
+    longer = 100 * (times["scao"] - times["adamw"]) / (rest + times["adamw"])
     small = "scao:moment_dtype='int8':use_int8_ema=True"
     return (
         f"Bytes of state per parameter, LoRA r = {state[0]['cell']['rank']} in float32: AdamW {held['adamw']:.2f}; SCAO "
         f'{peak:.2f} in phase 1 and {held["scao"]:.2f} in phase 2; SCAO with `moment_dtype="int8"` and '
         f"`use_int8_ema=True` {held[small]:.2f}, 8-bit AdamW {held['adamw8bit']:.2f}. A whole training step of "
-        f"{record['model'].split(',')[0]} in 4 bit takes {100 * (times['scao'] - times['adamw']) / (rest + times['adamw']):.1f} % "
+        f"{record['model'].split(',')[0]} in 4 bit takes {longer:.1f} % "
         f"longer than with AdamW ({place}, native kernels).\n"
     )
 
