@@ -56,6 +56,98 @@ def mistake(*arguments: object) -> str:
     return str(result.stderr)
 
 
+# --- migrate
+
+FOREIGN_YAML = """base_model: any/model   # kept
+adapter: qlora
+load_in_4bit: true
+lora_r: {rank}
+lora_target_linear: true
+{plugins}# the optimizer
+optimizer: {optimizer}  # kept too
+optim_args:
+  other: 1
+learning_rate: 2e-4
+{more}"""
+
+
+@pytest.mark.parametrize(
+    ("plugins", "optimizer", "rank", "more", "expected", "said"),
+    [
+        ("", "adamw_torch_fused", 16, "", {}, "adamw_torch_fused 8.0, SCAO 8.0 at its peak"),
+        (
+            *("plugins: [a.B]\n", "adamw_bnb_8bit", 16, ""),
+            *({"moment_dtype": "int8", "use_int8_ema": True}, "about 4 times as large"),
+        ),
+        (
+            *("plugins:\n  - a.B\n", "paged_adamw_32bit", 8, ""),
+            *({"moment_dtype": "int8", "use_int8_ema": True, "k_max": 8}, "where a paged one"),
+        ),
+        (
+            *("plugins:\n- a.B\n", "adamw_torch", 16, "max_steps: 30"),
+            *({"warmup_steps": 5, "precond_freq": 5, "blend_steps": 5}, "of the 30 steps"),
+        ),
+        ("plugins:\n", "adamw_torch", 16, "scao_k_max: 4\nmax_steps: 18", {"k_max": 4}, "more than half of max_steps"),
+        ("plugins: []\n", "muon", 16, "adam_beta2: 0.999", {}, "2e-4 was chosen for muon"),
+    ],
+)
+def test_migrate_rewrites_a_yaml_and_says_why(
+    tmp_path: Path, plugins: str, optimizer: str, rank: int, more: str, expected: dict[str, Any], said: str
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    path, target = tmp_path / "config.yml", tmp_path / "config.scao.yml"
+    path.write_text(FOREIGN_YAML.format(optimizer=optimizer, rank=rank, more=more, plugins=plugins), encoding="utf-8")
+    result = run("migrate", path)
+    assert result.exit_code == 0, result.output
+    assert (
+        said in result.output and f"-optimizer: {optimizer}" in result.output and "optim_args: removed" in result.output
+    )
+    before, text = yaml.safe_load(path.read_text()), target.read_text()
+    after = yaml.safe_load(text)
+    assert after["plugins"] == ["axolotl_plugin.SCAOPlugin", *(["a.B"] if "a.B" in plugins else [])]
+    own = {key.removeprefix("scao_"): value for key, value in after.items() if key.startswith("scao_")}
+    assert (after["optimizer"], own) == ("scao", expected)
+    kept = {key: value for key, value in before.items() if key not in ("optimizer", "optim_args", "plugins")}
+    assert kept.items() <= after.items()
+    assert "# kept\n" in text and "# kept too\n" in text and "# the optimizer\n" in text
+    again = run("migrate", target)
+    assert "nothing to change" in again.output and not (tmp_path / "config.scao.scao.yml").exists()
+
+
+def test_migrate_names_what_scao_refuses_and_never_overwrites(tmp_path: Path) -> None:
+    path, target = tmp_path / "config.yml", tmp_path / "config.scao.yml"
+    path.write_text(
+        "base_model: any/model\nadapter: lora\ndeepspeed: zero3.json\nfsdp: [full_shard]\n", encoding="utf-8"
+    )
+    result = run("migrate", path)
+    assert result.exit_code == 1 and target.is_file()
+    assert "refuse this until you change" in result.output
+    assert "ZeRO flattens" in result.output and "FSDP1 flattens" in result.output
+    assert run("migrate", path).exit_code == 1  # the same again
+    target.write_text("base_model: mine\n", encoding="utf-8")
+    assert "exists and says something else" in mistake("migrate", path)
+    assert target.read_text(encoding="utf-8") == "base_model: mine\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "there is no file"),
+        ("base_model: [", "is not a YAML file"),
+        ("learning_rate: 1", "has no base_model"),
+        ("{base_model: a/b, adapter: lora}", "written in braces"),
+        ("base_model: a/b\nplugins: axolotl", "plugins is 'axolotl': it must be a list"),
+        ("x: &x {optimizer: muon}\nbase_model: a/b\n<<: *x\n", "cannot be edited as it is laid out"),
+    ],
+)
+def test_migrate_says_what_is_wrong_with_a_yaml(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "config.yml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    assert said in mistake("migrate", path)
+    assert not (tmp_path / "config.scao.yml").exists()
+
+
 def test_the_package_needs_nothing_of_the_tools_and_they_say_what_they_need() -> None:
     code = (
         "import sys, scao_hf; bad = {'transformers', 'typer', 'matplotlib', 'scao_hf.tools'} & set(sys.modules)\n"

@@ -1,4 +1,4 @@
-"""The command line: ``scao-hf plan``, ``compare``, ``report`` and ``doctor``; also ``python -m scao_hf``.
+"""The command line: ``scao-hf plan``, ``migrate``, ``compare``, ``report`` and ``doctor``; also ``python -m scao_hf``.
 
 Nothing here is imported by ``scao_hf`` itself, and ``typer``, ``rich``, ``matplotlib`` and ``transformers`` are
 imported by the commands that need them.

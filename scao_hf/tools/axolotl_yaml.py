@@ -153,7 +153,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "batch": lambda raw: raw.get("micro_batch_size") or 1,
     "sequence": lambda raw: raw.get("sequence_len") or 512,
     "checkpointing": lambda raw: bool(raw.get("gradient_checkpointing", False)),
-    "float32": lambda raw: not _half(raw),
+    "float32": lambda raw: not half_precision(raw),
     "reentrant": lambda raw: _reentrant(raw),
     "upcast": lambda raw: not raw.get("adapter") and not _sixteen_bit(raw),
     "objective": lambda raw: str(raw.get("rl") or "sft"),
@@ -197,7 +197,7 @@ def _generation(raw: dict[str, Any]) -> str:
     return "it generates with the model in training, whose cache of keys and values is not counted"
 
 
-def _half(raw: dict[str, Any]) -> bool:
+def half_precision(raw: dict[str, Any]) -> bool:
     """Whether the weights are loaded in 16 bit, as Axolotl decides it."""
     return raw.get("bf16", "auto") not in (None, False) or any(
         raw.get(key) for key in ("bfloat16", "fp16", "float16", "load_in_8bit")

@@ -267,6 +267,46 @@ def compare(
     raise typer.Exit(1 if any(side.failure for side in sides) else 0)
 
 
+@app.command()
+def migrate(
+    config: Path,
+    out: Annotated[Path | None, typer.Option(help="The new YAML; CONFIG.scao.yml if not given.")] = None,
+) -> None:
+    """Writes an Axolotl YAML for another optimizer as one for SCAO, and shows what it changes and why.
+
+    Exit code 1: SCAO will refuse the result until something else is changed; it says what.
+    """
+    with _mistakes_in_one_line(), _libraries_silent():
+        from scao_hf.tools.migrate import migrate as rewrite
+
+        result = rewrite(config)
+        target = out or config.with_name(f"{config.stem}.scao{config.suffix}")
+        changed = result.after != result.before
+        if changed:
+            if target.exists() and target.read_text(encoding="utf-8", errors="replace") != result.after:
+                raise ToolError(f"{target} exists and says something else: remove it, or choose another with --out")
+            try:
+                target.write_text(result.after, encoding="utf-8")
+            except OSError as error:
+                raise ToolError(f"{target} cannot be written ({error.strerror}): choose another with --out") from error
+    if not changed:
+        print(f"{config}: nothing to change, it trains with SCAO already")
+    for line in result.diff(str(config), str(target)):
+        print(line)
+    for title, sentences in (
+        ("Why", result.reasons),
+        ("Note", result.warnings),
+        ("SCAO will refuse this until you change", result.problems),
+    ):
+        if sentences:
+            print(f"{title}:")
+        for sentence in sentences:
+            print(f"  - {sentence}")
+    if changed:
+        print(f"Written: {target}. Next: scao-hf plan {target}, then scao-hf compare {target}")
+    raise typer.Exit(1 if result.problems else 0)
+
+
 def _progress(console: Console) -> Progress:
     columns = (
         TextColumn("{task.description}"),

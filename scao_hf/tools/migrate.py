@@ -1,0 +1,209 @@
+"""``scao-hf migrate``: an Axolotl YAML for another optimizer rewritten for SCAO, with the reason of every change."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
+
+from axolotl_plugin.values import FOREIGN_PREFIXES, PREFIX, WITHOUT_EFFECT, Findings
+from scao_hf import SCAO
+from scao_hf.namesake import other_package
+from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, eight_bit_hint
+from scao_hf.tools import ToolError
+from scao_hf.tools.axolotl_keys import unknown
+from scao_hf.tools.axolotl_yaml import half_precision, optimizer_of, read_yaml, scao_options
+from scao_hf.tools.rivals import STATES, state_bytes
+
+PLUGIN = "axolotl_plugin.SCAOPlugin"
+#: Below so many steps the defaults of phase 1 and ramp are more than half of a run, and below so few SCAO is AdamW.
+SHORT, TOO_SHORT = 40, 20
+#: Kinds of AdamW whose rates are not AdamW's.
+OTHER_RATES = ("galore", "apollo", "schedule_free")
+#: What phase 1 and the ramp are shortened to.
+SHORTER = {"warmup_steps": 5, "precond_freq": 5, "blend_steps": 5}
+
+
+@dataclass(frozen=True)
+class Migration:
+    """A rewritten YAML.
+
+    Attributes:
+        before: the text as it was.
+        after: the text with ``optimizer: scao``; equal where there was nothing to change.
+        reasons: what was changed, and why.
+        warnings: what the reader should know; the run trains all the same.
+        problems: what SCAO will refuse.
+    """
+
+    before: str
+    after: str
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def diff(self, before: str, after: str) -> list[str]:
+        """The changed lines, under the names of both files."""
+        old, new = self.before.splitlines(), self.after.splitlines()
+        return list(difflib.unified_diff(old, new, before, after, lineterm="", n=1))
+
+
+def migrate(path: Path) -> Migration:
+    """Rewrite a configuration for SCAO; comments and all other keys stay as they are.
+
+    Raises:
+        ToolError: the file is missing or no YAML with a ``base_model``, or is laid out so that it cannot be edited.
+    """
+    if not path.is_file():
+        raise ToolError(f"there is no file {path}: pass the path of an Axolotl YAML")
+    if path.suffix == ".py":
+        raise ToolError(f"{path} is a script: use SCAOTrainerMixin there, as the README shows; migrate rewrites YAMLs")
+    raw = read_yaml(path)
+    before = path.read_text(encoding="utf-8")
+    own = optimizer_of(raw)
+    chosen, reasons = _options(raw, own)
+    gone = [] if own == "scao" else _of_others(raw)
+    reasons += [f"{key}: removed, it belongs to {own} and SCAO does not read it" for key in gone]
+    plugins = raw.get("plugins") or []
+    if not isinstance(plugins, list):
+        raise ToolError(f"plugins is {plugins!r}: it must be a list")
+    wanted: dict[str, Any] = {key: value for key, value in raw.items() if key not in gone}
+    if not any("axolotl_plugin" in str(plugin) for plugin in plugins):
+        wanted["plugins"] = [PLUGIN, *plugins]
+        reasons.insert(0, f"plugins: {PLUGIN}, without which `optimizer: scao` is not this SCAO")
+    if own != "scao":
+        wanted["optimizer"] = "scao"
+    wanted |= {PREFIX + name: value for name, value in chosen.items()}
+    after = _rewritten(before, raw, wanted)
+    if yaml.safe_load(after) != wanted:
+        raise ToolError(
+            f"{path} cannot be edited as it is laid out: write each key on a line of its own, without anchors"
+        )
+    findings = Findings()
+    options = scao_options(wanted, findings)
+    warnings = [*_rate(raw, own), *findings.warnings, *_notes(raw, own, options)]
+    return Migration(before, after, tuple(reasons), tuple(warnings), tuple(findings.errors))
+
+
+def _of_others(raw: dict[str, Any]) -> list[str]:
+    """The keys of the optimizer that SCAO takes the place of."""
+    return [key for key in raw if key == "optim_args" or key in WITHOUT_EFFECT or str(key).startswith(FOREIGN_PREFIXES)]
+
+
+def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
+    """The options that this run should have, as far as the YAML does not set them, and the reasons."""
+    chosen: dict[str, Any] = {}
+    reasons = []
+    if hint := eight_bit_hint(own, "`scao_moment_dtype: int8` and `scao_use_int8_ema: true`"):
+        chosen |= {"moment_dtype": "int8", "use_int8_ema": True}
+        reasons.append(f"int8 state: {own} keeps a small state; {hint}")
+        rank = raw.get("lora_r") or 8
+        if raw.get("adapter") and isinstance(rank, int) and rank < RULE_DEFAULTS[RULES[0]]["k_max"]:
+            chosen["k_max"] = max(rank, RULE_DEFAULTS[RULES[0]]["k_min"])
+            reasons.append(
+                f"scao_k_max: {chosen['k_max']}: at rank {rank} more directions would fill most of the state"
+            )
+    elif not raw.get("adapter") and half_precision(raw):
+        chosen["moment_dtype"] = "bfloat16"
+        reasons.append("scao_moment_dtype: bfloat16: all weights are trained in 16 bit, and AdamW's moments are too")
+    steps = raw.get("max_steps")
+    if isinstance(steps, int) and 0 < steps < SHORT:
+        chosen |= SHORTER
+        reasons.append(f"a shorter phase 1 and ramp: with the defaults they take 20 of the {steps} steps")
+    given = {key.removeprefix(PREFIX) for key in raw if str(key).startswith(PREFIX)}
+    if given:  # whoever has set options has chosen
+        return {}, []
+    return chosen, reasons
+
+
+def _rate(raw: dict[str, Any], own: str) -> list[str]:
+    """What is said about the learning rate."""
+    rate = raw.get("learning_rate")
+    if own == "scao" or ("adamw" in own and not any(word in own for word in OTHER_RATES)):
+        return []
+    return [
+        f"learning_rate: {rate} was chosen for {own}, whose steps have another size than AdamW's: set the rate that you "
+        "would use for AdamW, for LoRA often 1e-4 to 5e-4"
+    ]
+
+
+def _notes(raw: dict[str, Any], own: str, options: dict[str, Any]) -> list[str]:
+    """Length, memory, the namesake and unknown keys."""
+    notes = []
+    steps, beta2 = raw.get("max_steps"), raw.get("adam_beta2")
+    if isinstance(steps, int) and 0 < steps < TOO_SHORT:
+        notes.append(f"max_steps: {steps}: most of so short a run are AdamW steps and the ramp; AdamW does as well")
+    if beta2 is not None and own != "scao":
+        notes.append(f"adam_beta2: {beta2} is kept; SCAO's default, with which it was measured, is 0.99")
+    if own in STATES:
+        notes.append(_memory(raw, own, options))
+    if folder := other_package():
+        notes.append(f"the PyPI package scao, another project's, is installed in {folder}: the plugin's line decides")
+    return notes + [f"Axolotl does not read `{key}`{near}" for key, near in unknown(raw).items()]
+
+
+def _memory(raw: dict[str, Any], own: str, options: dict[str, Any]) -> str:
+    """Bytes of state for each trained parameter, before and after, on matrices of a usual size."""
+    rank = raw.get("lora_r") or 8
+    rows = rank if raw.get("adapter") and isinstance(rank, int) and rank > 0 else 2048
+    half = not raw.get("adapter") and half_precision(raw)
+    dtype = torch.bfloat16 if half else torch.float32
+    params = [torch.empty(rows, 2048, device="meta", dtype=dtype, requires_grad=True)]
+    passed = {name: value for name, value in options.items() if name in OPTIONS}
+    report = SCAO(params, **passed).memory_report()
+    before = state_bytes(own, params, ()) / report["parameters"]
+    peak, rest = (report[name] / report["parameters"] for name in ("peak", "total"))
+    shape = f"{rows} x 2048 weights"
+    return f"optimizer state, bytes per parameter of {shape}: {own} {before:.1f}, SCAO {peak:.1f} at its peak, {rest:.1f} after"
+
+
+def _rewritten(text: str, raw: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The text with the keys in which ``wanted`` differs from ``raw`` changed in place."""
+    root = yaml.compose(text)
+    if root.flow_style:
+        raise ToolError("the YAML is written in braces: write each key on a line of its own")
+    nodes = {key.value: (key, value) for key, value in root.value}
+    edits: list[tuple[int, int, str]] = []  # from, to, what to put there
+    for key in raw:
+        if key not in wanted:
+            start, end = nodes[key][0].start_mark.index, _last(nodes[key][1]).end_mark.index
+            stop = text.find("\n", end)
+            edits.append((start, len(text) if stop < 0 else stop + 1, ""))
+    lines = [f"{key}: {yaml.safe_dump(value).split(chr(10))[0]}" for key, value in wanted.items() if key not in raw]
+    if "plugins" in wanted and wanted.get("plugins") != raw.get("plugins"):
+        if "plugins" in nodes:
+            edits.append(_with_plugin(nodes["plugins"][1]))
+        else:
+            lines = [f"plugins:\n  - {PLUGIN}", *(line for line in lines if not line.startswith("plugins: "))]
+    if "optimizer" in nodes and wanted.get("optimizer") != raw.get("optimizer"):
+        value = nodes["optimizer"][1]
+        edits.append((value.start_mark.index, value.end_mark.index, "scao" if value.value else " scao"))
+    if lines:
+        stop = text.find("\n", nodes["optimizer"][1].end_mark.index) if "optimizer" in nodes else -1
+        at = len(text) if stop < 0 else stop + 1
+        begin = "" if not at or text[at - 1] == "\n" else "\n"
+        edits.append((at, at, begin + "\n".join(lines) + "\n"))
+    for start, end, new in sorted(edits, reverse=True):
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def _last(node: Any) -> Any:
+    """The scalar in which a value ends; a collection's own end is where the next key begins."""
+    while not isinstance(node, yaml.ScalarNode) and node.value and not node.flow_style:
+        node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
+    return node
+
+
+def _with_plugin(node: Any) -> tuple[int, int, str]:
+    """How a list gets the plugin as its first entry."""
+    at = node.start_mark.index
+    if isinstance(node, yaml.ScalarNode):  # no value
+        return (at, node.end_mark.index, f" [{PLUGIN}]")
+    if node.flow_style:
+        return (at + 1, at + 1, PLUGIN + (", " if node.value else ""))
+    return (at, at, f"- {PLUGIN}\n{' ' * node.start_mark.column}")
