@@ -74,7 +74,7 @@ class SCAOPlugin(BasePlugin):
         from axolotl_plugin.rules import check_run, optimizer_kwargs
         from axolotl_plugin.values import Findings
         from scao_hf import SCAO
-        from scao_hf.experts import find_experts
+        from scao_hf.experts import find_experts, find_vocabulary
         from scao_hf.trainer import SCAOCallback, refuse_parallelism
 
         refuse_parallelism(trainer)
@@ -86,6 +86,7 @@ class SCAOPlugin(BasePlugin):
         if experts := find_experts(trainer.model):
             kwargs["experts"] = experts
             told += f", expert by expert in {len(experts)} packed LoRA factors"
+        kwargs["vocabulary"] = find_vocabulary(trainer.model)
         trainer.optimizer_cls_and_kwargs = (SCAO, kwargs)
         trainer.args.optim = "scao"
         SCAOCallback.attach(trainer)

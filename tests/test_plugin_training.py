@@ -254,11 +254,12 @@ def test_loraplus(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_full_fine_tuning_logs_its_state(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="axolotl_plugin.plugin"):
-        trainer = build(tiny_llama, tmp_path, adapter=None, lora_target_linear=None)
+        trainer = build(tiny_llama, tmp_path, adapter=None, lora_target_linear=None, scao_rule="auto")
     optimizer = trainer.create_optimizer()
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
-    total = SCAO(trainer.model.parameters()).memory_report()["peak"]
-    assert f"Its state takes {total / 2**20:.1f} MiB" in caplog.text
+    words = {param for group in optimizer.param_groups if group["rule"] == "adamw" for param in group["params"]}
+    assert words == {trainer.model.get_input_embeddings().weight, trainer.model.get_output_embeddings().weight}
+    assert f"Its state takes {optimizer.memory_report()['peak'] / 2**20:.1f} MiB" in caplog.text
 
 
 def test_real_length_of_the_run_is_checked(tiny_llama: Path, tmp_path: Path) -> None:

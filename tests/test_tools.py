@@ -31,7 +31,7 @@ transformers = pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 import scao_hf
-from scao_hf import SCAO, default_kernels, ops, options, reference
+from scao_hf import SCAO, create_scao_optimizer, default_kernels, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.tools import ToolError, axolotl_yaml, doctor, matrices, rivals, run_log, run_report, settings, simulate
 from scao_hf.tools import axolotl_keys as keys_of
@@ -508,9 +508,12 @@ def test_a_step_that_cannot_be_followed_is_said_to_be_missing(tmp_path: Path, mo
 
 def test_training_without_an_adapter_counts_every_parameter(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path)
-    plan = planning.make_plan(settings.Settings(str(tmp_path), adapter=False, four_bit=False, sequence=32))
+    asked = settings.Settings(str(tmp_path), adapter=False, four_bit=False, sequence=32, scao={"rule": "orthogonal"})
+    plan = planning.make_plan(asked)
     assert plan.trainable == plan.parameters
     assert {row.name: row.size for row in plan.rows}["gradients"] == 2 * plan.parameters
+    model = transformers.AutoModelForCausalLM.from_config(tiny(), dtype=torch.bfloat16)
+    assert plan.scao == create_scao_optimizer(model, rule="orthogonal").memory_report()
 
 
 def test_a_plan_names_the_option_that_holds_the_moments_of_16_bit_weights_in_16_bit(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scao_hf.experts import find_vocabulary
 from scao_hf.optimizer import SCAO
 from scao_hf.tools import ToolError
 from scao_hf.tools.rivals import STATES, state_bytes
@@ -122,12 +123,16 @@ def make_plan(settings: Settings) -> Plan:
     parameters = sum(param.numel() for param in model.parameters())
     frozen, pairs = prepare(model, settings)
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    words = find_vocabulary(model)
+
+    def memory(**options: Any) -> dict[str, int]:
+        return SCAO(trainable, vocabulary=words, **{**settings.scao, **options}).memory_report()
+
     try:
-        optimizer = SCAO(trainable, **settings.scao)
+        scao = memory()
     except (ValueError, TypeError) as error:
         raise ToolError(str(error)) from error
-    scao, notes = optimizer.memory_report(), list(settings.notes)
-    small = SCAO(trainable, **{**settings.scao, "moment_dtype": "int8", "use_int8_ema": True}).memory_report()["peak"]
+    small, notes = memory(moment_dtype="int8", use_int8_ema=True)["peak"], list(settings.notes)
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     states = {
         name: state_bytes(name, (param for _, param in trainable), embeddings)
@@ -136,7 +141,8 @@ def make_plan(settings: Settings) -> Plan:
     }
     if settings.rival not in states:
         notes.append(f"the state of {settings.rival} is not known: SCAO is compared with AdamW")
-    notes += _moments_note(trainable, settings, scao["peak"], states["adamw_torch"])
+    if "moment_dtype" not in settings.scao and any(param.element_size() <= 2 for _, param in trainable):
+        notes.append(_moments_note(scao["peak"], memory(moment_dtype="bfloat16")["peak"], states["adamw_torch"]))
     try:
         flags = {"off": False, "on": True}
         kind = {
@@ -164,16 +170,13 @@ def make_plan(settings: Settings) -> Plan:
     )
 
 
-def _moments_note(trainable: list[tuple[str, nn.Parameter]], settings: Settings, peak: int, adamw: int) -> list[str]:
-    """Which option holds SCAO's moments in the 16 bits of the parameters, as AdamW does; nothing where they are."""
-    if "moment_dtype" in settings.scao or all(param.element_size() > 2 for _, param in trainable):
-        return []
-    smaller = SCAO(trainable, **settings.scao, moment_dtype="bfloat16").memory_report()["peak"]
+def _moments_note(peak: int, smaller: int, adamw: int) -> str:
+    """Which option holds SCAO's moments in the 16 bits of the parameters, as AdamW does."""
     sizes = " to ".join(f"{size / 2**20:,.0f}" for size in (peak, smaller))
-    return [
+    return (
         "AdamW holds the moments of 16-bit weights in 16 bit and SCAO in 32: scao_moment_dtype: bfloat16 takes SCAO's state "
         f"from {sizes} MiB at its peak (AdamW: {adamw / 2**20:,.0f} MiB)"
-    ]
+    )
 
 
 def _check_checkpoint(config: Any, settings: Settings) -> None:
