@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from formulas import FORMULAS
+
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, TORCH_OPTIONS
 from scao_hf.presets import PRESETS
 
@@ -85,7 +87,10 @@ def equations() -> str:
         labels = sorted((label for label in found if label[0] == family), key=lambda label: int(label[1:]))
         if labels:
             parts.append(f"## {title}\n")
-        parts += [f"### {label}\n\n{found[label][0]}\n\nImplemented in `{found[label][1]}`.\n" for label in labels]
+        for label in labels:
+            name, tex = FORMULAS[label]
+            words, place = found[label]
+            parts.append(f"### {label} {name}\n\n$$\n{tex}\n$$\n\n{words}\n\nImplemented in `{place}`.\n")
     return "\n".join(parts)
 
 

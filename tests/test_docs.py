@@ -17,6 +17,7 @@ import documents
 import pytest
 import torch
 from documents import DOCS, ROOT
+from formulas import FORMULAS
 
 import scao_hf
 from scao_hf import SCAO, ops
@@ -80,11 +81,11 @@ def test_every_option_has_a_section_and_no_other() -> None:
 
 
 def test_every_label_in_the_code_is_an_equation_on_its_page() -> None:
-    stated = set(re.findall(r"^### (\w+)$", documents.equations(), re.MULTILINE))
+    stated = set(re.findall(r"^### (\w+) \S", documents.equations(), re.MULTILINE))
     used = set()
     for path in (ROOT / "scao_hf").rglob("*.py"):
         used |= set(re.findall(r"\(([EUOSX]\d+)\)", path.read_text(encoding="utf-8")))
-    assert used == stated
+    assert used == stated == set(FORMULAS)
     for page in DOCS.glob("*.md"):
         assert set(re.findall(r"\b([EUOSX]\d+)\b", page.read_text(encoding="utf-8"))) - stated <= {"E2E"}, page.name
 
@@ -109,6 +110,9 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "site" / "troubleshooting.html").read_text(encoding="utf-8")
     assert "on_nonfinite=" in page
     assert (tmp_path / "site" / "search" / "search_index.js").is_file()  # which search reads from a file
+    equations = (tmp_path / "site" / "equations.html").read_text(encoding="utf-8")
+    assert equations.count('<div class="math"><math') >= len(FORMULAS) and "$$" not in equations
+    assert not re.findall(r"<m[io]>\\+\w+</m", equations), "a command of LaTeX that latex2mathml does not know"
     assert "<math" in (tmp_path / "site" / "how-it-works.html").read_text(encoding="utf-8")
     outside = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', page)
     assert not outside, f"the page loads from elsewhere: {outside}"
