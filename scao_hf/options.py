@@ -98,7 +98,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "use_int8_ema": Option(bool, "hold the curvature as blockwise int8 with stochastic rounding", edited=LAYOUT),
     "cautious": Option(
-        bool, "leave out the entries of a curvature step whose sign is not this gradient's; False with 'published'"
+        bool, "zero the entries of a curvature step that oppose the current gradient; False with 'published'"
     ),
     "moment_dtype": Option(
         str,

@@ -54,11 +54,11 @@ def part(found: Sequence[Record], name: str) -> dict[str, Record]:
 
 
 def step_table(by_place: dict[str, Record], what: str) -> str:
-    """Step times of one set of parameters, one row per optimizer, one thread beside several."""
+    """Step times of one set of parameters, one row per optimizer, one thread next to several."""
     first = next(iter(by_place.values()))
     head = ["optimizer", "PyTorch calls"]
     for words in by_place:
-        head += [f"{words}: ms/step", "/ AdamW fused", "dearest / usual step"]
+        head += [f"{words}: ms/step", "/ AdamW fused", "slowest / typical step"]
     rows = []
     for name, figures in sorted(first["figures"].items(), key=lambda item: item[1][f"{clock(first)}_ms_amortised"]):
         row = [f"`{name}`", str(figures.get("operations", ""))]
@@ -147,7 +147,7 @@ def roofline_table(found: Sequence[Record]) -> str:
         "copy, GB/s",
         f"{LEAST_BYTES} B/parameter, ms",
         "AdamW fused, ms",
-        "SCAO, usual step, ms",
+        "SCAO, typical step, ms",
         "SCAO, mean, ms",
     ]
     caption = (

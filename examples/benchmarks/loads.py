@@ -198,7 +198,7 @@ class Stepper:
         return least
 
     def figures(self) -> dict[str, Any]:
-        """Milliseconds: the usual step, the mean over a period, and the dearest step of a period, medians over periods."""
+        """Milliseconds: the typical step, the mean over a period, and the slowest step of a period, medians over periods."""
         timed = [times for times in self.times[self.settle :] if not math.isnan(times[0])]
         found: dict[str, Any] = {"period": self.period, "steps": len(timed)}
         for index, clock in enumerate(("cpu", "wall")):

@@ -136,7 +136,7 @@ def comparison(setting: Setting) -> str:
         "held-out loss (seeds)",
         "against AdamW",
         "training loss",
-        "AdamW's loss sooner: steps / seconds",
+        "speed-up to AdamW's loss: steps / seconds",
         "ms/step",
         "state, bytes/parameter",
     ]
@@ -255,7 +255,7 @@ def glance(found: Iterable[Setting]) -> str:
         "AdamW",
         "SCAO",
         "difference",
-        "AdamW's loss sooner: steps / seconds",
+        "speed-up to AdamW's loss: steps / seconds",
         "state in phase 2, bytes/parameter: SCAO (AdamW)",
     ]
     rows, elsewhere, ahead = [], [], []

@@ -120,7 +120,7 @@ def has_grouped_product(rows: Tensor, weights: Weights, factors: Sequence[Tensor
 class GroupedLoRA(torch.autograd.Function):
     """(X2) ``y = x W_e + s (x A_e^T) B_e`` for the rows x of each expert e, with W_e frozen.
 
-    No product ``B A`` is formed and nothing of W is kept for the backward pass, which reads it again: beside x and y
+    No product ``B A`` is formed and nothing of W is kept for the backward pass, which reads it again: besides x and y
     there are ``S r`` numbers for each adapter.
     """
 
