@@ -85,7 +85,7 @@ learning_rate: 2e-4
         ),
         (
             *("plugins:\n- a.B\n", "adamw_torch", 16, "max_steps: 30"),
-            *({"warmup_steps": 5, "precond_freq": 5, "blend_steps": 5}, "of the 30 steps"),
+            *({"warmup_steps": 5, "precond_freq": 5, "blend_steps": 5}, "and the run has 30"),
         ),
         ("plugins:\n", "adamw_torch", 16, "scao_k_max: 4\nmax_steps: 18", {"k_max": 4}, "more than half of max_steps"),
         ("plugins: []\n", "muon", 16, "adam_beta2: 0.999", {}, "2e-4 was chosen for muon"),

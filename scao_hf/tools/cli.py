@@ -303,7 +303,8 @@ def migrate(
         for sentence in sentences:
             print(f"  - {sentence}")
     if changed:
-        print(f"Written: {target}. Next: scao-hf plan {target}, then scao-hf compare {target}")
+        then = "" if result.problems else f". Next: scao-hf plan {target}, then scao-hf compare {target}"
+        print(f"Written: {target}{then}")
     raise typer.Exit(1 if result.problems else 0)
 
 

@@ -113,7 +113,7 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
     steps = raw.get("max_steps")
     if isinstance(steps, int) and 0 < steps < SHORT:
         chosen |= SHORTER
-        reasons.append(f"a shorter phase 1 and ramp: with the defaults they take 20 of the {steps} steps")
+        reasons.append(f"a shorter phase 1 and ramp: with the defaults they take 20 steps, and the run has {steps}")
     given = {key.removeprefix(PREFIX) for key in raw if str(key).startswith(PREFIX)}
     if given:  # whoever has set options has chosen
         return {}, []
