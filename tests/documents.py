@@ -32,14 +32,21 @@ FAMILIES = {
 
 def options_table() -> str:
     """The table of options, from the tables that the code itself reads."""
-    rows = ["| option | default | with `published` | legal values | meaning |", "|---|---|---|---|---|"]
-    rows.append(f"| `rule` | {RULES[0]} |  | {OPTIONS['rule'].valid} | {OPTIONS['rule'].doc} |")
+    rows = ["| option | default | meaning | legal values |", "|---|---|---|---|"]
+    rows.append(f"| `rule` | {RULES[0]} | {OPTIONS['rule'].doc} | {OPTIONS['rule'].valid} |")
     betas = f"two numbers, each {TORCH_OPTIONS['beta'].valid}"
     for name in ("betas", *(name for name in OPTIONS if name != "rule")):
         valid = betas if name == "betas" else OPTIONS[name].valid
         doc = "decays of Adam's moments; in a YAML `adam_beta1`, `adam_beta2`" if name == "betas" else OPTIONS[name].doc
-        defaults = " | ".join(f"{RULE_DEFAULTS[rule][name]}" for rule in (RULES[0], "published"))
-        rows.append(f"| `{name}` | {defaults} | {valid} | {doc} |")
+        rows.append(f"| `{name}` | {RULE_DEFAULTS[RULES[0]][name]} | {doc} | {valid} |")
+    return "\n".join(rows) + "\n"
+
+
+def published_defaults() -> str:
+    """The options whose default is another one with the published rule."""
+    ours, theirs = (RULE_DEFAULTS[rule] for rule in (RULES[0], "published"))
+    rows = ["| option | default of SCAO's own rule | with `published` |", "|---|---|---|"]
+    rows += [f"| `{name}` | {ours[name]} | {theirs[name]} |" for name in ours if ours[name] != theirs[name]]
     return "\n".join(rows) + "\n"
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ GENERATED = (
     (DOCS / "options.md", "options", documents.options_table),
     (DOCS / "options.md", "edits", documents.edits_table),
     (DOCS / "equations.md", "equations", documents.equations),
+    (DOCS / "published.md", "defaults", documents.published_defaults),
     (DOCS / "published.md", "presets", documents.presets_table),
 )
 YAMLS = sorted((ROOT / "examples" / "axolotl").glob("*.yml"))
@@ -45,10 +47,10 @@ def test_yaml_and_python_snippets_of_the_documentation_can_be_read() -> None:
     yaml = pytest.importorskip("yaml")
     for page in DOCS.glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        for code in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            compile(code, page.name, "exec")
-        for code in re.findall(r"^```yaml\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            assert isinstance(yaml.safe_load(code), dict), page.name
+        for code in re.findall(r"^ *```python\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+            compile(textwrap.dedent(code), page.name, "exec")
+        for code in re.findall(r"^ *```yaml\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+            assert isinstance(yaml.safe_load(textwrap.dedent(code)), dict), page.name
 
 
 def test_files_that_the_documentation_names_exist() -> None:
