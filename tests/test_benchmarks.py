@@ -656,14 +656,17 @@ def test_options_of_scao_stand_in_a_table_of_their_own(results: Path) -> None:
 def test_the_summary_names_who_is_ahead(results: Path) -> None:
     text = sweep_tables.tables(tables.settings([results]))["glance"]
     assert "| 2 | 2 (SCAO: edge) | 2.5000 ± 0.7071 | 2.0000 ± 0.7071 | -20.83 ± 5.89 % |" in text
-    assert text.endswith("Ahead of SCAO, each at its own best rate:\n\n- none of those that were run\n")
+    assert text.endswith("Where another optimizer wins, each at its own best rate:\n\n- none of those that were run\n")
     found = added(
         results,
         *(made_up(name, 9, 1, [2.0, 2.0]) for name in ("polora", "scao-ungrafted:k_max=8", *peers.ABLATIONS)),
         *(made_up("scao", 1, seed, [1, 1]) for seed in (0, 1)),
     )
     text = sweep_tables.glance(found)
-    assert "SCAO has a better rate than AdamW's in:\n\n- m, LoRA r=8, d, cosine, 100 steps: 1\n" in text
+    assert (
+        "another rate than AdamW's best suits SCAO better, with that rate:\n\n- m, LoRA r=8, d, cosine, 100 steps: 1\n"
+        in text
+    )
     found = [setting for setting in found if setting.runs["scao"].pop() and setting.runs["scao"].pop()]
     assert "\n- `polora` in m, LoRA r=8, d, cosine, 100 steps: loss -20.00 % (seeds: 1)\n" in sweep_tables.glance(found)
     assert not any(name in sweep_tables.glance(found) for name in peers.ABLATIONS), "an ablation is no other optimizer"

@@ -153,7 +153,7 @@ def diverged(setting: Setting) -> str:
         for lr, seeds in setting.at(optimizer).items():
             if count := sum(record["diverged"] for record in seeds.values()):
                 found.append(f"`{optimizer}` at {lr:g} ({count} of {len(seeds)})")
-    return f"Diverged: {', '.join(found)}." if found else "No run diverged, at any of the rates that were tried."
+    return f"Diverged: {', '.join(found)}." if found else "No run diverged at any rate."
 
 
 def caption(setting: Setting) -> str:
@@ -287,8 +287,8 @@ def glance(found: Iterable[Setting]) -> str:
             ahead.append(f"`{optimizer}` in {name}: loss {percent(gains)} (seeds: {len(gains)})")
     notes = ""
     for words, found_there in (
-        ("SCAO has a better rate than AdamW's in:", elsewhere),
-        ("Ahead of SCAO, each at its own best rate:", ahead or ["none of those that were run"]),
+        ("Settings in which another rate than AdamW's best suits SCAO better, with that rate:", elsewhere),
+        ("Where another optimizer wins, each at its own best rate:", ahead or ["none of those that were run"]),
     ):
         if found_there:
             notes += "\n" + words + "\n\n" + "".join(f"- {item}\n" for item in found_there)
