@@ -22,7 +22,7 @@ from formulas import FORMULAS
 
 import scao_hf
 from scao_hf import SCAO, ops
-from scao_hf.options import OPTIONS, SWITCHES
+from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, SWITCHES
 
 README = ROOT / "README.md"
 DOCUMENTS = sorted(
@@ -130,6 +130,20 @@ def test_options_of_the_signature_are_all_documented() -> None:
     for name in ("lr", "eps", "weight_decay"):
         default = f"{signature[name].default:g}".replace("0.001", "1e-3").replace("1e-08", "1e-8")
         assert f"`{name}` ({default})" in text
+
+
+def test_defaults_that_are_named_in_passing_are_the_defaults() -> None:
+    """Written as `k_max` (16) or `k_max` = 16, on any page but the one of the published rule."""
+    defaults = {**RULE_DEFAULTS[RULES[0]], "beta2": RULE_DEFAULTS[RULES[0]]["betas"][1]}
+    found = []
+    for page in (README, *DOCS.glob("*.md")):
+        for name, first, second in re.findall(r"`(\w+)` (?:\(([\d.]+)\)|= ([\d.]+\d|\d+))", page.read_text("utf-8")):
+            if name in defaults and "published" not in page.name:
+                found.append((page.name, name, float(first or second), float(defaults[name])))
+    assert len(found) >= 8
+    assert not [entry for entry in found if entry[2] != entry[3]]
+    phase = max(defaults["warmup_steps"], defaults["min_precond_updates"] * defaults["precond_freq"])
+    assert f"from about step {phase + defaults['blend_steps'] + 1} on" in (DOCS / "how-it-works.md").read_text("utf-8")
 
 
 def test_readme_keeps_its_order() -> None:
