@@ -137,6 +137,7 @@ def test_migrate_names_what_scao_refuses_and_never_overwrites(tmp_path: Path) ->
         ("learning_rate: 1", "has no base_model"),
         ("{base_model: a/b, adapter: lora}", "written in braces"),
         ("base_model: a/b\nplugins: axolotl", "plugins is 'axolotl': it must be a list"),
+        ("base_model: a/b\n...\n", "cannot be edited as it is laid out"),
         ("x: &x {optimizer: muon}\nbase_model: a/b\n<<: *x\n", "cannot be edited as it is laid out"),
     ],
 )

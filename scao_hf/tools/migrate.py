@@ -79,7 +79,7 @@ def migrate(path: Path) -> Migration:
         wanted["optimizer"] = "scao"
     wanted |= {PREFIX + name: value for name, value in chosen.items()}
     after = _rewritten(before, raw, wanted)
-    if yaml.safe_load(after) != wanted:
+    if _read(after) != wanted:
         raise ToolError(
             f"{path} cannot be edited as it is laid out: write each key on a line of its own, without anchors"
         )
@@ -87,6 +87,14 @@ def migrate(path: Path) -> Migration:
     options = scao_options(wanted, findings)
     warnings = [*_rate(raw, own), *findings.warnings, *_notes(raw, own, options)]
     return Migration(before, after, tuple(reasons), tuple(warnings), tuple(findings.errors))
+
+
+def _read(text: str) -> Any:
+    """What a text says as YAML, None where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def _of_others(raw: dict[str, Any]) -> list[str]:
