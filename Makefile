@@ -24,7 +24,7 @@ OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 export SCAO_DEMO_MODEL
 
 .DELETE_ON_ERROR:
-.PHONY: help audit test-oldest test-newest test-core bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long test-oldest-axolotl lint clean
+.PHONY: help audit test-oldest test-newest test-deepspeed test-core bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long test-oldest-axolotl lint clean
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
@@ -39,6 +39,7 @@ help:
 	@echo 'make survival      every fault on SCAO and on the other optimizers: docs/survival.md'
 	@echo 'make test-long     the tests that take minutes: several processes, faults, long runs; then make test-newest'
 	@echo 'make test-newest   without Axolotl, the newest of what the integrations use; the core with Python 3.13, if there is one'
+	@echo 'make test-deepspeed   ZeRO-1, 2 and 3 on two and four processes'
 	@echo 'make test-oldest   the core with the oldest torch that is supported: downloads some gigabytes'
 	@echo 'make test-oldest-axolotl   the plugin with the oldest Axolotl that is supported'
 	@echo 'make audit         known vulnerabilities of what is installed in .venv, from a public database'
@@ -104,6 +105,15 @@ test: lint ext $(VENV)/.bench
 test-long: ext $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m long -v --durations=0
 	$(MAKE) test-newest
+	$(MAKE) test-deepspeed
+
+# DeepSpeed alone in a folder of its own, with what Axolotl pins. It compiles an operation for CPUs on its first run.
+DEEPSPEED := deepspeed==0.19.8 hjson py-cpuinfo msgpack ninja
+
+test-deepspeed: ext $(VENV)/.bench
+	@test -d .cache/deepspeed/deepspeed || $(PIP) --no-deps --target .cache/deepspeed $(DEEPSPEED)
+	PATH="$(CURDIR)/.cache/deepspeed/bin:$$PATH" PYTHONPATH=$(CURDIR)/.cache/deepspeed OMP_NUM_THREADS=1 $(OFFLINE) \
+		$(BIN)/python -m pytest -m 'long or not long' -v tests/test_deepspeed.py
 
 # What users have who do not have Axolotl, which pins its own releases: tests that need it are skipped by name.
 NEWEST := transformers trl peft accelerate bitsandbytes lightning datasets typer rich matplotlib pyyaml tensorboard \

@@ -73,11 +73,10 @@ class SCAOPlugin(BasePlugin):
         cfg.optimizer = "scao"
         from axolotl_plugin.rules import check_run, optimizer_kwargs
         from axolotl_plugin.values import Findings
-        from scao_hf import SCAO
         from scao_hf.experts import find_experts, find_vocabulary
-        from scao_hf.trainer import SCAOCallback, refuse_parallelism
+        from scao_hf.trainer import SCAOCallback, optimizer_class
 
-        refuse_parallelism(trainer)
+        kind = optimizer_class(trainer)
         kwargs = optimizer_kwargs(cfg, trainer.args)
         findings = Findings()
         check_run(cfg.get, trainer.args, kwargs, findings)
@@ -87,7 +86,7 @@ class SCAOPlugin(BasePlugin):
             kwargs["experts"] = experts
             told += f", expert by expert in {len(experts)} packed LoRA factors"
         kwargs["vocabulary"] = find_vocabulary(trainer.model)
-        trainer.optimizer_cls_and_kwargs = (SCAO, kwargs)
+        trainer.optimizer_cls_and_kwargs = (kind, kwargs)
         trainer.args.optim = "scao"
         SCAOCallback.attach(trainer)
         _log_choice(trainer, kwargs, told)

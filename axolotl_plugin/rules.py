@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from axolotl_plugin.values import MOMENT_KEYS, PREFIX, Findings, read_optim_args
 from scao_hf import SCAO
+from scao_hf.distributed.deepspeed import refused
 from scao_hf.options import OPTIONS, RULES, TORCH_OPTIONS, resolve
 from scao_hf.rules import rule_of
 from scao_hf.trainer import choose_betas
@@ -118,11 +121,9 @@ def _check_torch_options(get: Get, findings: Findings) -> None:
 
 
 def _check_parallelism(get: Get, findings: Findings) -> None:
-    """DDP and FSDP2 give the result of one process; what leaves no matrix whole is refused."""
+    """DDP, FSDP2 and DeepSpeed's ZeRO give the result of one process; what leaves no matrix whole is refused."""
     if get("deepspeed"):
-        findings.errors.append(
-            f"deepspeed: {get('deepspeed')}: ZeRO flattens the matrices that SCAO needs whole; {WHOLE_MATRICES}"
-        )
+        _check_deepspeed(get, findings)
     if not (get("fsdp") or get("fsdp_config")):
         return
     config = get("fsdp_config")
@@ -140,6 +141,22 @@ def _check_parallelism(get: Get, findings: Findings) -> None:
         findings.errors.append(
             f"fsdp_config.state_dict_type: {kind}: a run that is resumed from such a checkpoint starts from other weights, "
             "with any optimizer; set SHARDED_STATE_DICT (final_state_dict_type: FULL_STATE_DICT is for the model at the end)"
+        )
+
+
+def _check_deepspeed(get: Get, findings: Findings) -> None:
+    """The configuration behind the key ``deepspeed``, a file or its content."""
+    given, config = get("deepspeed"), {}
+    try:
+        config = dict(json.loads(Path(given).read_text(encoding="utf-8")) if isinstance(given, str) else given)
+        reason = refused(config)
+    except (OSError, ValueError) as error:
+        reason = f"it cannot be read ({error}); `axolotl fetch deepspeed_configs` brings Axolotl's own"
+    if reason is not None:
+        findings.errors.append(f"deepspeed: {given}: SCAO does not run under this configuration: {reason}")
+    elif config["zero_optimization"]["stage"] == 3 and (get("load_in_4bit") or get("load_in_8bit")):
+        findings.warnings.append(
+            "ZeRO-3 with a quantized base model has not been run with SCAO; ZeRO-2 does not cut it"
         )
 
 

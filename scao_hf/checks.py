@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scao_hf.distributed.deepspeed import ZeroSCAO
 from scao_hf.experts import without_gradient
 from scao_hf.optimizer import SCAO
 from scao_hf.rules import rule_of
@@ -20,11 +21,13 @@ logger = logging.getLogger(__name__)
 SHOWN = 3
 
 
-def _parameters(optimizer: SCAO) -> list[tuple[dict[str, Any], Tensor]]:
-    return [(group, param) for group in optimizer.param_groups for param in group["params"]]
+def _parameters(optimizer: SCAO | ZeroSCAO) -> list[tuple[dict[str, Any], Tensor]]:
+    """With their groups. Under DeepSpeed as tensors of their shapes, as its vectors are in their place."""
+    groups = optimizer.shapes if isinstance(optimizer, ZeroSCAO) else optimizer.param_groups
+    return [(group, param) for group in groups for param in group["params"]]
 
 
-def check_parameters(optimizer: SCAO, named: Iterable[tuple[str, Tensor]]) -> None:
+def check_parameters(optimizer: SCAO | ZeroSCAO, named: Iterable[tuple[str, Tensor]]) -> None:
     """Before training: whether the optimizer holds what is to be trained, and matrices among it.
 
     Args:
@@ -40,7 +43,7 @@ def check_parameters(optimizer: SCAO, named: Iterable[tuple[str, Tensor]]) -> No
             "all parameters of the optimizer are frozen, so that nothing would train: others were trainable when it was "
             "built (before set_adapter, for example). Set trainer.optimizer = None before train() to build it again"
         )
-    known = {param for _, param in held}
+    known = {optimizer.origins[param] if isinstance(optimizer, ZeroSCAO) else param for _, param in held}
     left_out = [name for name, param in named if param.requires_grad and param not in known]
     if left_out:
         logger.warning(
@@ -54,7 +57,7 @@ def check_parameters(optimizer: SCAO, named: Iterable[tuple[str, Tensor]]) -> No
         logger.warning("none of the %d parameters is a matrix, so that every step is a plain AdamW step", len(held))
 
 
-def check_length(optimizer: SCAO, steps: int) -> None:
+def check_length(optimizer: SCAO | ZeroSCAO, steps: int) -> None:
     """Warn of a run that ends before the curvature has its full effect.
 
     Args:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scao_hf import checks
+from scao_hf.distributed.deepspeed import ZeroSCAO, refused
 from scao_hf.distributed.exchange import WAYS_OUT
 from scao_hf.experts import find_experts, find_vocabulary
 from scao_hf.namesake import foreign_option
@@ -60,20 +61,20 @@ def check_scao_kwargs(scao_kwargs: dict[str, Any]) -> None:
     resolve(scao_kwargs.get("rule") or RULES[0], passed)
 
 
-def refuse_parallelism(trainer: Trainer) -> None:
-    """Refuse the kinds of parallelism that leave no matrix whole.
+def optimizer_class(trainer: Trainer) -> type[SCAO] | type[ZeroSCAO]:
+    """SCAO, or its form for DeepSpeed's ZeRO where the trainer runs under that.
 
     Raises:
-        ValueError: DeepSpeed or FSDP1, with what to use instead.
+        ValueError: FSDP1, or a DeepSpeed configuration with which SCAO does not run, with what to use instead.
     """
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    state = trainer.accelerator.state
     if trainer.is_deepspeed_enabled:
-        kind = "DeepSpeed: ZeRO"
-    elif trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2:
-        kind = "FSDP1: it"
-    else:
-        return
-    raise ValueError(f"SCAO does not run under {kind} flattens the matrices that SCAO steps whole. {WAYS_OUT}")
+        if (reason := refused(state.deepspeed_plugin.deepspeed_config)) is not None:
+            raise ValueError(f"SCAO does not run under this DeepSpeed configuration: {reason}")
+        return ZeroSCAO
+    if trainer.is_fsdp_enabled and getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 1) != 2:
+        raise ValueError(f"SCAO does not run under FSDP1: it flattens the matrices that SCAO steps whole. {WAYS_OUT}")
+    return SCAO
 
 
 def updates_per_step(args: TrainingArguments) -> int:
@@ -81,9 +82,9 @@ def updates_per_step(args: TrainingArguments) -> int:
     return int(getattr(args, "num_ppo_epochs", 1) * getattr(args, "num_mini_batches", 1))
 
 
-def unwrap(optimizer: Any) -> SCAO | None:
-    """The SCAO instance inside Accelerate's wrappers, or None for another optimizer."""
-    while optimizer is not None and not isinstance(optimizer, SCAO):
+def unwrap(optimizer: Any) -> SCAO | ZeroSCAO | None:
+    """The SCAO instance inside Accelerate's and DeepSpeed's wrappers, or None for another optimizer."""
+    while optimizer is not None and not isinstance(optimizer, (SCAO, ZeroSCAO)):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer
 
@@ -164,11 +165,13 @@ class SCAOCallback(TrainerCallback):
     ) -> None:
         """Start the clock of the optimizer's step. Before the first one, some parameter must have a gradient.
 
+        DeepSpeed steps before this and keeps the gradients to itself.
+
         Raises:
             RuntimeError: none has.
         """
         optimizer = unwrap(kwargs.get("optimizer"))
-        if optimizer is not None and not self._stepped:
+        if isinstance(optimizer, SCAO) and not self._stepped:
             checks.check_gradients(optimizer)
         self._began = time.perf_counter()
 
@@ -176,7 +179,8 @@ class SCAOCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop it. On a GPU this is the time of the host, which does not wait for the device."""
-        self._ms.append(1000 * (time.perf_counter() - self._began))
+        if isinstance(unwrap(kwargs.get("optimizer")), SCAO):
+            self._ms.append(1000 * (time.perf_counter() - self._began))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After the first step, check that the LoRA of every expert stack has had a gradient.
@@ -185,7 +189,7 @@ class SCAOCallback(TrainerCallback):
             RuntimeError: some had none.
         """
         optimizer = unwrap(kwargs.get("optimizer"))
-        if self._stepped or optimizer is None or not optimizer.state:
+        if self._stepped or not isinstance(optimizer, SCAO) or not optimizer.state:
             return
         self._stepped = True
         checks.check_experts(optimizer, kwargs["model"].named_parameters())
@@ -243,8 +247,8 @@ class SCAOTrainerMixin(_AnyTrainer):
 
     Raises:
         TypeError: a class has the Trainer before the mixin in its bases.
-        ValueError: an option that is unknown or outside its range; a second optimizer; ``optim_args``; LOMO; DeepSpeed
-            or FSDP1.
+        ValueError: an option that is unknown or outside its range; a second optimizer; ``optim_args``; LOMO; FSDP1, or a
+            DeepSpeed configuration with which SCAO does not run.
     """
 
     args: TrainingArguments
@@ -269,7 +273,7 @@ class SCAOTrainerMixin(_AnyTrainer):
         if (self.optimizer is not None and not self._built) or self.optimizer_cls_and_kwargs is not None:
             raise ValueError("this trainer builds SCAO itself: pass neither optimizers nor optimizer_cls_and_kwargs")
         self._check_arguments()
-        refuse_parallelism(self)
+        optimizer_class(self)
         SCAOCallback.attach(self)
 
     def _check_arguments(self) -> None:
@@ -293,12 +297,12 @@ class SCAOTrainerMixin(_AnyTrainer):
             given = args[0] if args else kwargs.get("model")
             model = self.model if given is None else given
             trainable_parameters(model)
-            options = self._options()
+            kind, options = optimizer_class(self), self._options()
             # A Trainer with groups of its own may take the class from optim instead of optimizer_cls_and_kwargs.
-            with swapped(self, optimizer_cls_and_kwargs=(SCAO, options)), swapped(self.args, optim="adamw_torch"):
+            with swapped(self, optimizer_cls_and_kwargs=(kind, options)), swapped(self.args, optim="adamw_torch"):
                 made: Any = super().create_optimizer(*args, **kwargs) or self.optimizer
             groups, experts, vocabulary = parameter_groups(made, model), find_experts(model), find_vocabulary(model)
-            self.optimizer = SCAO(groups, experts=experts, vocabulary=vocabulary, **options)
+            self.optimizer = kind(groups, experts=experts, vocabulary=vocabulary, **options)
             self._built = True
         return self.optimizer
 

@@ -1,4 +1,4 @@
-"""One process of a Trainer's run over gloo on the CPU, started by torchrun: DDP, or FSDP2 as Accelerate sets it up."""
+"""One process of a Trainer's run over gloo on the CPU, started by torchrun: DDP, FSDP2 as Accelerate sets it up, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ def whole(model: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, param in model.named_parameters():
         value = param.detach()
+        if hasattr(param, "_hp_mapping") or hasattr(param, "_z3_optimizer"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            value = safe_get_full_fp32_param(param) if param.requires_grad else value
         if param.requires_grad:
             found[name.removeprefix("module.")] = (
                 value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
@@ -86,7 +90,8 @@ def main(model_path: str, folder: Path, kind: str, settings: dict[str, Any]) -> 
     report = {
         "weights": whole(trainer.model_wrapped),
         "sharded": sorted({type(param.data).__name__ for param in trainer.model_wrapped.parameters()}),
-        "sharing": optimizer._sharing is not None,
+        "optimizer": type(optimizer).__name__,
+        "sharing": getattr(optimizer, "_sharing", None) is not None,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "phases": [entry["scao/phase"] for entry in trainer.state.log_history if "loss" in entry],
     }

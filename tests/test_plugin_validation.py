@@ -180,7 +180,15 @@ ERRORS = {
     "beta1": ({"adam_beta1": 1.0}, "adam_beta1: 1.0 must be a number in [0, 1)"),
     "beta2": ({"adam_beta2": -0.5}, "adam_beta2: -0.5 must be a number in [0, 1)"),
     "epsilon": ({"adam_epsilon": 0.0}, "adam_epsilon: 0.0 must be a number in [1e-30, inf)"),
-    "DeepSpeed": ({"deepspeed": "x.json"}, "deepspeed: x.json: ZeRO flattens the matrices"),
+    "DeepSpeed without its file": (
+        {"deepspeed": "x.json"},
+        "deepspeed: x.json: SCAO does not run under this configuration: it cannot be read",
+    ),
+    "DeepSpeed without ZeRO": ({"deepspeed": {"bf16": {"enabled": True}}}, "zero_optimization.stage is 0"),
+    "DeepSpeed's own Adam": (
+        {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
+        "offload_optimizer brings DeepSpeed's Adam in the place of SCAO",
+    ),
     "FSDP1": ({"fsdp_config": {"offload_params": False}, "fsdp_version": 1}, "FSDP1 flattens the matrices"),
     "FSDP2 in host memory": (
         {"fsdp_config": {"offload_params": True}, "fsdp_version": 2},
@@ -234,6 +242,7 @@ WARNINGS = {
         {"rl": "grpo", "trl": {"beta": 0.1, "num_generations": 2}, "micro_batch_size": 2},
         "rl: grpo: SCAO has not been",
     ),
+    "ZeRO-3 with 4 bits": ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "ZeRO-3 with a quantized base model"),
     "Grokfast": ({"plugins": [PLUGIN, "axolotl.integrations.grokfast.GrokfastPlugin"]}, "GrokfastPlugin changes"),
 }
 
@@ -266,6 +275,7 @@ ALLOWED = {
         "fsdp_version": 2,
         "n_gpu": 2,
     },
+    "DeepSpeed": {"deepspeed": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}, "n_gpu": 2},
     "long enough": {"max_steps": 21},
 }
 

@@ -122,7 +122,7 @@ def test_migrate_names_what_scao_refuses_and_never_overwrites(tmp_path: Path) ->
     result = run("migrate", path)
     assert result.exit_code == 1 and target.is_file()
     assert "refuse this until you change" in result.output
-    assert "ZeRO flattens" in result.output and "FSDP1 flattens" in result.output
+    assert "zero3.json: SCAO does not run" in result.output and "FSDP1 flattens" in result.output
     assert run("migrate", path).exit_code == 1  # the same again
     target.write_text("base_model: mine\n", encoding="utf-8")
     assert "exists and says something else" in mistake("migrate", path)
@@ -546,7 +546,10 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
         (GOOD + "load_in_8bit: true", "load_in_4bit and load_in_8bit exclude each other"),
         (GOOD.replace("qlora", "lora"), "load_in_4bit has no effect in Axolotl with adapter: lora"),
         (GOOD.replace("load_in_4bit: true", ""), "adapter: qlora needs load_in_4bit: true"),
-        (GOOD + "deepspeed: deepspeed_configs/zero3.json", "deepspeed_configs/zero3.json: ZeRO flattens the matrices"),
+        (
+            GOOD + "deepspeed: deepspeed_configs/zero3.json",
+            "deepspeed_configs/zero3.json: SCAO does not run under this configuration",
+        ),
         (
             GOOD + "fsdp_version: 2\nfsdp_config: {offload_params: true}",
             "fsdp_config.offload_params: true keeps the shards",
@@ -611,7 +614,7 @@ def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:
     for words in (
         "scao_kmax is not an option of SCAO (did you mean 'scao_k_max'?)",
         "scao_warmup is not an option of SCAO (did you mean 'scao_warmup_steps'?)",
-        "deepspeed: zero3.json: ZeRO",
+        "deepspeed: zero3.json: SCAO does not run",
         "could not convert string to float: 'big'",
         "qat cannot be planned",
         "rl: kto cannot be planned",

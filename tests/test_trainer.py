@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
 from scao_hf import SCAO, SCAOCallback, SCAOTrainer, SCAOTrainerMixin
-from scao_hf.trainer import check_scao_kwargs, refuse_parallelism, unwrap
+from scao_hf.trainer import check_scao_kwargs, optimizer_class, unwrap
 
 METRICS = {"scao/rank", "scao/phase", "scao/blend", "scao/curvature_norm", "scao/captured_mass", "scao/damped"}
 #: Curvature early enough for runs of a few steps.
@@ -134,15 +134,15 @@ def test_callback_goes_first_and_only_once(tiny_llama: Path, tmp_path: Path) -> 
 
 def test_callback_in_a_plain_trainer(tiny_llama: Path, tmp_path: Path) -> None:
     """With SCAO that the caller built; with AdamW the callback does nothing."""
-    for optimizer_class in (SCAO, torch.optim.AdamW):
+    for kind in (SCAO, torch.optim.AdamW):
         model = lora_model(tiny_llama)
-        optimizer = optimizer_class([param for param in model.parameters() if param.requires_grad], lr=1e-3)
+        optimizer = kind([param for param in model.parameters() if param.requires_grad], lr=1e-3)
         args = arguments(tmp_path, max_steps=2)
         trainer = Trainer(model=model, args=args, train_dataset=token_rows(tiny_llama), optimizers=(optimizer, None))
         SCAOCallback.attach(trainer)
         trainer.train()
         logged = {key for entry in trainer.state.log_history for key in entry}
-        assert (logged >= METRICS) == (optimizer_class is SCAO)
+        assert (logged >= METRICS) == (kind is SCAO)
 
 
 def test_groups_are_those_of_the_trainer(tiny_llama: Path, tmp_path: Path) -> None:
@@ -398,19 +398,16 @@ def test_a_second_optimizer_is_refused(tiny_llama: Path, tmp_path: Path) -> None
         SCAOTrainer(model=model, args=args, optimizers=(optimizer, None))
 
 
-@pytest.mark.parametrize(("deepspeed", "version", "kind"), [(True, None, "DeepSpeed: ZeRO"), (False, 1, "FSDP1: it")])
-def test_parallelism_that_flattens_matrices_is_refused(deepspeed: bool, version: int | None, kind: str) -> None:
-    def trainer(deepspeed: bool, version: int | None) -> SimpleNamespace:
-        plugin = None if version is None else SimpleNamespace(fsdp_version=version)
-        accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-        return SimpleNamespace(
-            is_deepspeed_enabled=deepspeed, is_fsdp_enabled=version is not None, accelerator=accelerator
-        )
+def test_fsdp1_is_refused() -> None:
+    def trainer(version: int | None) -> SimpleNamespace:
+        accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)))
+        return SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=version is not None, accelerator=accelerator)
 
-    with pytest.raises(ValueError, match=f"SCAO does not run under {kind} flattens .* Train with DDP, or with FSDP2"):
-        refuse_parallelism(trainer(deepspeed, version))
-    refuse_parallelism(trainer(False, 2))
-    refuse_parallelism(trainer(False, None))
+    with pytest.raises(
+        ValueError, match=r"SCAO does not run under FSDP1: it flattens .* Train with DDP, or with FSDP2"
+    ):
+        optimizer_class(trainer(1))
+    assert optimizer_class(trainer(2)) is optimizer_class(trainer(None)) is SCAO
 
 
 def test_unwrap() -> None:

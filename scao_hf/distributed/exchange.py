@@ -13,6 +13,7 @@ from torch import Tensor
 from scao_hf.buckets import is_matrix
 
 WAYS_OUT = "Train with DDP, or with FSDP2 (fully_shard; fsdp_version: 2), which keeps the shapes"
+ZERO = "Give DeepSpeed a scao_hf.distributed.deepspeed.ZeroSCAO instead"
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -23,16 +24,13 @@ def is_sharded(param: Tensor) -> bool:
 def check_placement(param: Tensor) -> None:
     """Raise ``ValueError`` for a parameter of which no process could step a whole matrix.
 
-    DeepSpeed's ZeRO-3 and FSDP1 leave flattened parts. A DTensor must be cut along its first dimension over one
+    ZeRO-3 (without ``ZeroSCAO``) and FSDP1 leave flattened parts. A DTensor must be cut along its first dimension over one
     dimension of the mesh, as ``fully_shard`` does, and be the same along the others (HSDP).
     """
-    kind = None
     if hasattr(param, "ds_id"):
-        kind = "DeepSpeed ZeRO-3"
-    elif getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
-        kind = "FSDP1"
-    if kind is not None:
-        raise ValueError(f"{kind} flattens matrices into parts, and SCAO steps whole matrices. {WAYS_OUT}")
+        raise ValueError(f"DeepSpeed ZeRO-3 cuts matrices into parts, and SCAO steps whole matrices. {ZERO}")
+    if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
+        raise ValueError(f"FSDP1 flattens matrices into parts, and SCAO steps whole matrices. {WAYS_OUT}")
     if is_sharded(param):
         shard_dim(param)
         if not param.to_local().is_contiguous():  # type: ignore[attr-defined]
@@ -49,7 +47,7 @@ def check_flattened(params: Sequence[Tensor], had_matrices: bool) -> None:
     if had_matrices and params and not any(is_matrix(param) for param in params):
         raise ValueError(
             "the matrices of a parameter group were replaced by flat vectors, as DeepSpeed ZeRO does, and SCAO steps whole "
-            f"matrices. {WAYS_OUT}"
+            f"matrices. {ZERO}"
         )
 
 
@@ -80,28 +78,42 @@ def agreed(groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
     Raises:
         ValueError, RuntimeError: the error of another process, with its number.
     """
+    params = (param for group in groups for param in group["params"])
+    sharded: Any = next(filter(is_sharded, params), None) if dist.is_available() and dist.is_initialized() else None
+    mesh = None if sharded is None else sharded.device_mesh
+    everywhere = [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    with agreed_among(everywhere, torch.device("cpu") if sharded is None else sharded.to_local().device):
+        yield
+
+
+@contextmanager
+def agreed_among(process_groups: Sequence[dist.ProcessGroup | None], device: torch.device) -> Iterator[None]:
+    """``agreed``, for all processes that are in one of these groups with this one, or with one that is.
+
+    Args:
+        process_groups: None is the group of all processes.
+        device: where they exchange tensors.
+    """
     problem = None
     try:
         yield
     except Exception as error:  # whatever it is, it is raised below
         problem = error
-    params = (param for group in groups for param in group["params"])
-    sharded: Any = next(filter(is_sharded, params), None) if dist.is_available() and dist.is_initialized() else None
     told = None if problem is None else (isinstance(problem, ValueError), str(problem))
-    if sharded is not None:
-        told = _told(told, sharded.device_mesh, sharded.to_local().device)
+    told = _told(told, process_groups, device)
     if problem is not None:
         raise problem
     if told is not None:
         raise (ValueError if told[0] else RuntimeError)(told[1])
 
 
-def _told(told: tuple[bool, str] | None, mesh: Any, device: torch.device) -> tuple[bool, str] | None:
-    """What the first process that has something to tell tells, in all processes of the mesh."""
-    if told is not None:
+def _told(
+    told: tuple[bool, str] | None, process_groups: Sequence[dist.ProcessGroup | None], device: torch.device
+) -> tuple[bool, str] | None:
+    """What the first process that has something to tell tells, in all processes of the groups."""
+    if told is not None and process_groups:
         told = told[0], f"process {dist.get_rank()}: {told[1]}"
-    for dim in range(mesh.ndim):
-        group = mesh.get_group(dim)
+    for group in process_groups:
         count = torch.tensor(int(told is not None), device=device)
         dist.all_reduce(count, group=group)
         if int(count):

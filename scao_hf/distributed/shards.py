@@ -34,16 +34,17 @@ from scao_hf.state import (
 )
 
 
-def balance(costs: Sequence[int], loads: list[int]) -> list[int]:
+def balance(costs: Sequence[int], loads: list[int], among: Sequence[Sequence[int]] | None = None) -> list[int]:
     """For each cost the process that takes it: the largest first, each to the process that has least so far.
 
     Args:
         costs: one per parameter.
         loads: what each process has already; added to in place.
+        among: for each cost the processes that may take it; None for all.
     """
     owners = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        owners[index] = loads.index(min(loads))
+        owners[index] = min(range(len(loads)) if among is None else among[index], key=loads.__getitem__)
         loads[owners[index]] += costs[index]
     return owners
 

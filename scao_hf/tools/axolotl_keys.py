@@ -19,7 +19,7 @@ READ = frozenset(
 
 #: Keys that change what a run holds in a way that is not counted, and why; refused wherever they are set.
 REFUSED = {
-    "deepspeed": "",  # the plugin's own rules say why, as for the kinds of parallelism
+    "deepspeed": "weights and state are spread over several cards",
     "dp_shard_size": "weights and state are spread over several cards",
     "fsdp": "weights and state are spread over several cards",
     "fsdp_config": "weights and state are spread over several cards",

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import get_last_checkpoint
 
 from scao_hf.tools.arms import ARM_VARIABLE, FILE_VARIABLE
-from scao_hf.trainer import SCAOCallback, SCAOTrainerMixin, refuse_parallelism
+from scao_hf.trainer import SCAOCallback, SCAOTrainerMixin, optimizer_class
 
 
 def peak_bytes() -> int:
@@ -174,7 +174,7 @@ def prepare_trainer(trainer: Any, arm: dict[str, Any], path: Path) -> None:
         if not own:
             trainer.__class__ = type("Compared", (SCAOTrainerMixin, type(trainer)), {})
             trainer.scao_kwargs = {}
-            refuse_parallelism(trainer)
+            optimizer_class(trainer)
             SCAOCallback.attach(trainer)
         trainer.create_optimizer()
     else:

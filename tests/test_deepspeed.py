@@ -1,0 +1,239 @@
+"""DeepSpeed's ZeRO-1, 2 and 3: what its configurations may say; runs on gloo processes against one without DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_model import OPTIONS, batch, build, groups, loss_of
+from torch import Tensor, nn
+
+from scao_hf import SCAO
+from scao_hf.distributed.deepspeed import ZeroSCAO, refused
+
+installed = importlib.util.find_spec("deepspeed") is not None
+runs_deepspeed = pytest.mark.skipif(not installed, reason="needs deepspeed: make test-deepspeed installs it")
+WORKER = Path(__file__).with_name("deepspeed_worker.py")
+#: Weights of every kind, in float32, where rounding decides how many directions of a matrix are kept: one process whose
+#: gradients are changed by 1e-7 of themselves ends as far away.
+FULL = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "stage is 0: set 1, 2 or 3"),
+        ({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}, "remove the section optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "DeepSpeed's Adam"),
+        (
+            {
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            "offload_optimizer.device is 'nvme'",
+        ),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "zero_optimization.mics_shard_size is 2"),
+        ({"zero_optimization": {"stage": 1, "elastic_checkpoint": True}}, "elastic_checkpoint is True"),
+        ({"zero_optimization": {"stage": 1}, "checkpoint": {"load_universal": True}}, "load_universal is True"),
+        ({"zero_optimization": {"stage": 1}}, None),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}, "bf16": {"enabled": "auto"}},
+            None,
+        ),
+        (
+            {
+                "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+                "zero_force_ds_cpu_optimizer": False,
+            },
+            None,
+        ),
+    ],
+)
+def test_configurations(config: dict[str, Any], words: str | None) -> None:
+    reason = refused(config)
+    assert reason is None if words is None else words in str(reason)
+
+
+def test_parameters_of_any_form_become_the_groups_that_scao_makes() -> None:
+    model = build(full=True)
+    forms: list[Any] = [
+        model.parameters(),
+        model.named_parameters(),
+        [{"params": list(model.parameters()), "lr": 0.5}],
+        groups(model),
+    ]
+    for form in forms:
+        form = list(form)
+        expected, found = SCAO(form, k_max=3), ZeroSCAO(form, k_max=3)
+        assert [group["params"] for group in found.param_groups] == [group["params"] for group in expected.param_groups]
+        for ours, theirs in zip(found.param_groups, expected.param_groups, strict=True):
+            assert {k: v for k, v in ours.items() if k != "params"} == {
+                k: v for k, v in theirs.items() if k != "params"
+            }
+    with pytest.raises(ValueError, match="k_max"):
+        ZeroSCAO(model.parameters(), k_max=0)
+
+
+def test_without_zero_nothing_is_stepped() -> None:
+    param = nn.Parameter(torch.ones(3, 4))
+    param.grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="hold no flat vector of ZeRO stage 1, 2 or 3"):
+        ZeroSCAO([param]).step()
+    assert bool((param == 1).all())
+
+
+def test_a_trainer_takes_the_class_that_its_engine_needs() -> None:
+    pytest.importorskip("transformers", reason="needs transformers")
+    from scao_hf.trainer import optimizer_class, unwrap
+
+    def trainer(config: dict[str, Any]) -> Any:
+        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+        return SimpleNamespace(is_deepspeed_enabled=True, accelerator=SimpleNamespace(state=state))
+
+    assert optimizer_class(trainer({"zero_optimization": {"stage": 3}})) is ZeroSCAO
+    with pytest.raises(ValueError, match=r"does not run under this DeepSpeed configuration: .*stage is 0"):
+        optimizer_class(trainer({}))
+    optimizer = ZeroSCAO([nn.Parameter(torch.ones(2, 2))])
+    assert unwrap(SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))) is optimizer
+
+
+def one_process(full: bool, steps: int = 30) -> dict[str, Tensor]:
+    """What one process without DeepSpeed comes to."""
+    torch.manual_seed(0)
+    model = build(full)
+    optimizer = SCAO(groups(model), **OPTIONS)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    norms = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = OPTIONS["lr"] * (1 - step / 60)
+        optimizer.zero_grad()
+        loss_of(model(batch(step, 0, 1)), step, 0, 1).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(trained, 0.5)))
+        optimizer.step()
+    assert min(norms) < 0.5 < max(norms), "some steps are clipped, some are not"
+    return {name: param.detach() for name, param in model.named_parameters() if param.requires_grad}
+
+
+def zero(folder: Path, world: int, stage: int, fails: str = "", **settings: Any) -> list[dict[str, Any]]:
+    """What the processes of a run report.
+
+    Raises:
+        AssertionError: it failed, or did not with the words ``fails``.
+    """
+    from test_distributed_trainer import launched
+
+    folder.mkdir(exist_ok=True)
+    section = {"stage": stage, **settings.pop("section", {})}
+    settings["config"] = {**settings.get("config", {}), "zero_optimization": section}
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1") if world == 1 else ()
+    if fails:
+        with pytest.raises(AssertionError, match=fails):
+            launched(world, *command, str(WORKER), str(folder), json.dumps(settings), cwd=folder)
+        return []
+    launched(world, *command, str(WORKER), str(folder), json.dumps(settings), cwd=folder)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max(float((value - second[name]).abs().max()) for name, value in first.items())
+
+
+def flat(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [part for name in sorted(value, key=str) for part in flat(value[name])]
+    return [part for each in value for part in flat(each)] if isinstance(value, (list, tuple)) else [value]
+
+
+def same(first: Any, second: Any) -> bool:
+    pairs = zip(flat(first), flat(second), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.long
+@runs_deepspeed
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_lora(tmp_path: Path, stage: int, world: int) -> None:
+    """Equal to one process after 30 steps of both phases, with clipping; what is sent; resumed to the bit."""
+    found = zero(tmp_path / "run", world, stage, save=14)
+    expected = one_process(full=False)
+    first = found[0]
+    print(f"ZeRO-{stage} on {world} processes, LoRA: {distance(first['weights'], expected):.1e} from one process")
+    assert all(distance(first["weights"], other["weights"]) == 0 for other in found)
+    assert distance(first["weights"], expected) <= 1e-6
+    assert [report["phases"].count(2.0) for report in found if report["rows"]] == [24] * sum(
+        bool(r["rows"]) for r in found
+    )
+    assert sorted(row["name"] for report in found for row in report["rows"]) == sorted(expected), "each has one owner"
+    sent = sum(report["exchanged"] for report in found) / 30
+    sizes = sorted(4 * weight.numel() for weight in expected.values())
+    print(f"sent in a step by all: {sent:.0f} bytes, {sum(sizes)} bytes of parameters")
+    assert {report["exchanges"] for report in found} == {60}
+    if stage == 3:  # weights and gradients to the owner, weights back; the pieces differ by at most world - 1 entries
+        assert abs(sent - 3 * sum(sizes) * (world - 1) / world) <= 12 * world * len(sizes)
+    else:  # each of the world - 1 cuts goes through one parameter, of which the owner has most
+        assert sent <= 1.5 * sum(sizes[1 - world :])
+    again = zero(tmp_path / "again", world, stage, resume=str(tmp_path / "run" / "checkpoint"))
+    for before, after in zip(found, again, strict=True):
+        assert after["steps"] == 30 and len(after["norms"]) == 16
+        assert same(before["weights"], after["weights"]) and same(before["state"], after["state"])
+
+
+@pytest.mark.long
+@runs_deepspeed
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        (1, {"accumulation": 2}),
+        (2, {"section": {"offload_optimizer": {"device": "cpu"}}}),
+        (3, {"section": {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 200}}),
+        (2, {"section": {"round_robin_gradients": True, "overlap_comm": True}}),
+    ],
+)
+def test_lora_with_other_settings(tmp_path: Path, stage: int, settings: dict[str, Any]) -> None:
+    first, second = zero(tmp_path, 2, stage, **settings)
+    print(f"ZeRO-{stage} {settings}: {distance(first['weights'], one_process(full=False)):.1e} from one process")
+    assert distance(first["weights"], second["weights"]) == 0
+    assert distance(first["weights"], one_process(full=False)) <= 1e-6
+
+
+@pytest.mark.long
+@runs_deepspeed
+@pytest.mark.parametrize(("stage", "zero_init"), [(2, False), (3, False), (3, True)])
+def test_every_weight(tmp_path: Path, stage: int, zero_init: bool) -> None:
+    """Full fine-tuning, with two parameter groups; also of a model that ``zero.Init`` has cut before the optimizer is built."""
+    first, second = zero(tmp_path, 2, stage, full=True, zero_init=zero_init)
+    print(f"ZeRO-{stage}, every weight: {distance(first['weights'], one_process(full=True)):.1e} from one process")
+    assert distance(first["weights"], second["weights"]) == 0
+    assert distance(first["weights"], one_process(full=True)) <= FULL
+
+
+@pytest.mark.long
+@runs_deepspeed
+@pytest.mark.parametrize(
+    ("stage", "more"), [(1, {"data_types": {"grad_accum_dtype": "fp32"}}), (2, {}), (3, {})], ids=["1-fp32", "2", "3"]
+)
+def test_bf16(tmp_path: Path, stage: int, more: dict[str, Any]) -> None:
+    """Float32 masters are stepped: as near to float32 as the rounding of activations and gradients to bfloat16 lets it be."""
+    first, second = zero(tmp_path, 2, stage, config={"bf16": {"enabled": True}, **more})
+    assert distance(first["weights"], second["weights"]) == 0
+    expected = one_process(full=False)
+    start = {name: param for name, param in build(full=False).named_parameters() if param.requires_grad}
+    far, way = distance(first["weights"], expected), distance(start, expected)
+    print(f"ZeRO-{stage}, bfloat16: {far:.1e} from one process in float32, whose weights have moved by {way:.1e}")
+    assert far <= 0.05 < 0.15 < way
+
+
+@pytest.mark.long
+@runs_deepspeed
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    zero(tmp_path / "run", 2, 2, save=8, steps=8)
+    resume = str(tmp_path / "run" / "checkpoint")
+    zero(tmp_path / "one", 1, 2, resume=resume, fails="DP world size of 2 but the current world size is 1")
