@@ -304,6 +304,7 @@ def test_train_qlora_says_what_is_missing(tmp_path: Path) -> None:
     assert done.returncode == 1 and "make demo-inputs" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_demo_yaml_is_compared_and_its_adapter_answers(chat_model: Path, harvested: Path, tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
     pytest.importorskip("typer")

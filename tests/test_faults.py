@@ -16,10 +16,16 @@ from faults import FAULTS, Inapplicable, Subject  # noqa: E402
 from survival import COMPARED, attempt, isolated, main, variants  # noqa: E402
 
 VARIANTS = variants()
+#: One of each kind in every run of the tests; all of them take minutes.
+ALWAYS = {"eigenbasis", "eigenbasis int8", "eigenbasis int8 moments", "eigenbasis, bfloat16 parameters", "published"}
 
 
 @pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("subject", VARIANTS, ids=lambda subject: subject.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "subject",
+    [pytest.param(each, marks=[] if each.name in ALWAYS else pytest.mark.long) for each in VARIANTS],
+    ids=[each.name.replace(" ", "-") for each in VARIANTS],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_scao_survives(subject: Subject, name: str) -> None:
     torch.manual_seed(0)
@@ -51,7 +57,7 @@ def test_a_crash_and_a_hang_are_outcomes() -> None:
 
 def test_every_rule_and_state_is_tried() -> None:
     names = {subject.name for subject in VARIANTS}
-    assert len(names) == len(VARIANTS) >= 8
+    assert len(names) == len(VARIANTS) >= 8 and names >= ALWAYS
     assert {"scao", "scao-published", "adamw", "soap", "shampoo", "scao-pypi", "adamw8bit"} <= set(COMPARED)
 
 

@@ -411,7 +411,9 @@ def test_peak_is_that_of_the_cpu_allocator(
 
 @pytest.mark.usefixtures("casts_as_on_a_gpu")
 def test_peak_of_preference_tuning_is_that_of_trl(tiny_llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("axolotl", reason="counts as the TRL that Axolotl pins does; TRL 1.16 takes three times as much")
+    pytest.importorskip(
+        "axolotl", reason="counts as the TRL that Axolotl pins does; TRL 1.16 takes three times as much"
+    )
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     config, batch, length = tiny(vocab_size=2000, hidden_size=64), 1, 512
     half = length // 2
