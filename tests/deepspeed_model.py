@@ -33,12 +33,15 @@ def build(full: bool) -> nn.Sequential:
     return model
 
 
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+def groups(model: nn.Module, frozen: bool = False) -> list[dict[str, Any]]:
+    """With decay and without; with ``frozen`` all matrices, trained or not (of a group without trained ones ZeRO-2 fails)."""
+    trained = [(name, param) for name, param in model.named_parameters() if frozen or param.requires_grad]
     sides = [len(getattr(param, "ds_shape", param.shape)) for _, param in trained]
     matrices = [pair for pair, ndim in zip(trained, sides, strict=True) if ndim == 2]
     vectors = [pair for pair, ndim in zip(trained, sides, strict=True) if ndim < 2]
-    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}][: 2 if vectors else 1]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}][
+        : 2 if vectors and not frozen else 1
+    ]
 
 
 def batch(step: int, rank: int, world: int) -> Tensor:

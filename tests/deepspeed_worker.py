@@ -56,7 +56,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
                 param.data.copy_(value.data)
     else:
         model = build(full)
-    optimizer = ZeroSCAO(groups(model), **{**OPTIONS, **settings.get("options", {})})
+    optimizer = ZeroSCAO(groups(model, settings.get("frozen", False)), **{**OPTIONS, **settings.get("options", {})})
     counted = bytes_sent()
     engine, wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     first = 0

@@ -20,6 +20,20 @@ def meshes_of_cpus() -> None:
     ParallelismConfig.build_device_mesh = lambda self, device_type: build(self, "cpu")
 
 
+def processes_of_cpus() -> None:
+    """Accelerate switches DeepSpeed on for devices other than CPUs alone: only the processes are told of CPUs."""
+    import deepspeed
+    from accelerate import PartialState
+
+    deepspeed.init_distributed("gloo")
+    before = PartialState.__init__
+
+    def init(self: Any, cpu: bool = False, **kwargs: Any) -> None:
+        before(self, cpu=True, **kwargs)
+
+    PartialState.__init__ = init  # type: ignore[method-assign]
+
+
 def main(file: Path, folder: Path) -> None:
     pretend_that_accelerate_shards_on_cpus()
     meshes_of_cpus()
@@ -30,9 +44,12 @@ def main(file: Path, folder: Path) -> None:
     from datasets import Dataset
 
     torch.set_num_threads(1)
-    # As `accelerate launch --cpu` does.
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    PartialState(cpu=True)
+    if "deepspeed:" in file.read_text():
+        processes_of_cpus()
+    else:
+        # As `accelerate launch --cpu` does.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        PartialState(cpu=True)
     execute = axolotl.train.execute_training
 
     def execute_and_report(cfg: Any, trainer: Any, resume: Any) -> None:
@@ -45,7 +62,7 @@ def main(file: Path, folder: Path) -> None:
             "weights": whole(trainer.model_wrapped),
             "optimizer": type(optimizer).__name__,
             "sharded": sorted({type(param.data).__name__ for param in trainer.model_wrapped.parameters()}),
-            "sharing": optimizer._sharing is not None,
+            "sharing": getattr(optimizer, "_sharing", None) is not None,
             "phases": [entry["scao/phase"] for entry in trainer.state.log_history if "loss" in entry],
         }
         torch.save(report, folder / f"{dist.get_rank() if dist.is_initialized() else 0}.pt")

@@ -23,8 +23,9 @@ from scao_hf.distributed.shards import balance
 from scao_hf.experts import Packing
 from scao_hf.optimizer import SCAO, Params
 
-#: Keys of a state dict: for each vector, the state dict of the SCAO that steps this process's matrices; and how many parts.
-VECTORS, WORLD = "scao_vectors", "scao_world"
+#: Keys of a state dict: for each vector, the state dict of the SCAO that steps this process's matrices, and the number of its
+#: steps; how many processes there were.
+VECTORS, STEPS, WORLD = "scao_vectors", "scao_steps", "scao_world"
 
 
 def refused(config: Mapping[str, Any]) -> str | None:
@@ -55,6 +56,7 @@ LIMITS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("offload_optimizer", "ratio", (1, 1.0)),
     ("offload_param", "device", ("none", None, "cpu")),
     ("zero_optimization", "elastic_checkpoint", (False,)),
+    ("zero_optimization", "round_robin_gradients", (False,)),
     ("zero_optimization", "zenflow", (None,)),
     ("zero_optimization", "mics_shard_size", (-1,)),
     ("zero_optimization", "zero_hpz_partition_size", (1,)),
@@ -154,11 +156,13 @@ class ZeroSCAO(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This process's part, as DeepSpeed's checkpoints keep it: the state of the matrices that it owns."""
-        vectors = [self._vectors.get(flat) for _, flat in self._flats()]
+        flats = [flat for _, flat in self._flats()]
+        vectors = [self._vectors.get(flat) for flat in flats]
         return {
             "state": {},
             "param_groups": [_settings(group) for group in self.param_groups],
             WORLD: len(self._loads),
+            STEPS: [self.state.get(flat, {}).get("step", 0) for flat in flats],
             VECTORS: [None if vector is None else vector.optimizer.state_dict() for vector in vectors],
         }
 
@@ -181,10 +185,10 @@ class ZeroSCAO(Optimizer):
                     f"the saved state is of {state_dict[WORLD]} processes with {len(saved)} flat vectors each, this run has "
                     f"{len(self._loads)} with {len(vectors)}: resume with as many processes, groups and the same sub_group_size"
                 )
-            for (vector, flat), entry in zip(vectors, saved, strict=True):
+            for (vector, flat), entry, steps in zip(vectors, saved, state_dict[STEPS], strict=True):
                 if entry is not None:
                     vector.optimizer.load_state_dict(entry)
-                self.state[flat] = _steps(vector)
+                    self.state[flat] = {"step": steps}
         for group, entry in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(entry)
 
@@ -209,12 +213,6 @@ class ZeroSCAO(Optimizer):
             }
             rows += vector.optimizer.statistics(own)
         return rows
-
-
-def _steps(vector: _Vector) -> dict[str, Any]:
-    """What the outer state tells of a vector: the number of its steps."""
-    steps = [entry["step"] for entry in vector.optimizer.state.values()]
-    return {"step": max(steps)} if steps else {}
 
 
 class _Vector:
@@ -270,6 +268,7 @@ class _Vector:
         sizes = [[length * flat.element_size() for _, length in each] for each in by_param]
         self._both = Exchange(owners * 2, sizes * 2, self.group)
         self._back = Exchange(owners, sizes, self.group)
+        self._known = False
 
     def owned(self) -> list[tuple[int, Tensor]]:
         """The whole parameters that this process owns, with their places among those of the vector."""
@@ -277,6 +276,11 @@ class _Vector:
 
     def step(self, flat: Tensor, group: Mapping[str, Any]) -> None:
         """One step of every parameter in the vector. Collective."""
+        if not self._known:
+            with agreed_among([self.group], self.device):
+                for param in self.params:
+                    _check_masters(param)
+            self._known = True
         grad, owned = cast(Tensor, flat.grad), self.owned()
         received = self._both.to_owners([self._sent(vector[part]) for vector in (flat, grad) for part in self.slices])
         try:
@@ -363,6 +367,18 @@ def _piece(param: Any, numel: int, flat: Tensor) -> tuple[int, int, int] | None:
         own, there = mapping.lp_fragment_address, mapping.hp_fragment_address
         return own.start, own.numel, there.start
     return None
+
+
+def _check_masters(param: Any) -> None:
+    """Raise ``ValueError`` where the float32 weights that ZeRO-1 or 2 says are a parameter's are those of others."""
+    mapping = getattr(param, "_hp_mapping", None)
+    if mapping is not None:
+        own = mapping.lp_fragment
+        if not torch.equal(mapping.hp_fragment.to(own.device, own.dtype), own):
+            raise ValueError(
+                f"DeepSpeed names other float32 weights than those of a parameter of shape {tuple(param.shape)}, as it does "
+                "with round_robin_gradients: leave that out of its config"
+            )
 
 
 def _candidates(pieces: Sequence[tuple[int, int]]) -> list[int]:
