@@ -29,7 +29,13 @@ BASE = {"max_steps": 8, "seed": 3, "save_strategy": "no", "max_grad_norm": 1.0}
 
 def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(WORKER.parent.parent), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "DS_ACCELERATOR": "cpu",
+    }
 
 
 def launched(world: int, *command: str, cwd: Path, seconds: float = 300) -> str:
