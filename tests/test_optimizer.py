@@ -581,7 +581,7 @@ ARROWS = {
     "__init__": {"optimizer", "trainer", "ops"},
     "__main__": {"tools"},
     "buckets": {"experts"},
-    "checks": {"experts", "optimizer", "rules", "state", "update"},
+    "checks": {"distributed", "experts", "optimizer", "rules", "state", "update"},
     "curvature": set(),
     "default_kernels": {"curvature", "precision", "refresh", "update", "quantization"},
     "distributed": {"distributed", "buckets", "integrity", "names", "rules", "state"},
