@@ -11,10 +11,10 @@ import torch
 
 from axolotl_plugin.values import MOMENT_KEYS, PREFIX, Findings, read_optim_args
 from scao_hf import SCAO
-from scao_hf.distributed.deepspeed import refused
 from scao_hf.options import OPTIONS, RULES, TORCH_OPTIONS, resolve
 from scao_hf.rules import rule_of
 from scao_hf.trainer import choose_betas
+from scao_hf.zero import refused
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

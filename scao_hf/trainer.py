@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scao_hf import checks
-from scao_hf.distributed.deepspeed import ZeroSCAO, refused
 from scao_hf.distributed.exchange import WAYS_OUT
 from scao_hf.experts import find_experts, find_vocabulary
 from scao_hf.namesake import foreign_option
 from scao_hf.optimizer import SCAO, trainable_parameters
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, did_you_mean, eight_bit_hint, resolve
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
+from scao_hf.zero import ZeroSCAO, refused
 
 if TYPE_CHECKING:
     from transformers import Trainer as _AnyTrainer

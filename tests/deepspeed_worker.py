@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed_model import BATCH, OPTIONS, batch, build, groups, loss_of
 from torch import Tensor
 
-from scao_hf.distributed.deepspeed import ZeroSCAO
+from scao_hf.zero import ZeroSCAO
 
 
 def bytes_sent() -> dict[str, int]:

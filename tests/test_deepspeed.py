@@ -14,7 +14,7 @@ from deepspeed_model import OPTIONS, batch, build, groups, loss_of
 from torch import Tensor, nn
 
 from scao_hf import SCAO
-from scao_hf.distributed.deepspeed import ZeroSCAO, refused
+from scao_hf.zero import ZeroSCAO, refused
 
 installed = importlib.util.find_spec("deepspeed") is not None
 runs_deepspeed = pytest.mark.skipif(not installed, reason="needs deepspeed: make test-deepspeed installs it")

@@ -157,7 +157,7 @@ def test_what_cannot_be_stepped_is_refused(tmp_path: Path) -> None:
     for results in (first, second):
         assert {name: text[: len(words[name])] for name, text in results.items() if name in words} == words
         assert "Train with DDP, or with FSDP2" in results["fsdp1"]
-        assert all("scao_hf.distributed.deepspeed.ZeroSCAO" in results[name] for name in ("zero-3", "zero-1"))
+        assert all("scao_hf.zero.ZeroSCAO" in results[name] for name in ("zero-3", "zero-1"))
     assert all("the gradient of the parameter" in results["nan"] for results in (first, second))
 
 

@@ -581,7 +581,7 @@ ARROWS = {
     "__init__": {"optimizer", "trainer", "ops"},
     "__main__": {"tools"},
     "buckets": {"experts"},
-    "checks": {"distributed", "experts", "optimizer", "rules", "state", "update"},
+    "checks": {"experts", "optimizer", "rules", "state", "update", "zero"},
     "curvature": set(),
     "default_kernels": {"curvature", "precision", "refresh", "update", "quantization"},
     "distributed": {"distributed", "buckets", "integrity", "names", "rules", "state"},
@@ -609,11 +609,12 @@ ARROWS = {
     "state": {"experts", "options", "buckets", "names", "rules", "storage"},
     "storage": {"buckets", "quantization", "rules"},
     "tools": {
-        *("tools", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
-        *("state", "trainer", "__init__"),
+        *("tools", "experts", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
+        *("state", "trainer", "zero", "__init__"),
     },
-    "trainer": {"checks", "distributed", "experts", "optimizer", "options", "report", "rules"},
+    "trainer": {"checks", "distributed", "experts", "optimizer", "options", "report", "rules", "zero"},
     "update": set(),
+    "zero": {"distributed", "experts", "optimizer", "report"},
 }
 
 

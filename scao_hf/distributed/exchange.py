@@ -13,7 +13,7 @@ from torch import Tensor
 from scao_hf.buckets import is_matrix
 
 WAYS_OUT = "Train with DDP, or with FSDP2 (fully_shard; fsdp_version: 2), which keeps the shapes"
-ZERO = "Give DeepSpeed a scao_hf.distributed.deepspeed.ZeroSCAO instead"
+ZERO = "Give DeepSpeed a scao_hf.zero.ZeroSCAO instead"
 
 
 def is_sharded(param: Tensor) -> bool:
