@@ -103,9 +103,11 @@ def _of_others(raw: dict[str, Any]) -> list[str]:
 
 
 def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
-    """The options that this run should have, as far as the YAML does not set them, and the reasons."""
+    """The options that this run should have, and the reasons; none where the YAML sets any: its author has chosen."""
     chosen: dict[str, Any] = {}
-    reasons = []
+    reasons: list[str] = []
+    if any(str(key).startswith(PREFIX) for key in raw):
+        return chosen, reasons
     if hint := eight_bit_hint(own, "`scao_moment_dtype: int8` and `scao_use_int8_ema: true`"):
         chosen |= {"moment_dtype": "int8", "use_int8_ema": True}
         reasons.append(f"int8 state: {own} keeps a small state; {hint}")
@@ -122,9 +124,6 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
     if isinstance(steps, int) and 0 < steps < SHORT:
         chosen |= SHORTER
         reasons.append(f"a shorter phase 1 and ramp: with the defaults they take 20 steps, and the run has {steps}")
-    given = {key.removeprefix(PREFIX) for key in raw if str(key).startswith(PREFIX)}
-    if given:  # whoever has set options has chosen
-        return {}, []
     return chosen, reasons
 
 

@@ -65,7 +65,7 @@ class _Frozen4bit(torch.autograd.Function):
         return grads[0] @ grads[0].new_empty(ctx.sides), None
 
 
-class _Frozen8bit(torch.autograd.Function):
+class _Frozen8bit(_Frozen4bit):
     """bitsandbytes' int8 product: the input is quantised for it and kept, the weight is decoded for the gradient."""
 
     @staticmethod
@@ -75,10 +75,6 @@ class _Frozen8bit(torch.autograd.Function):
         codes = x.to(torch.float16).to(torch.int8)
         products = codes.new_empty((*x.shape[:-1], out_features), dtype=torch.int32)
         return products.to(torch.float16).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ grads[0].new_empty(ctx.sides), None
 
 
 #: How a frozen weight of so many bits is multiplied.
@@ -113,9 +109,8 @@ class AutocastLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         given, asked, x = x, x.dtype, x.to(self.dtype)
         if frozen := _FROZEN.get(self.bits):
-            out = frozen.apply(
-                given if self.bits == 8 else x, self.out_features
-            )  # int8 products are not cast by autocast
+            # Autocast leaves the input of int8 products as it is.
+            out = frozen.apply(given if self.bits == 8 else x, self.out_features)  # type: ignore[no-untyped-call]
             out = (out if self.bias is None else out + self.bias.to(self.dtype)).to(asked)
         else:
             bias = None if self.bias is None else self.bias.to(self.dtype)
