@@ -67,12 +67,12 @@ def optimizer_class(trainer: Trainer) -> type[SCAO] | type[ZeroSCAO]:
     Raises:
         ValueError: FSDP1, or a DeepSpeed configuration with which SCAO does not run, with what to use instead.
     """
-    state = trainer.accelerator.state
-    if trainer.is_deepspeed_enabled:
-        if (reason := refused(state.deepspeed_plugin.deepspeed_config)) is not None:
+    state = trainer.accelerator.state  # not the trainer's is_..._enabled: TRL's PPO builds its optimizer before them
+    if (deepspeed := getattr(state, "deepspeed_plugin", None)) is not None:
+        if (reason := refused(deepspeed.deepspeed_config)) is not None:
             raise ValueError(f"SCAO does not run under this DeepSpeed configuration: {reason}")
         return ZeroSCAO
-    if trainer.is_fsdp_enabled and getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 1) != 2:
+    if (fsdp := getattr(state, "fsdp_plugin", None)) is not None and getattr(fsdp, "fsdp_version", 1) != 2:
         raise ValueError(f"SCAO does not run under FSDP1: it flattens the matrices that SCAO steps whole. {WAYS_OUT}")
     return SCAO
 

@@ -94,7 +94,7 @@ def test_a_trainer_takes_the_class_that_its_engine_needs() -> None:
 
     def trainer(config: dict[str, Any]) -> Any:
         state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
-        return SimpleNamespace(is_deepspeed_enabled=True, accelerator=SimpleNamespace(state=state))
+        return SimpleNamespace(accelerator=SimpleNamespace(state=state))
 
     assert optimizer_class(trainer({"zero_optimization": {"stage": 3}})) is ZeroSCAO
     with pytest.raises(ValueError, match=r"does not run under this DeepSpeed configuration: .*stage is 0"):

@@ -400,8 +400,8 @@ def test_a_second_optimizer_is_refused(tiny_llama: Path, tmp_path: Path) -> None
 
 def test_fsdp1_is_refused() -> None:
     def trainer(version: int | None) -> SimpleNamespace:
-        accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=version)))
-        return SimpleNamespace(is_deepspeed_enabled=False, is_fsdp_enabled=version is not None, accelerator=accelerator)
+        plugin = None if version is None else SimpleNamespace(fsdp_version=version)
+        return SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
 
     with pytest.raises(
         ValueError, match=r"SCAO does not run under FSDP1: it flattens .* Train with DDP, or with FSDP2"
