@@ -212,18 +212,30 @@ class Bucket:
         first, last = (-(-part * self.cycle // period) for part in (slot, slot + 1))
         return slice(bisect_left(self.turns, first), bisect_left(self.turns, last))
 
-    def subtract(self, delta: Tensor, decay: Tensor | None = None) -> None:
-        """``w <- w - (delta + decay w)`` for the members' parameters, rounded to their dtype once.
+    def subtract(self, delta: Tensor, rate: Tensor, decay: float) -> None:
+        """``w <- w - rate (delta + decay w)`` for the members' parameters, rounded to their dtype once.
 
         Args:
             delta: ``[N, r, l]`` in the arithmetic dtype, changed in place.
-            decay: ``[N, 1, 1]``.
+            rate: ``[N, 1, 1]``, zero for a matrix that stays as it is.
+            decay: of the weights.
         """
         targets = self._targets()
         pieces = [piece.view(target.shape) for piece, target in zip(self.split(delta), targets, strict=True)]
-        if decay is not None:
-            shape = (-1, 1, 1) if self.packed else ()
-            torch._foreach_addcmul_(pieces, targets, [factor.view(shape) for factor in self.split(decay)])
+        scaled = [(delta, rate)]
+        turned = [index for index, member in enumerate(self.members) if member.block and member.block.transposed]
+        if turned and not self.packed:
+            # On a GPU foreach is a few kernels only where all its tensors lie in memory as their counterparts do.
+            rates = rate.unbind(0)
+            scaled.append(
+                (torch.stack([pieces[index].mT for index in turned]), torch.stack([rates[i] for i in turned]))
+            )
+            for index, piece in zip(turned, scaled[1][0].unbind(0), strict=True):
+                pieces[index] = piece.mT
+        if decay:
+            torch._foreach_add_(pieces, targets, alpha=decay)
+        for stack, factor in scaled:
+            stack.mul_(factor)
         torch._foreach_sub_(targets, pieces)
 
     def _targets(self) -> list[Tensor]:

@@ -75,9 +75,10 @@ Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 def eigh(factor: Tensor, damping: Tensor, solver: Solver | None = None) -> tuple[Tensor, Tensor] | None:
     """Eigenvalues of ``L + damping I`` in falling order, at least ``damping``, and eigenvectors; None if it fails.
 
-    Each matrix is scaled to a trace of d first, so that float32 neither over- nor underflows. A stack on which the
-    decomposition fails, or for which memory does not suffice, is tried once more on the CPU in float64 with a
-    thousandth of the mean eigenvalue on the diagonal. A factor that int8 rounding has made slightly indefinite comes out
+    It is done on the CPU whatever the device: the solvers of other devices differ in speed and in how they fail. Each
+    matrix is scaled to a trace of d first, so that float32 neither over- nor underflows. A stack on which the
+    decomposition fails, or for which memory does not suffice, is tried once more in float64 with a thousandth of the
+    mean eigenvalue on the diagonal. A factor that int8 rounding has made slightly indefinite comes out
     with the damping in place of its negative eigenvalues.
 
     Args:
@@ -85,14 +86,15 @@ def eigh(factor: Tensor, damping: Tensor, solver: Solver | None = None) -> tuple
         damping: ``[N]``, not negative.
         solver: None for ``torch.linalg.eigh``, which the second attempt takes in any case.
     """
-    side = factor.shape[-1]
+    side, device = factor.shape[-1], factor.device
+    factor, damping = factor.cpu(), damping.cpu()
     mean = factor.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(factor.dtype).tiny)[:, None, None]
     scaled = factor / mean
     for last in (False, True):
         try:
             if last:
                 identity = torch.eye(side, dtype=torch.float64, device="cpu")
-                found = torch.linalg.eigh(scaled.cpu().double() + 1e-3 * identity)
+                found = torch.linalg.eigh(scaled.double() + 1e-3 * identity)
             else:
                 found = (solver or torch.linalg.eigh)(scaled)
             values, vectors = (part.flip(-1).to(factor) for part in found)
@@ -100,12 +102,12 @@ def eigh(factor: Tensor, damping: Tensor, solver: Solver | None = None) -> tuple
             # Python shows a warning once for each place and text: not at every refresh.
             warnings.warn(
                 f"a decomposition of curvature factors of side {side} failed ({type(error).__name__}): "
-                + ("the matrices keep their last basis" if last else "tried again in float64 on the CPU"),
+                + ("the matrices keep their last basis" if last else "tried again in float64"),
                 RuntimeWarning,
                 stacklevel=2,
             )
             continue
-        return values.clamp_min(0) * mean[:, 0] + damping[:, None], vectors
+        return (values.clamp_min(0) * mean[:, 0] + damping[:, None]).to(device), vectors.to(device)
     return None
 
 

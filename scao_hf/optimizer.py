@@ -274,7 +274,7 @@ class SCAO(Optimizer):
         lr, decay = group["lr"], group["weight_decay"]
         if isinstance(lr, Tensor):
             lr = lr.detach().to(direction)
-        bucket.subtract(direction.mul_(finite * lr), finite * (lr * decay) if decay else None)
+        bucket.subtract(direction, finite * lr, decay)
 
     def share_refresh(self, group: Any = None) -> None:
         """Share the refreshes out between the processes of a data-parallel run (DDP). Call it in all of them.

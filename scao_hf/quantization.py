@@ -6,6 +6,8 @@ rounded away. Stochastic rounding is right on average. One scale for a block of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,8 @@ def encoded_shapes(batch: int, numel: int) -> tuple[tuple[int, int], tuple[int, 
     return (batch, blocks * BLOCK), (batch, blocks)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Bijective mixing of 32 bits held in int64 (lowbias32 by Chris Wellons, public domain)."""
+def _mix(x: Any) -> Any:
+    """Bijective mixing of 32 bits held in int64, or in a Python number (lowbias32 by Chris Wellons, public domain)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -32,10 +34,10 @@ def uniform_noise(blocks: int, seed: int, device: torch.device) -> Tensor:
     A hash of seed, block and entry: the same on every device and in the native kernels (csrc/int8.h), whatever the
     order of evaluation, and without a random generator's state.
     """
-    key = _mix(torch.full((), seed & 0xFFFFFFFF, device=device))
-    blocks_keys = _mix(torch.arange(blocks, device=device) ^ key)
+    blocks_keys = _mix(torch.arange(blocks, device=device) ^ _mix(seed & 0xFFFFFFFF))
     lanes = torch.arange(BLOCK, device=device) * 0x9E3779B9
-    return (_mix((blocks_keys[:, None] + lanes) & 0xFFFFFFFF) >> 8).to(torch.float32) * 2.0**-24
+    noise: Tensor = (_mix((blocks_keys[:, None] + lanes) & 0xFFFFFFFF) >> 8).to(torch.float32) * 2.0**-24
+    return noise
 
 
 def encode(values: Tensor, seed: int, power: int = 1) -> tuple[Tensor, Tensor]:

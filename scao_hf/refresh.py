@@ -98,7 +98,8 @@ def renew(
         square: AdamW's second moment, for the first refresh.
     """
     moments, long_basis = state["exp_avg"], state["long_vectors"]
-    coefficients = small(state, tools.gram(moments, long_basis), finite, bias[0], settings, tools.solver)
+    work = small if moments.device.type == "cpu" else small_on_host
+    coefficients = work(state, tools.gram(moments, long_basis), finite, bias[0], settings, tools.solver)
     if square is not None:
         first_squares(state, square, count, bias[1], settings.rho)
     plain, square_mean = plain_row(state, count, bias[1], settings.rho), state["inside_sq"].mean(1, keepdim=True)
@@ -108,6 +109,42 @@ def renew(
     own = norms[:, 1] + inside.square().sum((1, 2))
     gain = (norms[:, 0] / own.clamp_min(torch.finfo(own.dtype).tiny)).sqrt()
     write_finite(state, {"gain": torch.where(own > 0, gain, 1.0).clamp(1 / MOST_GAIN, MOST_GAIN)}, finite)
+
+
+#: What ``small`` reads besides the Gram matrix; it changes all but the last two.
+SMALL = (
+    "vectors", "factor_values", "long_values", "long_tail", "mask", "row", "inside_sq", "inside_avg", "factor", "gain",
+)  # fmt: skip
+
+
+def small_on_host(
+    state: dict[str, Tensor],
+    gram: Tensor,
+    finite: Tensor,
+    bias1: Tensor,
+    settings: Settings,
+    solver: curvature.Solver | None = None,
+) -> Tensor:
+    """``small`` for matrices on another device: one copy there and one back, the only ones that have to be waited for.
+
+    Batched decompositions on a GPU are slower above side 32 than the copies, wait for the device once or more each, and
+    fail in other ways on every backend. Nothing of the state is changed before all of it has worked.
+    """
+    device = gram.device
+    fields = {name: state[name] for name in SMALL} | {"gram": gram, "finite": finite, "bias1": bias1}
+    host = {**_moved(fields, torch.device("cpu")), "col": state["col"]}
+    coefficients = small(host, host["gram"], host["finite"], host["bias1"], settings, solver)
+    changed = {name: host[name] for name in SMALL[:-2]}
+    found = _moved({**changed, "coefficients": coefficients}, device)
+    torch._foreach_copy_([state[name] for name in changed], [found[name] for name in changed])
+    return found["coefficients"]
+
+
+def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of one dtype on another device, by one copy."""
+    whole = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).to(device)
+    parts = whole.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 
 def small(

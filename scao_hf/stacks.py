@@ -127,7 +127,7 @@ def build_buckets(
             for shape, member in [] if whole is None else members(whole, group):
                 key: tuple[Any, ...] = (place, shape, dtype, param.dtype, param.device, step, member.block is None)
                 if group["moment_dtype"] != "float32":
-                    key += (sizes[key] // encoding.CHUNK,)
+                    key += (sizes[key] // encoding.chunk(param.device),)
                     sizes[key[:-1]] += member.size * shape[0] * shape[1]
                 bucket = found.setdefault(key, Bucket(group, shape, step, dtype, cycle=cycle))
                 bucket.members.append(member)

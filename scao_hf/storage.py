@@ -1,6 +1,6 @@
 """Moments in fewer bits: encoded between two steps, decoded for the step. The rules know nothing of it.
 
-``moment_dtype`` says how. A bucket whose moments are encoded is small (``CHUNK``), so that little is decoded at a time.
+``moment_dtype`` says how. A bucket whose moments are encoded is small (``chunk``), so that little is decoded at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from scao_hf.rules.rule import CODES, NOT_NEGATIVE
 
 #: The fields that are encoded and the power of their levels (Q1): 2 for means of gradients, 4 for means of squares.
 POWERS = {"exp_avg": 2, "exp_avg_sq": 4, "inside_avg": 2, "inside_sq": 4, "col": 4}
-#: Entries of a bucket with encoded moments, give or take a matrix.
-CHUNK = 2**20
+#: Entries of a bucket with encoded moments on a CPU and elsewhere, give or take a matrix.
+CHUNK, CHUNK_ELSEWHERE = 2**20, 2**24
+
+
+def chunk(device: torch.device) -> int:
+    """How many entries are decoded at a time: what stays in a CPU's caches, or what keeps a GPU's operations few."""
+    return CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE
 
 
 def is_encoded(name: str, like: Tensor, group: dict[str, Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,8 @@ def sanitize(grads: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bias_correction(beta: float, count: Tensor) -> Tensor:
-    """(U5) ``1 - beta^t`` for each matrix's t, ``[N, 1, 1]``, worked out in float64."""
-    correction: Tensor = 1 - torch.pow(beta, count.double())
-    return correction.to(count.dtype)
+    """(U5) ``1 - beta^t`` for each matrix's t, ``[N, 1, 1]``, exact to rounding without float64, which MPS does not have."""
+    return torch.expm1(count * math.log(beta)).neg_() if beta else torch.ones_like(count)
 
 
 def moment_schedule(

@@ -13,6 +13,7 @@ import torch
 from torch.utils import backend_registration
 
 WORKER = Path(__file__).with_name("accelerator_worker.py")
+LAUNCHES = Path(__file__).parents[1] / "examples" / "benchmarks" / "launches.py"
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"use_int8_ema": True, "moment_dtype": "int8"},
@@ -35,3 +36,26 @@ def said() -> list[str]:
 @pytest.mark.parametrize("case", range(len(OPTIONS)), ids=lambda case: ",".join(OPTIONS[case]) or "default")
 def test_steps_on_an_accelerator_mix_no_devices_and_wait_for_no_number(case: int, said: list[str]) -> None:
     assert not said[case], said[case]
+
+
+#: LoRA on one layer, three shapes, a refresh in every second step: most launches in a step of phase 1, in the one that enters
+#: phase 2 and in a mean one of phase 2, and most waits of the host in the latter two. More layers take few more.
+BOUNDS = {
+    "": (200, 620, 550, 6, 4),
+    "--rank 64": (200, 620, 550, 6, 4),
+    "moment_dtype=int8 use_int8_ema=true": (720, 1700, 1650, 6, 4),
+}
+
+
+@pytest.mark.parametrize("options", BOUNDS)
+def test_a_step_takes_few_launches_and_waits_and_nothing_in_float64(options: str) -> None:
+    quick = ["warmup_steps=2", "min_precond_updates=1", "precond_freq=2", "blend_steps=0"]
+    command = [sys.executable, "-W", "ignore", str(LAUNCHES), "--layers", "1", *options.split(), *quick]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:5]]
+    figures = [[float(figure.replace(",", "")) for figure in row[1:]] for row in rows]
+    launches, waits, _, decompositions, wide = zip(*figures, strict=True)
+    for found, bound in zip((*launches, *waits[1:]), BOUNDS[options], strict=True):
+        assert found <= bound, done.stdout
+    assert waits[0] == 0 and not any(decompositions) and not any(wide), done.stdout

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from scao_hf import SCAO, create_scao_optimizer, ops, options
+from scao_hf import SCAO, create_scao_optimizer, ops, options, refresh
+from scao_hf.rules import eigenbasis
 from scao_hf.stacks import build_buckets
 
 QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
@@ -440,6 +441,38 @@ def test_a_failed_decomposition_keeps_the_last_basis(monkeypatch: pytest.MonkeyP
             steps(optimizer, 4, first=5)
         steps(optimizer, 4, first=9)
         assert torch.isfinite(params[0]).all()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cusolver error"), NotImplementedError(), MemoryError()], ids=repr)
+def test_what_ends_the_entry_of_phase_two_leaves_phase_one_whole(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Half of the matrices had been turned; the momentum is AdamW's all the same, and the next step enters phase 2."""
+    monkeypatch.setattr(ops, "NATIVE", frozenset())
+    monkeypatch.setattr(eigenbasis, "PORTION", 1)
+    params, count = fresh((4, 9), (4, 9)), 0
+    optimizer = SCAO(params, lr=0.1, **QUICK)
+    renew = refresh.renew
+
+    def failing(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        renew(*arguments)
+        if count == 2:
+            raise error
+
+    monkeypatch.setattr(refresh, "renew", failing)
+    with pytest.raises(type(error)):
+        for _ in range(8):
+            for param in params:
+                param.grad = torch.full_like(param, 0.5)
+            optimizer.step()
+    for param in params:
+        expected = torch.full_like(param, 0.5 * (1 - 0.9**3))
+        assert "exp_avg_sq" in optimizer.state[param]
+        torch.testing.assert_close(optimizer.state[param]["exp_avg"], expected)
+    steps(optimizer, 4)
+    assert all("gain" in optimizer.state[param] and torch.isfinite(param).all() for param in params)
 
 
 def test_a_decomposition_that_never_worked_leaves_adam_s_direction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,14 +67,16 @@ LEGAL: Mapping[str, Legal] = {
     "long_scales": NOT_NEGATIVE,
 }
 
-#: A refresh works on as many matrices at a time as have this many entries: its many intermediates then stay small.
-PORTION = 2**20
+#: A refresh works on as many matrices at a time as have this many entries: its intermediates stay in a CPU's caches, and
+#: take little of a GPU's memory, which wants few and large operations.
+PORTION, PORTION_ELSEWHERE = 2**20, 2**23
 
 
-def _portions(shape: torch.Size, rows: slice | None = None) -> Iterator[slice]:
+def _portions(stack: Tensor, rows: slice | None = None) -> Iterator[slice]:
     """Cut a stack ``[N, r, l]``, or those ``rows`` of it, into runs of matrices of about ``PORTION`` entries."""
-    count = max(1, PORTION // (shape[1] * shape[2]))
-    first, last = (rows.start, rows.stop) if rows else (0, shape[0])
+    portion = PORTION if stack.device.type == "cpu" else PORTION_ELSEWHERE
+    count = max(1, portion // stack[0].numel())
+    first, last = (rows.start, rows.stop) if rows else (0, len(stack))
     for start in range(first, last, count):
         yield slice(start, min(start + count, last))
 
@@ -130,7 +132,7 @@ class Eigenbasis:
             return direction
         blend = blend_weight(tick.step, start, group["blend_steps"])
         # A CPU works on a few matrices at a time, which stay in its caches; a GPU on all.
-        cuts = _portions(grads.shape) if grads.device.type == "cpu" else (slice(None),)
+        cuts = _portions(grads) if grads.device.type == "cpu" else (slice(None),)
         for rows in cuts:
             part, now = {name: field[rows] for name, field in state.items()}, tick.part(rows)
             grads[rows] = self._direction(part, grads[rows], now, blend)
@@ -201,16 +203,22 @@ class Eigenbasis:
 
     def _enter(self, state: dict[str, Tensor], tick: Tick) -> None:
         """End of phase 1: first bases, second moments from the Kronecker product of the two sides' energies."""
-        square, momentum = state.pop("exp_avg_sq"), state["exp_avg"]
+        momentum = state["exp_avg"]
         size, r, l = momentum.shape
         fresh = self.create(size, (r, l), momentum.dtype, momentum.device, tick.group, tick.step)
-        state |= {name: field for name, field in fresh.items() if name not in PHASE_ONE}
-        state["vectors"] += torch.eye(r, dtype=momentum.dtype, device=momentum.device)
-        state["gain"] += 1
-        state["agreement"] += 1
-        for rows in _portions(momentum.shape):
-            part = {name: field[rows] for name, field in state.items()}
+        fresh = {**state, **{name: field for name, field in fresh.items() if name not in PHASE_ONE}}
+        square = fresh.pop("exp_avg_sq")
+        fresh["exp_avg"] = momentum.clone()
+        fresh["vectors"] += torch.eye(r, dtype=momentum.dtype, device=momentum.device)
+        fresh["gain"] += 1
+        fresh["agreement"] += 1
+        for rows in _portions(momentum):
+            part = {name: field[rows] for name, field in fresh.items()}
             self._turn(part, tick.part(rows), square[rows])
+        # Nothing of the state has been changed so far: what raises leaves the optimizer in phase 1.
+        momentum.copy_(fresh.pop("exp_avg"))
+        del state["exp_avg_sq"]
+        state |= fresh
 
     def _refresh(self, state: dict[str, Tensor], finite: Tensor, step: int, group: dict[str, Any], due: slice) -> None:
         """New bases for the matrices that are due, and the size of the steps that are taken in them.
@@ -230,7 +238,7 @@ class Eigenbasis:
             ).tolist()
             portions = [slice(row, row + 1) for row, bad in enumerate(failed, due.start) if bad]
         else:
-            portions = list(_portions(moments.shape, due))
+            portions = list(_portions(moments, due))
         for rows in portions:
             part = {name: field[rows] for name, field in state.items()}
             columns = part["taken"][:, None, None], finite[rows, None, None]
