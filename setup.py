@@ -2,12 +2,16 @@
 
 SCAO_BUILD_EXT chooses what is built: ``0`` (default) nothing, a pure Python wheel; ``cpu``; ``cuda``, both; ``auto``,
 what this machine can build, saying what it leaves out. An explicit choice that cannot be met is an error.
+
+SCAO_URL is the address of the repository on GitHub, for the links of a release: README's paths then lead to its files in the
+tag of this version. Without it they stay relative.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CHOICES = ("0", "cpu", "cuda", "auto")
@@ -159,8 +164,49 @@ def build_cuda(target: Path, folder: Path) -> None:
          "-lpthread")  # fmt: skip
 
 
+class KernelWheel(bdist_wheel):
+    """The kernels are no Python module, and torch's stable ABI serves every Python: only the platform counts."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Any Python 3."""
+        return ("py3", "none", super().get_tag()[2])
+
+
+def version() -> str:
+    """The version, without importing torch."""
+    found = re.search(r'^__version__ = "(.+)"$', Path("scao_hf/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def readme(repository: str | None) -> str:
+    """README with links that lead somewhere from PyPI's page too, where the repository is known."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    if repository is None:
+        return text
+
+    def absolute(match: re.Match[str]) -> str:
+        kind = "raw" if match[2].endswith(".svg") else "blob"
+        return f"{match[1]}{repository}/{kind}/v{version()}/{match[2]}"
+
+    # [text](path), ![text](path), src="path", srcset="path"; not an address, not a place on the page itself.
+    return re.sub(r'(\]\(|src(?:set)?=")(?![a-z]+:|#)([^)"\s]+)', absolute, text)
+
+
+def urls(repository: str | None) -> dict[str, str]:
+    """The links at the side of PyPI's page."""
+    if repository is None:
+        return {}
+    at = {"Documentation": "blob/v{}/docs/index.md", "Changelog": "blob/v{}/CHANGELOG.md", "Issues": "issues"}
+    return {"Repository": repository} | {name: f"{repository}/{path.format(version())}" for name, path in at.items()}
+
+
+REPOSITORY = os.environ.get("SCAO_URL", "").rstrip("/") or None
 PARTS = {"0": [], "cpu": ["_C_cpu"], "cuda": ["_C_cpu", "_C_cuda"], "auto": ["_C_cpu", "_C_cuda"]}
 setup(
     ext_modules=[Extension(f"scao_hf.{name}", sources=[]) for name in PARTS[choice()]],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": KernelWheel},
+    long_description=readme(REPOSITORY),
+    long_description_content_type="text/markdown",
+    project_urls=urls(REPOSITORY),
 )

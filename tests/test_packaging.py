@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from environments import ROOT, copy_sources, run, setuptools_wheel, show_torch
 
+import scao_hf
 from scao_hf import ops
 
 pytest.importorskip("setuptools", minversion="77")
@@ -151,12 +153,18 @@ def test_wheels_are_the_same_to_the_byte_whoever_builds_them_of_what(
     for name, source in (("first", sources), ("second", sdist)):
         out = tmp_path / name / "wheels"
         out.parent.mkdir()
-        done = wheel(source, out, SOURCE_DATE_EPOCH="1700000000")
+        done = wheel(source, out, SOURCE_DATE_EPOCH="1700000000", SCAO_URL="https://github.com/a/b/")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         built.append(next(out.glob("*.whl")))
     contents = [{name: file.read(name) for name in file.namelist()} for file in map(zipfile.ZipFile, built)]
     assert contents[0] == contents[1]
     assert built[0].read_bytes() == built[1].read_bytes()
+    metadata = next(text for name, text in contents[0].items() if name.endswith("/METADATA")).decode()
+    tag = f"v{scao_hf.__version__}"
+    assert f"](https://github.com/a/b/blob/{tag}/docs/getting-started.md#4-watch)" in metadata
+    assert f"](https://github.com/a/b/raw/{tag}/docs/pictures/loss.svg)" in metadata
+    assert not re.findall(r"\]\((?!https://)[^)]*\)", metadata), "links that lead nowhere from PyPI"
+    assert f"Project-URL: Changelog, https://github.com/a/b/blob/{tag}/CHANGELOG.md" in metadata
 
 
 def test_the_source_distribution_is_the_checkout(sources: Path, sdist: Path) -> None:
@@ -193,7 +201,8 @@ def test_required_kernels_that_are_absent_are_an_error(plain: Path, tmp_path: Pa
 def test_the_command_that_the_documentation_prints_installs_native_kernels(native: Path, tmp_path: Path) -> None:
     packages = next((native.parents[1] / "lib").glob("python*/site-packages"))
     assert (packages / "scao_hf" / "_C_cpu.so").exists()
-    assert "Root-Is-Purelib: false" in next(packages.glob("scao_hf-*.dist-info/WHEEL")).read_text()
+    about = next(packages.glob("scao_hf-*.dist-info/WHEEL")).read_text()
+    assert "Root-Is-Purelib: false" in about and "Tag: py3-none-linux_" in about
     done = run(native, "-I", "-c", STEPS, cwd=tmp_path, SCAO_REQUIRE_EXT="cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("native (")
