@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -80,6 +80,9 @@ def case(r: int, l: int, k: int, dtype: torch.dtype, basis: torch.dtype, size: i
     return params, grads, eigenbasis_state(size, r, l, k, basis)
 
 
+FIELDS = tuple(eigenbasis_state(1, 2, 2, 1))
+
+
 def view(tensor: torch.Tensor, r: int, l: int) -> View:
     tall = tuple(tensor.shape) != (r, l)
     return View(tensor.data_ptr(), *(tensor.stride()[::-1] if tall else tensor.stride()), CODES[tensor.dtype])
@@ -92,6 +95,7 @@ def step(
     state: dict[str, torch.Tensor],
     cautious: bool = True,
     activity: torch.Tensor | None = None,
+    numbers: Sequence[float] = NUMBERS,
 ) -> int:
     size, r, l = state["exp_avg"].shape
     k = state["mask"].shape[-1]
@@ -100,7 +104,7 @@ def step(
     pointers = (None if fields[name] is None else fields[name].data_ptr() for name in POINTERS)
     arguments = State(*pointers, CODES[state["long_vectors"].dtype], r, l, k, 0, int(cautious), scratch.data_ptr())
     views = [(View * size)(*(view(tensor, r, l) for tensor in tensors)) for tensors in (grads, params)]
-    return library.scao_cuda_eigenbasis(*views, size, arguments, Numbers(*NUMBERS), None)
+    return library.scao_cuda_eigenbasis(*views, size, arguments, Numbers(*numbers), None)
 
 
 def largest_error(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,8 +29,9 @@ import memory  # noqa: E402
 import peers  # noqa: E402
 import speed  # noqa: E402
 import tables  # noqa: E402
+import test_emulator  # noqa: E402
 
-from scao_hf import SCAO, curvature, default_kernels, ops, storage  # noqa: E402
+from scao_hf import SCAO, curvature, default_kernels, ops, quantization, storage  # noqa: E402
 
 native = pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native CPU kernels: {ops.backend()['cpu']}")
 
@@ -359,7 +361,7 @@ def test_without_cuda_kernels_the_command_says_so(monkeypatch: pytest.MonkeyPatc
 def test_the_kernel_check_calls_every_kernel_and_notices_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU's kernels, which have the same twins."""
     monkeypatch.setattr(gpu, "SHAPES", ((16, 257), (37, 8), (16, 40), (300,)))
-    monkeypatch.setattr(gpu, "SCENARIOS", (gpu.SCENARIOS[0], gpu.SCENARIOS[2]))
+    monkeypatch.setattr(gpu, "SCENARIOS", (gpu.SCENARIOS[0], gpu.SCENARIOS[::2]))
     found = gpu.kernels("cpu")
     assert found["passed"] and set(found["calls"]) == set(ops.KERNELS["cpu"]), found
     default, fake = default_kernels.DEFAULTS["eigenbasis_step_"]
@@ -371,9 +373,44 @@ def test_the_kernel_check_calls_every_kernel_and_notices_a_wrong_one(monkeypatch
     monkeypatch.setitem(default_kernels.DEFAULTS, "eigenbasis_step_", (wrong, fake))
     found = gpu.kernels("cpu")
     assert not found["passed"] and found["differences"]["eigenbasis_step_"] > 5e-4
+    for entries in (2, 5):
+
+        def tied(*arguments: Any, entries: int = entries) -> None:
+            default(*arguments)
+            arguments[14].sub_(entries / arguments[2][0].numel())
+
+        monkeypatch.setitem(default_kernels.DEFAULTS, "eigenbasis_step_", (tied, fake))
+        assert gpu.kernels("cpu")["passed"] == (entries == 2), "the sign of two entries may hang on rounding"
     monkeypatch.setitem(ops.KERNELS, "cpu", (*ops.KERNELS["cpu"], "int8_ema_new"))
     monkeypatch.setattr(ops, "int8_ema_new", lambda *_: None, raising=False)
     assert "int8_ema_new" in gpu.kernels("cpu")["never_called"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the emulator needs it")
+def test_the_verdict_of_a_gpu_record_on_right_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole check, in more matrices than one launch takes, with the CUDA kernels in the place of the CPU's."""
+    kernels = test_emulator.compile_kernels(tmp_path, "-O2")
+
+    def stepped(params: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
+        count = len(test_emulator.FIELDS)
+        cautious, *numbers = rest[count:]
+        activity = numbers.pop() if len(numbers) > len(test_emulator.NUMBERS) else None
+        state = dict(zip(test_emulator.FIELDS, rest[:count], strict=True))
+        assert test_emulator.step(kernels, params, grads, state, cautious, activity, numbers) == 0
+
+    def averaged(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
+        numel, key = values.numel() // len(values), quantization._mix(seed & 0xFFFFFFFF)
+        arguments = (tensor.data_ptr() for tensor in (codes, scales, values, weights))
+        assert kernels.scao_cuda_int8_ema(*arguments, numel, scales.shape[1], scales.numel(), key, None) == 0
+
+    monkeypatch.setattr(ops, "NATIVE", frozenset({"cpu"}))
+    monkeypatch.setitem(ops.KERNELS, "cpu", ops.KERNELS["cuda"])
+    monkeypatch.setattr(ops, "eigenbasis_step_", stepped)
+    monkeypatch.setattr(ops, "int8_ema_", averaged)
+    monkeypatch.setattr(gpu, "SHAPES", ((4, 20), (20, 4)) * 25)
+    monkeypatch.setattr(gpu, "SCENARIOS", gpu.SCENARIOS[::2])
+    found = gpu.kernels("cpu")
+    assert found["passed"], found
 
 
 def test_the_qlora_run_of_a_gpu_record(
