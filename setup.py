@@ -25,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 CHOICES = ("0", "cpu", "cuda", "auto")
 CSRC = Path("csrc")
 TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the oldest whose stable ABI has what the kernels use
+TOOLKIT = Path("/usr/local/cuda")  # as a rule off PATH
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")
 CPU_SOURCES = ("cpu_adamw", "cpu_eigenbasis", "cpu_refresh", "cpu_bases", "cpu_eigh", "cpu_int8", "cpu_kernels")
 CPU_LEVELS = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
@@ -65,11 +66,13 @@ def compiler() -> str:
 
 
 def nvcc() -> str:
-    """The CUDA compiler."""
+    """The CUDA compiler: of CUDA_HOME if that is set, else on PATH or in the usual place."""
     home = os.environ.get("CUDA_HOME")
-    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    places = [f"{home}/bin"] if home else [os.environ.get("PATH", os.defpath), f"{TOOLKIT}/bin"]
+    found = shutil.which("nvcc", path=os.pathsep.join(places))
     if found is None:
-        raise RuntimeError("no CUDA compiler: nvcc is not on PATH (install the CUDA toolkit, or set CUDA_HOME)")
+        where = f"in {places[-1]}" if home else f"on PATH or in {places[-1]}"
+        raise RuntimeError(f"no CUDA compiler: there is no nvcc {where} (install the CUDA toolkit, or set CUDA_HOME)")
     return found
 
 

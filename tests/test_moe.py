@@ -432,8 +432,14 @@ def test_the_gpu_run_has_valid_configs_and_says_what_it_lacks(tmp_path: Path, ca
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "examples" / "benchmarks"))
     import moe_gpu
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in moe_gpu.RUNS:
-        assert validated(moe_gpu.config(name, tmp_path, 30)).optimizer == "scao"
+        for bf16 in (True, False):
+            monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
+            config = moe_gpu.config(name, tmp_path, 30)
+            assert (config["bf16"], config["fp16"]) == (bf16, not bf16)
+            assert validated(config).optimizer == "scao"
+    monkeypatch.undo()
     moe_gpu.prepare(tmp_path)
     assert (tmp_path / "model" / "config.json").exists() and (tmp_path / "text.jsonl").stat().st_size > 10_000
     if not torch.cuda.is_available():

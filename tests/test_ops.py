@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -661,6 +663,21 @@ def build(tmp_path: Path, choice: str, **environment: str) -> subprocess.Complet
     return subprocess.run(
         command, env={**os.environ, "SCAO_BUILD_EXT": choice, **environment}, cwd=ROOT, capture_output=True, text=True
     )
+
+
+def test_the_cuda_compiler_is_found_off_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of clouds have it in /usr/local/cuda/bin alone."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    with mock.patch("setuptools.setup"):
+        setup = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.setitem(setup["nvcc"].__globals__, "TOOLKIT", tmp_path)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=rf"no nvcc on PATH or in {tmp_path}/bin"):
+        setup["nvcc"]()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(0o755)
+    assert setup["nvcc"]() == str(tmp_path / "bin" / "nvcc")
 
 
 def test_a_build_that_was_asked_for_and_is_impossible_fails_clearly(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
     python examples/benchmarks/gpu.py                              # minutes; results/gpu.jsonl
     python examples/benchmarks/gpu.py --model Qwen/Qwen2.5-3B --steps 60 --lr 2e-4
 
-``kernels``: each native CUDA kernel, in the calls that the optimizer makes of it, against its PyTorch twin.
+``kernels``: where they were built, each native CUDA kernel in the calls that the optimizer makes of it, against PyTorch.
 ``load``, ``gpt2``: step times beside fused AdamW and others, as in speed.py. ``copy``: the memory's speed.
 ``qlora``: 4-bit LoRA r = 16 of Qwen2.5-3B with AdamW and with SCAO at one learning rate: loss, seconds, peak memory. Where
 the model cannot be had, SmolLM2-135M takes its place, and the record says so.
@@ -56,18 +56,13 @@ class NoGpu(Exception):
     """Nothing here can be measured on this machine; the message says why and what to do."""
 
 
-def require_gpu(native: bool) -> None:
-    """Raise ``NoGpu`` unless torch sees a GPU and, if ``native``, the CUDA kernels are loaded."""
+def require_gpu() -> None:
+    """Raise ``NoGpu`` unless torch sees a GPU."""
     if not torch.cuda.is_available():
         built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
         raise NoGpu(
             f"no GPU: torch {torch.__version__} {built} and sees no CUDA device. Run this on a machine with an NVIDIA GPU of "
             "compute capability 7.5 or later (T4, A10, L4, A100, H100), its driver, and a torch that is built for CUDA"
-        )
-    if native and "cuda" not in ops.NATIVE:
-        raise NoGpu(
-            f"the native CUDA kernels are not in use ({ops.backend()['cuda']}): build them with "
-            "`SCAO_BUILD_EXT=cuda python setup.py build_ext --inplace` (nvcc 12.8 or later), or pass --without-native"
         )
 
 
@@ -286,7 +281,12 @@ def batch_of(rows: list[data.Tokens], device: str) -> dict[str, Tensor]:
 
 def cells(arguments: argparse.Namespace) -> Iterator[speed.Cell]:
     """Every measurement that the command line asks for; the device is part of what defines it."""
-    base = {"benchmark": "gpu", "reduced": False, "device": torch.cuda.get_device_name()}
+    base = {
+        "benchmark": "gpu",
+        "reduced": False,
+        "device": torch.cuda.get_device_name(),
+        "native": "cuda" in ops.NATIVE,
+    }
     for part in arguments.parts:
         cell = {**base, "part": part}
         if part == "qlora":
@@ -308,7 +308,7 @@ def measure(cell: speed.Cell, progress: Callable[[str], None]) -> dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure what is missing; 1 where there is no GPU or a kernel is wrong."""
+    """Measure what is missing; 1 where there is no GPU, a measurement failed or a kernel is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=speed.words(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--model", default=MODEL, help="of the qlora run (default: %(default)s)")
@@ -321,19 +321,23 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=sweep.writable, default=RESULTS, help="result file, added to (default: results/gpu.jsonl)"
     )
     parser.add_argument("--redo-stale", action="store_true", help="measure again what other code has measured")
-    parser.add_argument("--without-native", action="store_true", help="go on where the CUDA kernels were not built")
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
     arguments = parser.parse_args(argv)
     try:
-        require_gpu(native=not arguments.check and not arguments.without_native)
+        require_gpu()
     except NoGpu as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if arguments.check:
         print(torch.cuda.get_device_name())
         return 0
-    if arguments.without_native:
-        arguments.parts = [part for part in arguments.parts if part != "kernels"]
+    if "kernels" in arguments.parts and "cuda" not in ops.NATIVE:
+        print(
+            f"kernels: left out: the native CUDA kernels are not in use ({ops.backend()['cuda']}): "
+            "`SCAO_BUILD_EXT=cuda python setup.py build_ext --inplace` builds them (nvcc 12.8 or later)",
+            file=sys.stderr,
+        )
+        arguments.parts.remove("kernels")
     command = shlex.join(["python", "examples/benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)])
     verdicts: list[dict[str, Any]] = []
 
@@ -343,13 +347,13 @@ def main(argv: list[str] | None = None) -> int:
             verdicts.append(result)
         return result
 
-    speed.run(list(cells(arguments)), measured, arguments.out, arguments.redo_stale, command)
+    failed = speed.run(list(cells(arguments)), measured, arguments.out, arguments.redo_stale, command)
     for verdict in verdicts:
         for name, value in verdict["differences"].items():
             print(f"{name}: {verdict['calls'][name]} calls, largest difference {value:.2g} of the largest entry")
         for name in verdict["never_called"]:
             print(f"{name}: never called")
-    return 0 if all(verdict["passed"] for verdict in verdicts) else 1
+    return failed or int(not all(verdict["passed"] for verdict in verdicts))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def config(name: str, folder: Path, steps: int) -> dict[str, Any]:
     """The YAML of a run, as a dict."""
     own = RUNS[name]
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return {
         "base_model": str(folder / "model"),
         "optimizer": "scao",
@@ -55,7 +56,8 @@ def config(name: str, folder: Path, steps: int) -> dict[str, Any]:
         "learning_rate": 0.001,
         "lr_scheduler": "cosine",
         "weight_decay": 0.0,
-        "bf16": True,
+        "bf16": bf16,
+        "fp16": not bf16,  # a T4 would emulate bfloat16, slowly
         "logging_steps": 1,
         "save_steps": steps,
         "output_dir": str(folder / name.replace(", ", "-").replace(" ", "")),

@@ -16,6 +16,7 @@ import shlex
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,13 @@ def run(
     redo_stale: bool,
     command: str,
 ) -> int:
-    """Measure what is missing in a result file and append it, one line per measurement."""
+    """Measure what is missing in a result file and append it, one line per measurement.
+
+    One that fails is shown and left out, and the others are made.
+
+    Returns:
+        1 where one has failed.
+    """
     loads.code_fingerprint()
     done, _ = sweep.read(out)
     stale = [name for name, record in done.items() if is_stale(record)]
@@ -215,6 +222,7 @@ def run(
     if not redo_stale and any(sweep.key(cell) in stale for cell in wanted):
         print("some of the finished measurements are of other code: see --redo-stale", file=sys.stderr)
     print(f"{len(wanted)} measurements, {len(wanted) - len(missing)} finished before", file=sys.stderr)
+    failed = 0
     for index, cell in enumerate(missing):
         name = " ".join(
             f"{key}={cell[key]}" for key in ("part", "threads", "varied", "rank", "side", "layers") if key in cell
@@ -225,11 +233,18 @@ def run(
                 print(f"\r\033[K[{index + 1}/{len(missing)}] {name}: {text}", end="", file=sys.stderr, flush=True)
 
         started = time.monotonic()
-        result = measure(cell, progress)
+        try:
+            result = measure(cell, progress)
+        except (RuntimeError, ValueError, OSError, ImportError):
+            print(
+                f"[{index + 1}/{len(missing)}] {name}: failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True
+            )
+            failed = 1
+            continue
         print(f"[{index + 1}/{len(missing)}] {name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         where = origin(command, cell.get("optimizers", []), cell.get("threads", torch.get_num_threads()))
         sweep.append(out, {"key": sweep.key(cell), "cell": cell, **result, **where})
-    return 0
+    return failed
 
 
 def main(argv: list[str] | None = None) -> int:
