@@ -33,10 +33,11 @@ from typer.testing import CliRunner
 import scao_hf
 from scao_hf import SCAO, create_scao_optimizer, default_kernels, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
-from scao_hf.tools import ToolError, axolotl_yaml, doctor, matrices, rivals, run_log, run_report, settings, simulate
+from scao_hf.tools import ToolError, axolotl_yaml, doctor, matrices, rivals, run_report, settings, simulate
 from scao_hf.tools import axolotl_keys as keys_of
 from scao_hf.tools import plan as planning
 from scao_hf.tools.cli import app
+from scao_hf.tools.page import FIRST, RAMP, SECOND
 from scao_hf.tools.shapes import SHAPES, builtin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -979,7 +980,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
 
 def test_bands_follow_the_phases(tmp_path: Path) -> None:
     bands = run_report.read_run(run_folder(tmp_path, history(60))).bands()
-    assert bands == [(0, 10, run_log.FIRST), (10, 20, run_log.RAMP), (20, 60, run_log.SECOND)]
+    assert bands == [(0, 10, FIRST), (10, 20, RAMP), (20, 60, SECOND)]
 
 
 @pytest.mark.parametrize(

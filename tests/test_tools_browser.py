@@ -1,4 +1,4 @@
-"""The report in a real browser: no errors, light and dark, and no wider than a phone."""
+"""The pages of report and compare in a real browser: no errors, light and dark, and no wider than a phone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ pytest.importorskip("typer")
 pytest.importorskip("transformers")
 
 from test_tools import history, matrix_records, run_folder
+from test_tools_compare import three_sides
 
+from scao_hf.tools.comparison import HTML_NAME, write
 from scao_hf.tools.run_report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -31,8 +33,12 @@ PROBE = """<!doctype html><iframe id=f src="{page}" style="width:{width}px;heigh
 }}</script>"""
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["report", "compare"])
+def page(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "compare":
+        folder = tmp_path_factory.mktemp("compared")
+        write(three_sides(), folder, "a-configuration-with-a-long-name.yml, 60 steps a run")
+        return folder / HTML_NAME
     folder = run_folder(tmp_path_factory.mktemp("browser") / "a <run> of some length", history(60))
     matrix_records(folder, 60)
     return write_report(folder).html
@@ -67,5 +73,5 @@ def test_page_fits_its_width_and_its_charts_are_legible(page: Path, tmp_path: Pa
     shown = browse(tmp_path, probe, "--allow-file-access-from-files", "--window-size=1300,9000", "--dump-dom").stdout
     title = re.search(r"<title>(\d+) (\d+) ([\d.]+)</title>", shown)
     assert title is not None, shown[:500]
-    assert int(title[1]) <= width and int(title[2]) == 10
+    assert int(title[1]) <= width and int(title[2]) == (5 if page.name == HTML_NAME else 10)
     assert float(title[3]) > 8, "the smallest text of a chart is under 8 pixels high"

@@ -18,9 +18,10 @@ pytest.importorskip("transformers")
 
 from test_tools import mistake, run
 
-from scao_hf.tools import ToolError, arms, comparison, measure
+from scao_hf.tools import ToolError, arms, comparison, comparison_page, measure
 from scao_hf.tools.arms import Arm, Job, Outcome, Rate
 from scao_hf.tools.comparison import Side
+from scao_hf.tools.page import FIRST, RAMP, SECOND
 from scao_hf.trainer import SCAOTrainerMixin
 
 CONFIG = {"base_model": "any/model", "optimizer": "scao", "learning_rate": 1e-3, "scao_k_max": 8, "val_set_size": 0.1}
@@ -99,12 +100,13 @@ def test_both_arms_have_the_parameter_groups_of_the_trainer(tmp_path: Path, mixi
 
 def test_the_yamls_own_optimizer_is_what_scao_is_compared_with(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
-    assert arms.rival_of(job(tmp_path)) == "adamw_torch"
+    assert arms.rivals_of(job(tmp_path)) == ["adamw_torch"]
     own = job(tmp_path, optimizer="adamw_bnb_8bit", optim_args={"percentile_clipping": 95})
-    assert arms.rival_of(own) == "adamw_bnb_8bit" and arms.rival_of(own, "lion_8bit") == "lion_8bit"
+    assert arms.rivals_of(own) == ["adamw_bnb_8bit"] and arms.rivals_of(own, "lion_8bit") == ["lion_8bit"]
     assert "optim_args" in Arm(own, "adamw_bnb_8bit", Rate(1e-3)).config()
     assert "optim_args" not in Arm(own, "scao", Rate(1e-3)).config()
-    assert arms.rival_of(job(tmp_path, optimizer="muon")) == "muon"  # Axolotl's, not one of transformers
+    assert arms.rivals_of(job(tmp_path, optimizer="muon")) == ["muon"]  # Axolotl's, not one of transformers
+    assert arms.rivals_of(own, "adamw_torch, muon,adamw_torch") == ["adamw_torch", "muon"]
 
 
 def test_a_yaml_without_the_plugin_is_told(tmp_path: Path) -> None:
@@ -146,6 +148,11 @@ def test_mistakes_of_compare(tmp_path: Path) -> None:
     assert "'adamw_tor' is not an optimizer of Axolotl (did you mean 'adamw_torch'?)" in mistake(
         "compare", path, "--against", "adamw_tor"
     )
+    said = mistake("compare", path, "--against", "adamw_tor,lion_8bitt")
+    assert (
+        "(did you mean 'adamw_torch'?); 'lion_8bitt' is not an optimizer of Axolotl (did you mean 'lion_8bit'?)" in said
+    )
+    assert "--against ',' names 0 optimizers: name 1 to 4" in mistake("compare", path, "--against", ",")
     said = mistake("compare", path, "--set", "sed=1", "--set", "lora_rank=4", "--set", "learning_rate=1")
     assert "--set has " in said and "'sed' (did you mean 'seed'?)" in said and "'lora_rank' (did you mean" in said
     assert "'learning_rate'" not in said
@@ -295,22 +302,58 @@ def test_a_search_ends_with_a_failure_and_shuns_a_divergence() -> None:
 
 def test_table_and_verdict_at_equal_steps_and_seconds(tmp_path: Path) -> None:
     slow = outcome([3 - step / 20 for step in range(40)], each=1.0, eval_loss=2.0)
-    fast = outcome([3 - step / 10 for step in range(40)], each=1.5)
+    fast = outcome([3 - step / 10 for step in range(40)], each=1.5, eval_loss=1.5)
     sides = Side("adamw_torch", {Rate(1e-3): slow}), Side("scao", {Rate(1e-3): fast})
     rows = dict(comparison.summary(sides))
     assert rows["seconds"] == ["40.0", "60.0"] and rows["optimizer state"] == ["1.00 MiB", "1.00 MiB"]
-    assert rows["held-out loss"] == ["2.0000", ""] and rows["peak memory of the process"] == ["1,024 MiB"] * 2
+    assert rows["held-out loss"] == ["2.0000", "1.5000"] and rows["peak memory of the process"] == ["1,024 MiB"] * 2
     # After 40 seconds SCAO has made 26 of its steps.
     assert rows["loss after 40.0 seconds"][1] == f"{comparison.smoothed(fast.losses)[25]:.4f}"
     assert comparison.verdict(sides) == [
-        "scao against adamw_torch: loss 122.2% lower, lower on 13 of the last 13 batches, steps 50% longer, peak memory "
-        "the same: better; 1 seed.",
+        "scao against adamw_torch: loss 122.2% lower, lower on 13 of the last 13 batches, held-out loss 25.0% lower, "
+        "steps 50% longer, peak memory the same: better; 1 seed.",
         "All runs have read the same batches in the same order.",
         "Another seed moves the losses too: repeat with --seeds 3 before you rely on a small gap.",
     ]
     paths = comparison.write(sides, tmp_path / "new")
-    assert [path.name for path in paths] == ["comparison.json", "comparison.png"]
+    assert [path.name for path in paths] == ["comparison.json", "comparison.png", "comparison.html"]
     assert (tmp_path / "new/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def three_sides() -> list[Side]:
+    """Two others and SCAO, whose curvature is in effect from step 22 on."""
+    blends = [0.0] * 12 + [0.5] * 10 + [1.0] * 38
+    return [
+        Side("adamw_torch", {Rate(1e-3): noisy(0.0), Rate(2e-3): noisy(0.1, rate=2e-3)}),
+        Side("muon", {Rate(1e-3): noisy(-0.2)}),
+        Side("scao", {Rate(1e-3): noisy(-0.1, blends=blends)}),
+    ]
+
+
+def test_several_others_are_each_compared_with_scao(tmp_path: Path) -> None:
+    sides = three_sides()
+    said = comparison.verdict(sides)
+    assert said[0].startswith("scao against adamw_torch: loss 4.9% lower") and ": better; 1 seed." in said[0]
+    assert said[1].startswith("scao against muon: loss 5.5% higher") and ": worse; 1 seed." in said[1]
+    assert said[2] == "All runs have read the same batches in the same order."
+    rows = dict(comparison.summary(sides))
+    assert all(len(values) == 3 for values in rows.values()) and rows["loss after 60 steps"]
+    sides[1].runs = {Rate(1e-3): outcome([], failure="it stopped: no")}
+    said = comparison.verdict(sides)
+    assert said[0] == "muon failed: it stopped: no" and said[1].startswith("scao against adamw_torch")
+    comparison.write(sides, tmp_path)
+
+
+def test_the_page_has_the_verdict_the_figures_and_a_chart_for_each_other(tmp_path: Path) -> None:
+    sides = three_sides()
+    comparison.write(sides, tmp_path, "config.yml, 60 steps a run & <more>")
+    page = (tmp_path / "comparison.html").read_text(encoding="utf-8")
+    assert f'<p class="lead">{comparison.verdict(sides)[0]}</p>' in page
+    assert "config.yml, 60 steps a run &amp; &lt;more&gt;" in page and "<td>optimizer state</td>" in page
+    for title in ("Loss by step", "Loss by time", "Loss by learning rate", "scao minus muon, batch by batch"):
+        assert f"<h2>{title}</h2>" in page
+    assert page.count("<svg ") == 5 and "ramp" in page and "src=" not in page
+    assert comparison_page.bands([0.0, 0.0, 0.5, 1.0]) == [(0, 2, FIRST), (2, 3, RAMP), (3, 4, SECOND)]
 
 
 def noisy(gap: float, spread: float = 0.01, **fields: Any) -> Outcome:
@@ -341,7 +384,7 @@ def noisy(gap: float, spread: float = 0.01, **fields: Any) -> Outcome:
 def test_differences_are_judged_batch_by_batch(gap: float, words: str) -> None:
     """The losses vary by 0.25 from batch to batch, far more than the gap."""
     sides = Side("adamw_torch", {Rate(1e-3): noisy(0.0)}), Side("scao", {Rate(1e-3): noisy(gap)})
-    assert words in comparison.headline(sides)
+    assert words in comparison.headline(*sides)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +402,7 @@ def test_several_seeds_are_judged_by_their_own_spread(gaps: tuple[float, ...], w
         Side("adamw_torch", {Rate(1e-3): noisy(0.0)}, [noisy(0.0)] * 2),
         Side("scao", {Rate(1e-3): first}, more),
     )
-    assert words in comparison.headline(sides)
+    assert words in comparison.headline(*sides)
     assert not any("repeat with --seeds" in sentence for sentence in comparison.verdict(sides))
     broken = dataclasses.replace(more[1], failure="it stopped: no")
     said = comparison.verdict((sides[0], Side("scao", {Rate(1e-3): first}, [more[0], broken])))
@@ -370,7 +413,7 @@ def test_rewards_are_better_where_they_are_higher() -> None:
     rewards = [{"rewards": [start + step / 40 for step in range(40)]} for start in (-1.0, -0.5)]
     sides = Side("adamw_torch", {Rate(1e-3): outcome([0.0] * 40, **rewards[0])}), Side("scao")
     sides[1].runs[Rate(1e-3)] = outcome([0.0] * 40, **rewards[1])
-    said = comparison.headline(sides)
+    said = comparison.headline(*sides)
     assert "reward 0.5 higher, higher on 13 of the last 13 batches" in said and said.endswith(": better; 1 seed.")
     assert dict(comparison.summary(sides))["reward after 40 steps"] == ["-0.0750", "0.4250"]
 

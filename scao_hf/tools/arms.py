@@ -43,6 +43,8 @@ DROPPED = (
     "hub_strategy",
     "use_tensorboard",
 )
+#: Optimizers that SCAO is compared with at most: each takes as long as SCAO.
+MOST_RIVALS = 4
 SERVICES = ("wandb_", "mlflow_", "comet_", "trackio_", "swanlab_", "use_wandb", "use_mlflow", "use_comet")
 
 
@@ -149,29 +151,35 @@ def parse_changes(pairs: list[str]) -> dict[str, Any]:
     return changes
 
 
-def rival_of(job: Job, against: str | None = None) -> str:
-    """What SCAO is compared with: the optimizer that is asked for, else the YAML's own, else AdamW.
+def rivals_of(job: Job, against: str | None = None) -> list[str]:
+    """What SCAO is compared with: the optimizers that are asked for, else the YAML's own, else AdamW.
+
+    Args:
+        job: what is run.
+        against: names with commas.
 
     Raises:
-        ToolError: no optimizer of that name.
+        ToolError: one of them is no optimizer.
     """
     own = "scao" if job.script else optimizer_of({"optimizer": "scao", **read_yaml(job.source), **job.changes})
-    name = against or ("adamw_torch" if own == "scao" else own)
-    if name == "scao":
+    default = "adamw_torch" if own == "scao" else own
+    names = list(dict.fromkeys(filter(None, map(str.strip, (against or default).split(",")))))
+    if not names or len(names) > MOST_RIVALS:
+        raise ToolError(f"--against {against!r} names {len(names)} optimizers: name 1 to {MOST_RIVALS}, with commas")
+    if "scao" in names:
         raise ToolError(
             "--against scao would compare SCAO with itself: name another optimizer, for example adamw_torch"
         )
     from transformers.training_args import OptimizerNames
 
     known = [str(known.value) for known in OptimizerNames]
-    if name not in known and not job.script:
+    if not set(names) <= set(known) and not job.script:
         known += axolotl_optimizers()
-    if name not in known:
-        near = did_you_mean(name, known)
-        raise ToolError(
-            f"{name!r} is not an optimizer of {'transformers' if job.script else 'Axolotl'}{near}: name another with --against"
-        )
-    return name
+    if strange := [name for name in names if name not in known]:
+        of = "transformers" if job.script else "Axolotl"
+        meant = "; ".join(f"{name!r} is not an optimizer of {of}{did_you_mean(name, known)}" for name in strange)
+        raise ToolError(f"{meant}: name another with --against")
+    return names
 
 
 def axolotl_optimizers() -> list[str]:

@@ -198,18 +198,19 @@ def compare(
     steps: Annotated[int, typer.Option(help="Length of each run.")] = 100,
     lr: Annotated[
         str,
-        typer.Option(help="config: the configuration's own for both; auto: each optimizer's best; or a number."),
+        typer.Option(help="config: the configuration's own for all; auto: each optimizer's best; or a number."),
     ] = "config",
     seeds: Annotated[int, typer.Option(help="Seeds for each optimizer; from 3 on, small gaps mean something.")] = 1,
     against: Annotated[
-        str | None, typer.Option(help="The other optimizer; adamw_torch, or the YAML's own, if not given.")
+        str | None,
+        typer.Option(help="The other optimizers, with commas; adamw_torch, or the YAML's own, if not given."),
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE: a key of the YAML set otherwise; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/compare"),
 ) -> None:
-    """Is it better for my run? The same data in the same order with AdamW and with SCAO; a table and a plot.
+    """Is it better for my run? The same data in the same order with AdamW and with SCAO; a table and a page.
 
     CONFIG is an Axolotl YAML, or a Python script that trains with a transformers Trainer; ARGUMENTS after -- are the script's.
 
@@ -224,9 +225,11 @@ def compare(
 
             rate = comparison.parse_rate(lr)
             job = arms.Job(config, steps, out, tuple(arguments or ()), arms.parse_changes(changes or []))
-            optimizers = (arms.rival_of(job, against), "scao")
-        runs = comparison.most_runs(rate, seeds)
-        told = f"{'' if rate else 'Up to '}{runs} runs of {steps} steps, {' and '.join(optimizers)}, into {out}"
+            optimizers = [*arms.rivals_of(job, against), "scao"]
+        runs = comparison.most_runs(rate, seeds, len(optimizers))
+        told = (
+            f"{'' if rate else 'Up to '}{runs} runs of {steps} steps, {', '.join(optimizers[:-1])} and scao, into {out}"
+        )
         print(told, flush=True)
         if job.note:
             console.print(f"[yellow]Note:[/] {escape(job.note)}; the runs with SCAO are given it.")
@@ -262,7 +265,8 @@ def compare(
         console.print(table)
     for sentence in comparison.verdict(sides):
         print(sentence)
-    for path in comparison.write(sides, out):
+    about = f"{config}, {steps} steps a run; {len(optimizers)} optimizers, {seeds} seed{'s' if seeds > 1 else ''}, --lr {lr}."
+    for path in comparison.write(sides, out, about):
         print(path)
     raise typer.Exit(1 if any(side.failure for side in sides) else 0)
 

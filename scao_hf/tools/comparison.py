@@ -1,6 +1,6 @@
-"""``scao-hf compare``: two optimizers on one configuration, each at its learning rate, and what came out.
+"""``scao-hf compare``: SCAO and others on one configuration, each at its learning rate, and what came out.
 
-Both read the same batches, so that their losses are compared batch by batch: a difference that is small beside the
+All read the same batches, so that their losses are compared batch by batch: a difference that is small beside the
 losses' own spread is still seen.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +20,7 @@ from scao_hf.tools.arms import Arm, Job, Outcome, Rate, run_arm
 
 #: Runs of one optimizer that ``--lr auto`` makes at most, and the factor between two rates.
 MOST_RUNS, FACTOR = 5, 2.0
-PNG_NAME, JSON_NAME = "comparison.png", "comparison.json"
+PNG_NAME, JSON_NAME, HTML_NAME = "comparison.png", "comparison.json", "comparison.html"
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 #: A difference counts from this many standard errors on, and is slight below this share of the loss.
 ERRORS, SLIGHT = 2.0, 0.02
@@ -28,7 +28,7 @@ ERRORS, SLIGHT = 2.0, 0.02
 
 @dataclass
 class Side:
-    """One of the two optimizers: its runs by learning rate, the best one, and whether that lies between two others.
+    """One of the optimizers: its runs by learning rate, the best one, and whether that lies between two others.
 
     Attributes:
         optimizer: its name.
@@ -93,9 +93,9 @@ def next_rate(runs: dict[Rate, Outcome]) -> Rate | None:
     return Rate(best * FACTOR, relative=True) if best == tried[-1] else None
 
 
-def most_runs(rate: Rate | None, seeds: int) -> int:
+def most_runs(rate: Rate | None, seeds: int, optimizers: int = 2) -> int:
     """How many runs a comparison makes at most."""
-    return 2 * ((1 if rate else MOST_RUNS) + seeds - 1)
+    return optimizers * ((1 if rate else MOST_RUNS) + seeds - 1)
 
 
 def estimate(outcome: Outcome, steps: int) -> str:
@@ -109,28 +109,30 @@ def estimate(outcome: Outcome, steps: int) -> str:
 
 def compare(
     job: Job,
-    optimizers: tuple[str, str],
+    optimizers: Sequence[str],
     rate: Rate | None,
     seeds: int,
     watch: Callable[[Arm], Callable[[Outcome], None]],
-) -> tuple[Side, Side]:
+) -> list[Side]:
     """Make every run that is not there yet; a run that fails ends its own side only.
 
     Args:
         job: what is run.
-        optimizers: the one to compare with, and SCAO.
-        rate: one learning rate for both, or None to search each one's own.
+        optimizers: those to compare with, and SCAO as the last.
+        rate: one learning rate for all, or None to search each one's own.
         seeds: how many; the search is made with the first.
         watch: called when a run begins; what it returns is told what is there of it so far.
     """
-    sides = Side(optimizers[0]), Side(optimizers[1])
+    sides = [Side(name) for name in optimizers]
     for side in sides:
         chosen = rate or next_rate(side.runs)
         while chosen is not None:
             arm = Arm(job, side.optimizer, chosen)
             side.runs[chosen] = run_arm(arm, watch(arm))
             chosen = None if rate else next_rate(side.runs)
-    for side in sides if all(side.best for side in sides) else ():
+    for side in sides if sides[-1].best and any(side.best for side in sides[:-1]) else ():
+        if side.best is None:
+            continue
         best = next(rate for rate, outcome in side.runs.items() if outcome is side.best)
         for seed in range(1, seeds):
             arm = Arm(job, side.optimizer, best, seed)
@@ -149,16 +151,16 @@ def times(outcome: Outcome) -> list[float]:
     return list(accumulate(outcome.seconds))
 
 
-def pairs(sides: tuple[Side, Side]) -> list[tuple[Outcome, Outcome]]:
+def pairs(first: Side, second: Side) -> list[tuple[Outcome, Outcome]]:
     """For each seed the runs of both sides at their best rates, where both are complete."""
-    first, second = ([side.best, *side.repeats] if side.best else [] for side in sides)
-    return [(one, two) for one, two in zip(first, second, strict=False) if not (one.failure or two.failure)]
+    runs = ([side.best, *side.repeats] if side.best else [] for side in (first, second))
+    return [(one, two) for one, two in zip(*runs, strict=False) if not (one.failure or two.failure)]
 
 
-def same_data(sides: tuple[Side, Side]) -> bool:
+def same_data(first: Side, second: Side) -> bool:
     """Whether all complete runs with the same seed have read the same batches in the same order."""
-    read = [outcome.data for side in sides for outcome in side.usable.values()]
-    return all(data == read[0] for data in read) and all(one.data == two.data for one, two in pairs(sides))
+    read = [outcome.data for side in (first, second) for outcome in side.usable.values()]
+    return all(data == read[0] for data in read) and all(one.data == two.data for one, two in pairs(first, second))
 
 
 class Gap(NamedTuple):
@@ -187,15 +189,15 @@ class Gap(NamedTuple):
         return slightly + ("better" if self.mean < 0 else "worse")
 
 
-def gap(sides: tuple[Side, Side]) -> Gap:
-    """The gap between the two sides, over all seeds."""
-    both = pairs(sides)
+def gap(first: Side, second: Side) -> Gap:
+    """The gap between two sides, over all seeds."""
+    both = pairs(first, second)
     sign = -1 if both[0][0].rewards else 1
-    seeds = [[sign * (two - one) for one, two in zip(first.tail, second.tail, strict=True)] for first, second in both]
-    return Gap(seeds, abs(fmean(fmean(first.tail) for first, _ in both)))
+    seeds = [[sign * (b - a) for a, b in zip(one.tail, two.tail, strict=True)] for one, two in both]
+    return Gap(seeds, abs(fmean(fmean(one.tail) for one, _ in both)))
 
 
-def summary(sides: tuple[Side, Side]) -> list[tuple[str, list[str]]]:
+def summary(sides: Sequence[Side]) -> list[tuple[str, list[str]]]:
     """The rows of the table: what, and its value for each side (empty where a side has failed)."""
     best = [side.best for side in sides]
 
@@ -218,7 +220,7 @@ def summary(sides: tuple[Side, Side]) -> list[tuple[str, list[str]]]:
         row(memory, lambda outcome: f"{outcome.peak_bytes / 2**20:,.0f} MiB"),
         row("optimizer state", lambda outcome: f"{outcome.state_bytes / 2**20:,.2f} MiB"),
     ]
-    if len(shown) == 2:
+    if len(shown) == len(sides):
         for part in QUARTERS:
             step = max(1, round(part * len(shown[0].losses)))
             rows.append((f"{figure} after {step} steps", [f"{smoothed(one.curve)[step - 1]:.4f}" for one in shown]))
@@ -240,10 +242,9 @@ def _change(ratio: float, more: str, less: str) -> str:
     return "the same" if abs(ratio - 1) < 0.005 else f"{abs(ratio - 1):.0%} {more if ratio > 1 else less}"
 
 
-def headline(sides: tuple[Side, Side]) -> str:
+def headline(first: Side, second: Side) -> str:
     """The result in one sentence."""
-    first, second = sides
-    both, found = pairs(sides), gap(sides)
+    both, found = pairs(first, second), gap(first, second)
     figure = both[0][0].figure
     relative = figure == "loss" and found.level > 0  # a reward may be anything, zero on average too
     parts = [mean / found.level if relative else -mean for mean in (found.mean, *map(fmean, found.seeds))]
@@ -253,41 +254,52 @@ def headline(sides: tuple[Side, Side]) -> str:
         size += f" (by seed {', '.join(('+' if part > 0 else '') + form.format(part) for part in parts[1:])})"
     batches = [difference for seed in found.seeds for difference in seed]
     better = sum(difference < 0 for difference in batches)
+    held_out = [(one.eval_loss, two.eval_loss) for one, two in both if one.eval_loss and two.eval_loss is not None]
+    ratio = fmean(two / one for one, two in held_out) - 1 if held_out else 0.0
+    said = f", held-out loss {abs(ratio):.1%} {'higher' if ratio > 0 else 'lower'}" if held_out else ""
     slower = fmean(median(two.seconds) / median(one.seconds) for one, two in both)
     larger = fmean(two.peak_bytes / one.peak_bytes for one, two in both)
     return (
         f"{second.optimizer} against {first.optimizer}: {figure} {size}, {'higher' if both[0][0].rewards else 'lower'} on "
-        f"{better} of the last {len(batches)} batches, steps {_change(slower, 'longer', 'shorter')}, peak memory "
+        f"{better} of the last {len(batches)} batches{said}, steps {_change(slower, 'longer', 'shorter')}, peak memory "
         f"{_change(larger, 'more', 'less')}: {found.judgement}; {len(both)} seed{'s' if len(both) > 1 else ''}."
     )
 
 
-def verdict(sides: tuple[Side, Side]) -> list[str]:
+def verdict(sides: Sequence[Side]) -> list[str]:
     """What the comparison shows, in plain sentences, and what it does not."""
-    first, second = sides
+    *rivals, scao = sides
     said = [f"{side.optimizer} failed: {side.failure}" for side in sides if side.failure]
-    if first.best is None or second.best is None:
+    met = [rival for rival in rivals if rival.best and scao.best]
+    if scao.best is None or not met:
         return said
+    told = [_of_pair(rival, scao) for rival in met]
+    said += [sentence for sentence, _ in told]
+    if all(fair for _, fair in told):
+        said.append("All runs have read the same batches in the same order.")
+    said += _short(scao)
+    if any("edge" in side.place for side in sides):
+        said.append("A best learning rate lies at the edge of those tried: the optimum may lie beyond it.")
+    if any(len(pairs(rival, scao)) == 1 for rival in met):
+        said.append("Another seed moves the losses too: repeat with --seeds 3 before you rely on a small gap.")
+    return said
+
+
+def _of_pair(first: Side, second: Side) -> tuple[str, bool]:
+    """The sentence about two sides, and whether it compares their losses."""
     diverged = [
         side.optimizer
-        for side, outcomes in zip(sides, zip(*pairs(sides), strict=True), strict=True)
+        for side, outcomes in zip((first, second), zip(*pairs(first, second), strict=True), strict=True)
         if not all(math.isfinite(outcome.score) for outcome in outcomes)
     ]
     if diverged:
-        said.append(
-            f"The {first.best.figure} of {' and '.join(diverged)} was NaN or infinite: lower its learning rate."
-        )
-    elif not same_data(sides):
-        said.append("The runs have NOT read the same batches: their losses must not be compared step by step.")
-    else:
-        said.append(headline(sides))
-        said.append("All runs have read the same batches in the same order.")
-    said += _short(second)
-    if any("edge" in side.place for side in sides):
-        said.append("A best learning rate lies at the edge of those tried: the optimum may lie beyond it.")
-    if len(pairs(sides)) == 1:
-        said.append("Another seed moves the losses too: repeat with --seeds 3 before you rely on a small gap.")
-    return said
+        assert first.best is not None
+        figure = first.best.figure
+        return f"The {figure} of {' and '.join(diverged)} was NaN or infinite: lower its learning rate.", False
+    if not same_data(first, second):
+        names = f"{first.optimizer} and {second.optimizer}"
+        return f"The runs of {names} have NOT read the same batches: do not compare their losses step by step.", False
+    return headline(first, second), True
 
 
 def _short(side: Side) -> list[str]:
@@ -307,31 +319,19 @@ def _short(side: Side) -> list[str]:
     ]
 
 
-def draw(sides: tuple[Side, Side], title: str, path: Path) -> None:
-    """Write the picture: loss or reward against steps and against seconds, each side at its best learning rate."""
-    from matplotlib.figure import Figure
+def write(sides: Sequence[Side], out: Path, about: str = "") -> list[Path]:
+    """Write all figures of all runs as JSON, and where any run is complete a page and a picture.
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained", facecolor="white")
-    title_text = figure.suptitle(title, fontsize=9)
-    by_step, by_second = figure.subplots(1, 2, sharey=True)
-    for side, colour in zip(sides, ("#a65300", "#1f5fbf"), strict=True):
-        if side.best is None:
-            continue
-        label = f"{side.optimizer}, learning rate {side.best.learning_rate:g}"
-        for axes, x in ((by_step, range(1, len(side.best.curve) + 1)), (by_second, times(side.best))):
-            axes.plot(x, side.best.curve, color=colour, linewidth=0.7, alpha=0.3)
-            axes.plot(x, smoothed(side.best.curve), color=colour, linewidth=1.8, label=label)
-    by_step.set_ylabel(f"{next(side.best.figure for side in sides if side.best)} in training (strong: smoothed)")
-    for entry in (title_text, *by_step.legend().get_texts()):
-        entry.set_parse_math(False)  # an optimizer's name is no formula
-    for axes, label in ((by_step, "step"), (by_second, "seconds")):
-        axes.set_xlabel(label)
-        axes.grid(color="#c9ced6", linewidth=0.5)
-    figure.savefig(path, dpi=110)
+    Args:
+        sides: the rivals, and SCAO as the last.
+        out: folder, made if need be.
+        about: what was compared, a line for the page.
 
+    Returns:
+        The paths.
+    """
+    from scao_hf.tools import comparison_page
 
-def write(sides: tuple[Side, Side], out: Path) -> list[Path]:
-    """Write the picture and all figures of all runs as JSON; the paths."""
     out.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = [
         {
@@ -347,6 +347,7 @@ def write(sides: tuple[Side, Side], out: Path) -> list[Path]:
     (out / JSON_NAME).write_text(json.dumps(found), encoding="utf-8")
     written = [out / JSON_NAME]
     if any(side.best for side in sides):
-        draw(sides, next(iter(verdict(sides)), ""), out / PNG_NAME)
-        written.append(out / PNG_NAME)
+        comparison_page.draw(sides, next(iter(verdict(sides)), ""), out / PNG_NAME)
+        (out / HTML_NAME).write_text(comparison_page.page(sides, about), encoding="utf-8", errors="replace")
+        written += [out / PNG_NAME, out / HTML_NAME]
     return written

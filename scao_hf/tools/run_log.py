@@ -10,9 +10,7 @@ from pathlib import Path
 from statistics import fmean
 
 from scao_hf.tools import ToolError, logged, matrices
-
-#: Colours of the phases: AdamW steps, the ramp, steps with curvature.
-FIRST, RAMP, SECOND = "#e8eaee", "#f6e3c0", "#d3ebd9"
+from scao_hf.tools.page import FIRST, RAMP, SECOND
 
 
 @dataclass(frozen=True)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scao_hf.tools import ToolError, matrices
-from scao_hf.tools.run_log import FIRST, RAMP, SECOND, Run, findings, read_run
+from scao_hf.tools import page as html
+from scao_hf.tools.page import INK, LINE
+from scao_hf.tools.run_log import Run, findings, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 HTML_NAME, PNG_NAME = "scao-report.html", "scao-report.png"
-
-#: Colours of the pictures; in the page each becomes a CSS variable, so that it can be light or dark.
-INK, LINE, GRID = "#101418", "#1f5fbf", "#c9ced6"
-_VARIABLES = {INK: "ink", LINE: "line", FIRST: "first", RAMP: "ramp", SECOND: "second", GRID: "grid"}
 
 
 class Panel(NamedTuple):
@@ -92,33 +88,7 @@ def _draw(axes: Axes, run: Run, panel: Panel) -> None:
         axes.set_yscale("log")
     if panel.key in ("scao/captured_mass", "scao/damped"):
         axes.set_ylim(0, 1.03)
-    axes.margins(x=0)
-    axes.grid(axis="y", color=GRID, linewidth=0.5)
-    axes.set_axisbelow("line")
-    axes.tick_params(colors=INK, labelsize=10, length=3)
-    axes.set_xlabel("step", color=INK, fontsize=10)
-    axes.patch.set_alpha(0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-
-
-def _svg(panel: Panel | matrices.Map, draw: Callable[[Figure], object]) -> str:
-    """An inline picture whose colours and font the page decides."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.key, "font.family": "sans-serif"}):
-        figure = Figure(figsize=(4.8, 2.5), layout="constrained")
-        figure.patch.set_alpha(0)
-        draw(figure)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for colour, name in _VARIABLES.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(panel.title)} over steps" ', 1)
+    html.tidy(axes, "step")
 
 
 def _pictures(run: Run, panels: list[Panel]) -> list[tuple[Panel | matrices.Map, Callable[[Figure], object]]]:
@@ -150,45 +120,14 @@ def _png(run: Run, panels: list[Panel], path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
 
 
-_STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #101418; --quiet: #4f5864; --line: #1f5fbf; --first: #e8eaee;
-  --ramp: #f6e3c0; --second: #d3ebd9; --grid: #c9ced6; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171b; --ink: #e9ecf0; --quiet: #a9b2be; --line: #7db1ff;
-  --first: #262b32; --ramp: #4a3a17; --second: #1d3b28; --grid: #3a414b; } }
-body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem;
-  max-width: 68rem; }
-h1 { font-size: 1.4rem; margin: 0 0 .5rem; overflow-wrap: anywhere; } h2 { font-size: 1.05rem; margin: 0; }
-ul { padding-left: 1.2rem; }
-.charts { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; } figcaption, footer { color: var(--quiet); font-size: .9rem; } svg { width: 100%; height: auto; }
-.key span { display: inline-block; margin-right: 1em; white-space: nowrap; }
-.key i { display: inline-block; width: 1.1em; height: 1.1em; vertical-align: -.15em; margin-right: .3em;
-  border: 1px solid var(--quiet); }
-footer { margin-top: 1.5rem; }
-"""
-
-
 def _page(run: Run, panels: list[Panel], said: list[str]) -> str:
-    key = ""
-    if "scao/phase" in run.series:
-        names = (("first", "phase 1: AdamW steps"), ("ramp", "ramp"), ("second", "phase 2: steps with curvature"))
-        key = "".join(f'<span><i style="background: var(--{name})"></i>{text}</span> ' for name, text in names)
-        key = f'<p class="key">{key}</p>'
+    key = html.key(html.PHASES) if "scao/phase" in run.series else ""
     charts = "\n".join(
-        f"<figure><h2>{escape(panel.title)}</h2>{_svg(panel, draw)}\n"
-        f"<figcaption>{escape(panel.words)}</figcaption></figure>"
+        html.chart(panel.title, html.svg(f"{panel.title} over steps", draw, panel.key), panel.words)
         for panel, draw in _pictures(run, panels)
     )
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
-    title = escape(f"Run {run.name}")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{title}</title><style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n'
-        f'<ul>{sentences}</ul>\n{key}\n<main class="charts">{charts}</main>\n'
-        "<footer>Made by scao-hf report from the run's own log; nothing is loaded from elsewhere.</footer>"
-        "</body></html>\n"
-    )
+    body = f'{key}\n<main class="charts">{charts}</main>'
+    return html.page(f"Run {run.name}", said[:1], said[1:], body, "scao-hf report")
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Report:
@@ -208,10 +147,10 @@ def write_report(run_dir: Path, out: Path | None = None) -> Report:
     panels = [panel for panel in panels if panel.key not in silent]
     said = findings(run)
     folder = out or run_dir
-    html, png = folder / HTML_NAME, folder / PNG_NAME
+    page, png = folder / HTML_NAME, folder / PNG_NAME
     actions: list[Callable[[], Any]] = [
         lambda: folder.mkdir(parents=True, exist_ok=True),
-        lambda: html.write_text(_page(run, panels, said), encoding="utf-8", errors="replace"),
+        lambda: page.write_text(_page(run, panels, said), encoding="utf-8", errors="replace"),
         lambda: _png(run, panels, png),
     ]
     try:
@@ -219,4 +158,4 @@ def write_report(run_dir: Path, out: Path | None = None) -> Report:
             action()
     except OSError as error:
         raise ToolError(f"{folder} cannot be written to ({error.strerror}): choose another with --out") from error
-    return Report(html, png, said)
+    return Report(page, png, said)
