@@ -131,12 +131,13 @@ class StatisticsFile:
     Args:
         path: the file; its folder is made if need be.
         steps: length of the run, 0 if unknown. At most about ``RECORDS`` records are made in it.
+        about: what the run is, for the header.
     """
 
     RECORDS = 100
 
-    def __init__(self, path: Path, steps: int) -> None:
-        self.path, self.interval = path, max(1, -(-steps // self.RECORDS))
+    def __init__(self, path: Path, steps: int, about: dict[str, Any] | None = None) -> None:
+        self.path, self.interval, self.about = path, max(1, -(-steps // self.RECORDS)), about or {}
         self._names: list[str] | None = None
         self._latest = -self.interval
 
@@ -145,7 +146,14 @@ class StatisticsFile:
         return step >= self._latest + self.interval
 
     def append(
-        self, start: int, step: int, options: dict[str, Any], rows: list[dict[str, Any]], ms: list[float], write: bool
+        self,
+        start: int,
+        step: int,
+        options: dict[str, Any],
+        rows: list[dict[str, Any]],
+        ms: list[float],
+        write: bool,
+        whole: list[float] | None = None,
     ) -> None:
         """Add a record.
 
@@ -156,6 +164,7 @@ class StatisticsFile:
             rows: what ``statistics()`` returned.
             ms: milliseconds of each optimizer step since the record before.
             write: False in all processes but one; they make their records at the same steps.
+            whole: milliseconds of each whole step since then, forward and backward pass included.
         """
         self._latest = step
         if not write:
@@ -165,9 +174,11 @@ class StatisticsFile:
         first = self._names is None
         if names != self._names:
             self._names = names
-            lines.append({"from": start if first else step, "matrices": names, "options": options})
+            lines.append({"from": start if first else step, "matrices": names, "options": options, "run": self.about})
         figures = {name: [float(f"{row[name]:.4g}") for row in rows] for name in (*METRICS, "skipped")}
-        lines.append({"step": step, **figures, "optimizer_ms": [round(value, 3) for value in ms]})
+        times = {"optimizer_ms": ms, "step_ms": whole or []}
+        rounded = {name: [round(value, 3) for value in values] for name, values in times.items()}
+        lines.append({"step": step, **figures, **rounded})
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("w" if first and start == 0 else "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+import transformers
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scao_hf import checks
+from scao_hf import __version__, checks
 from scao_hf.distributed.exchange import WAYS_OUT
 from scao_hf.experts import find_experts, find_vocabulary
 from scao_hf.namesake import foreign_option
@@ -101,8 +103,9 @@ class SCAOCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._file: StatisticsFile | None = None
-        self._start, self._began = 0, 0.0
+        self._start, self._began, self._step_began = 0, 0.0, 0.0
         self._ms: list[float] = []
+        self._step_ms: list[float] = []
         self._stepped = False
 
     @classmethod
@@ -124,8 +127,9 @@ class SCAOCallback(TrainerCallback):
         optimizer = unwrap(kwargs.get("optimizer"))
         if optimizer is None:
             return
-        self._file = StatisticsFile(Path(args.output_dir) / STATISTICS_NAME, state.max_steps)
-        self._start, self._ms, self._stepped = state.global_step, [], False
+        about = _about(args, kwargs["model"], optimizer)
+        self._file = StatisticsFile(Path(args.output_dir) / STATISTICS_NAME, state.max_steps, about)
+        self._start, self._ms, self._step_ms, self._stepped = state.global_step, [], [], False
         if state.global_step > 0 and not optimizer.state:
             logger.warning(
                 "resuming at step %d without SCAO's state: the checkpoint holds no optimizer.pt with scheduler.pt "
@@ -157,8 +161,14 @@ class SCAOCallback(TrainerCallback):
             # Trainers that build the optimizer from its class pass parameters without their names.
             names = {param: name for name, param in kwargs["model"].named_parameters()}
             rows, write = optimizer.statistics(names), state.is_world_process_zero
-            self._file.append(self._start, state.global_step, options, rows, self._ms, write)
-            self._ms = []
+            self._file.append(self._start, state.global_step, options, rows, self._ms, write, self._step_ms)
+            self._ms, self._step_ms = [], []
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of the whole step."""
+        self._step_began = time.perf_counter()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,16 +193,37 @@ class SCAOCallback(TrainerCallback):
             self._ms.append(1000 * (time.perf_counter() - self._began))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After the first step, check that the LoRA of every expert stack has had a gradient.
+        """Stop the clock; after the first step, check that the LoRA of every expert stack has had a gradient.
 
         Raises:
             RuntimeError: some had none.
         """
         optimizer = unwrap(kwargs.get("optimizer"))
+        if isinstance(optimizer, SCAO):
+            self._step_ms.append(1000 * (time.perf_counter() - self._step_began))
         if self._stepped or not isinstance(optimizer, SCAO) or not optimizer.state:
             return
         self._stepped = True
         checks.check_experts(optimizer, kwargs["model"].named_parameters())
+
+
+def _about(args: TrainingArguments, model: nn.Module, optimizer: SCAO | ZeroSCAO) -> dict[str, Any]:
+    """What a reader of the run's report should know about it."""
+    config: Any = getattr(model, "config", None)
+    ranks = {lora.r for lora in getattr(model, "peft_config", {}).values() if hasattr(lora, "r")}
+    report = optimizer.memory_report() if isinstance(optimizer, SCAO) else {}  # under ZeRO it is spread
+    return {
+        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "lora_r": max(ranks, default=None),
+        "parameters": sum(param.numel() for param in model.parameters() if param.requires_grad),
+        "learning_rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],
+        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "state_bytes": report.get("peak"),
+        "device": str(args.device.type),
+        "versions": {"scao_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 @contextmanager

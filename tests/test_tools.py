@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -33,8 +34,9 @@ from typer.testing import CliRunner
 import scao_hf
 from scao_hf import SCAO, create_scao_optimizer, default_kernels, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
-from scao_hf.tools import ToolError, axolotl_yaml, doctor, matrices, rivals, run_report, settings, simulate
+from scao_hf.tools import ToolError, axolotl_yaml, doctor, matrices, rivals, run_log, run_report, settings, simulate
 from scao_hf.tools import axolotl_keys as keys_of
+from scao_hf.tools import page as tool_page
 from scao_hf.tools import plan as planning
 from scao_hf.tools.cli import app
 from scao_hf.tools.page import FIRST, RAMP, SECOND
@@ -883,7 +885,6 @@ def test_heat_maps_have_a_row_for_each_layer_and_a_panel_for_each_side(tmp_path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"k_max": 3}, "8 of 8 matrices use all 3 directions that k_max allows and hold less than the 95%"),
         ({"rule": "published"}, "refreshes its basis every 5 steps, all at once"),
     ],
 )
@@ -893,6 +894,36 @@ def test_report_judges_matrices(tmp_path: Path, changes: dict[str, Any], words: 
     assert words not in " ".join(matrices.findings(found, False))
     found.options |= changes
     assert words in " ".join(matrices.findings(found, False))
+
+
+def test_a_larger_k_max_is_advised_only_where_little_is_held(tmp_path: Path) -> None:
+    found = matrices.read_matrices(matrix_records(tmp_path, 60))
+    assert found is not None
+    found.options["k_max"] = 3  # which every matrix uses up; they hold 90 % of the curvature
+    assert "k_max" not in " ".join(matrices.findings(found, False))
+    found.figures["captured_mass"][-1] = [0.4] * len(NAMES)
+    (said,) = matrices._limited(found)
+    assert said.startswith("8 of 8 matrices use all 3 directions that k_max allows, and these hold only 40% of")
+    assert "compare with k_max 6," in said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.0524, "0.052 s"), (9.94, "9.9 s"), (45.2, "45 s"), (200.0, "3 min 20 s"), (7500.0, "2 h 5 min")],
+)
+def test_times_are_told_in_words(seconds: float, words: str) -> None:
+    assert run_log.duration(seconds) == words
+
+
+def test_report_takes_the_yaml_and_tells_time_tokens_and_held_out_loss(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluations: list[dict[str, float]] = [{"step": 30, "eval_loss": 1.5}, {"step": 60, "eval_loss": 1.75}]
+    end = {"step": 60, "train_runtime": 200.0, "train_steps_per_second": 0.3, "tokens/total": 40_000.0}
+    run_folder(tmp_path / "outputs" / "mine", [*history(60), *evaluations, end])
+    said = run("report", yaml_file(tmp_path, GOOD + "output_dir: ./outputs/mine")).output
+    assert "The held-out loss was 1.75 at step 60, and 1.5 at its lowest, at step 30." in said
+    assert "Training took 3 min 20 s, 3.3 s a step, 200 tokens/s." in said
+    assert (tmp_path / "outputs" / "mine" / run_report.HTML_NAME).is_file()
 
 
 def test_report_names_the_matrices_that_stand_out(tmp_path: Path) -> None:
@@ -971,7 +1002,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     # Self-contained, without scripts, for both colour schemes and for phones.
     assert "<script" not in page and "@import" not in page and 'src="' not in page and 'href="http' not in page
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
-    for colour in run_report._VARIABLES:
+    for colour, _ in tool_page._COLOURS.values():
         assert colour not in page.partition("</style>")[2], "a colour that the dark scheme cannot change"
     for svg in page.split("<svg ")[1:]:
         xml.dom.minidom.parseString("<svg " + svg.partition("</svg>")[0] + "</svg>")
@@ -1043,7 +1074,7 @@ def test_mistakes_of_the_report(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
     assert "notes.txt is a file: pass the output_dir of the run" in mistake("report", tmp_path / "notes.txt")
     said = mistake("report", yaml_file(tmp_path, GOOD + "output_dir: ./outputs/mine"))
-    assert "pass the output_dir of the run, which this YAML says is ./outputs/mine" in said
+    assert "outputs/mine does not exist: pass the output_dir of a run" in said
     (tmp_path / "compared" / "scao-x1" / "run").mkdir(parents=True)
     said = mistake("report", tmp_path / "compared")
     assert "compared holds the runs of a comparison: pass one of them" in said and "scao-x1" in said
@@ -1111,7 +1142,15 @@ def test_report_of_a_real_trainer(tmp_path: Path) -> None:
     assert found is not None and found.steps == list(range(1, 9)) and len(found.milliseconds) == 8
     assert all(rank > 0 for rank in found.figures["rank"][-1]) and not any(found.figures["rank"][0])
     drawn = 10 + any(any(record) for record in found.figures["damped"])
-    assert report.html.read_text(encoding="utf-8").count("<svg ") == drawn
+    page = report.html.read_text(encoding="utf-8")
+    assert page.count("<svg ") == drawn
+    settings = dict(found.about)
+    assert settings["learning rate"] == "5e-05, linear" and settings["batch"] == "8 x 1 accumulated"
+    assert "warmup_steps=2" in settings["SCAO"] and "k_max" not in settings["SCAO"]
+    assert f"torch {torch.__version__}" in settings["versions"] and f"<td>{settings['trained']}</td>" in page
+    assert len(found.whole) == 8 and max(found.whole) > max(found.milliseconds.values())
+    assert re.search(r"took [\d.e+]+ ms \(median\) of [\d.e+]+ ms for the whole step: [\d.]+%", said)
+    assert "8 steps took " in said and " a step." in said
 
 
 # --- doctor

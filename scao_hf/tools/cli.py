@@ -329,7 +329,7 @@ def report(
 ) -> None:
     """What did the run do? Writes one HTML page and one PNG from a run's trainer_state.json.
 
-    RUN_DIR is the output folder of a Trainer or of Axolotl, or a checkpoint in it.
+    RUN_DIR is the output folder of a Trainer or of Axolotl, a checkpoint in it, or the Axolotl YAML that names it.
     """
     with _mistakes_in_one_line(), _libraries_silent():
         from scao_hf.tools.run_report import write_report

@@ -23,6 +23,10 @@ class Run:
     max_steps: int
     matrices: matrices.Matrices | None = None
 
+    def final(self, key: str) -> float:
+        """The last finite value under a key, 0 where there is none."""
+        return next(filter(math.isfinite, reversed(self.series.get(key, ([], []))[1])), 0.0)
+
     def bands(self) -> list[tuple[float, float, str]]:
         """(first step, last step, colour) of phase 1, of the ramp and of phase 2, in the order in which they came."""
         steps, phases = self.series.get("scao/phase", ([], []))
@@ -48,7 +52,7 @@ def find_state(run_dir: Path) -> Path:
     if not run_dir.exists():
         raise ToolError(f"{run_dir} does not exist: pass the output_dir of a run")
     if run_dir.is_file():
-        raise ToolError(f"{run_dir} is a file: pass the output_dir of the run{_named_in(run_dir)}")
+        raise ToolError(f"{run_dir} is a file: pass the output_dir of the run, or its Axolotl YAML")
     own = run_dir / "trainer_state.json"
     saved = [path for path in run_dir.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
     if saved and not own.exists():
@@ -67,13 +71,13 @@ def find_state(run_dir: Path) -> Path:
     )
 
 
-def _named_in(path: Path) -> str:
-    """The output_dir that an Axolotl YAML names, as an addition to a message."""
-    if path.suffix not in (".yml", ".yaml"):
-        return ""
+def run_folder(named: Path) -> Path:
+    """The folder that is meant: that of an Axolotl YAML is its output_dir."""
+    if named.suffix not in (".yml", ".yaml") or not named.is_file():
+        return named
     from scao_hf.tools.axolotl_yaml import read_yaml
 
-    return f", which this YAML says is {read_yaml(path).get('output_dir') or './model-out'}"
+    return Path(str(read_yaml(named).get("output_dir") or "./model-out"))
 
 
 def read_run(run_dir: Path) -> Run:
@@ -124,6 +128,7 @@ def findings(run: Run) -> list[str]:
         said.append(f"The loss was NaN or infinite at step {bad}: lower the learning rate, or look at the data there.")
     if run.max_steps > run.steps:
         said.append(f"The log ends at step {run.steps} of {run.max_steps}: the run is not over, or was stopped.")
+    said += _held_out(run) + _speed(run)
     said += matrices.peaks(*run.series.get("grad_norm", ([], [])))
     if "scao/phase" not in run.series:
         said.append(
@@ -145,13 +150,47 @@ def findings(run: Run) -> list[str]:
     return said
 
 
+def _held_out(run: Run) -> list[str]:
+    """A sentence about the loss on other data, where it was measured."""
+    steps, losses = run.series.get("eval_loss", ([], []))
+    measured = [(loss, step) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    if not measured:
+        return []
+    (best, at), (last, end) = min(measured), measured[-1]
+    where = "its lowest value" if best == last else f"and {best:.4g} at its lowest, at step {at}"
+    return [f"The held-out loss was {last:.4g} at step {end}, {where}."]
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _speed(run: Run) -> list[str]:
+    """A sentence about the time that the run took, where the log says it or its steps were timed."""
+    seconds = run.final("train_runtime")
+    if not seconds:
+        whole = run.matrices.whole if run.matrices else []
+        each = fmean(whole) / 1000 if whole else 0.0
+        return [f"{len(whole)} steps took {duration(each * len(whole))}, {duration(each)} a step."] if whole else []
+    trained = run.final("train_steps_per_second") * seconds or run.steps
+    tokens = run.final("train_tokens_per_second") or run.final("tokens/total") / seconds
+    speed = f", {tokens:,.0f} tokens/s" if tokens else ""
+    return [f"Training took {duration(seconds)}, {duration(seconds / max(1.0, trained))} a step{speed}."]
+
+
 def _phase_findings(run: Run) -> list[str]:
     steps, phases = run.series["scao/phase"]
     second = next((step for step, phase in zip(steps, phases, strict=True) if phase >= 2), None)
     if second is None:
         return [
             f"Phase 2 was never reached in {run.steps} steps: every step was a plain AdamW step. Train longer, or "
-            "lower scao_warmup_steps, scao_min_precond_updates or scao_precond_freq."
+            "lower warmup_steps, min_precond_updates or precond_freq (in a YAML scao_warmup_steps and so on)."
         ]
     blend_steps, blends = run.series.get("scao/blend", ([], []))
     full = next((step for step, blend in zip(blend_steps, blends, strict=True) if blend >= 1), None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from scao_hf.tools import ToolError, matrices
 from scao_hf.tools import page as html
 from scao_hf.tools.page import INK, LINE
-from scao_hf.tools.run_log import Run, findings, read_run
+from scao_hf.tools.run_log import Run, findings, read_run, run_folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,10 @@ PANELS = (
         "grad_norm", "Gradient norm", "How strongly the data pull at the weights. Lone peaks: unusual batches.", True
     ),
     Panel(
-        "optimizer_ms", "Optimizer time", "Milliseconds that each step of the optimizer took, refreshes included.", True
+        "optimizer_ms",
+        "Optimizer time in ms",
+        "What each step of the optimizer took, refreshes of bases included.",
+        True,
     ),
     Panel("scao/rank", "Rank", "How many directions of the curvature are in use, on average. 0 until phase 2."),
     Panel(
@@ -86,9 +89,19 @@ def _draw(axes: Axes, run: Run, panel: Panel) -> None:
     axes.plot(steps, values, color=LINE, linewidth=1.6, marker="o" if len(steps) < 13 else None, markersize=4)
     if panel.log and all(value > 0 for value in values if math.isfinite(value)) and max(values) > 20 * min(values):
         axes.set_yscale("log")
+        _plain_ticks(axes)
     if panel.key in ("scao/captured_mass", "scao/damped"):
         axes.set_ylim(0, 1.03)
     html.tidy(axes, "step")
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """1, 2, 5, 10 instead of powers of ten, which a range below a decade leaves without a number."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _pictures(run: Run, panels: list[Panel]) -> list[tuple[Panel | matrices.Map, Callable[[Figure], object]]]:
@@ -126,7 +139,9 @@ def _page(run: Run, panels: list[Panel], said: list[str]) -> str:
         html.chart(panel.title, html.svg(f"{panel.title} over steps", draw, panel.key), panel.words)
         for panel, draw in _pictures(run, panels)
     )
-    body = f'{key}\n<main class="charts">{charts}</main>'
+    about = run.matrices.about if run.matrices else []
+    settings = html.table((), [(name, [value]) for name, value in about]) if about else ""
+    body = f'{settings}{key}\n<main class="charts">{charts}</main>'
     return html.page(f"Run {run.name}", said[:1], said[1:], body, "scao-hf report")
 
 
@@ -134,12 +149,13 @@ def write_report(run_dir: Path, out: Path | None = None) -> Report:
     """Write the page and the picture.
 
     Args:
-        run_dir: output folder of a run, or a checkpoint of it.
-        out: folder for both files, made if need be; ``run_dir`` if None.
+        run_dir: output folder of a run, a checkpoint of it, or the Axolotl YAML that names the folder.
+        out: folder for both files, made if need be; that of the run if None.
 
     Raises:
         ToolError: there is nothing to report on, or ``out`` cannot be written to.
     """
+    run_dir = run_folder(run_dir)
     run = read_run(run_dir)
     panels = [panel for panel in PANELS if any(map(math.isfinite, run.series.get(panel.key, ([], []))[1]))]
     # Where these are zero throughout, a sentence says it.
