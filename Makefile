@@ -29,8 +29,8 @@ export SCAO_DEMO_MODEL SCAO_URL
 .PHONY: help audit test-oldest test-newest test-deepspeed test-core bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu release survival test test-long test-oldest-axolotl lint clean
 
 help:
-	@echo 'make demo          4-bit QLoRA of SmolLM2-135M with SCAO on the CPU: loss curve and adapter in runs/demo'
-	@echo 'make demo-compare  the same run with AdamW and with SCAO, one table'
+	@echo 'make demo          4-bit QLoRA of SmolLM2-135M on the CPU with AdamW and SCAO: loss curves and adapter in runs/demo'
+	@echo 'make demo-compare  the same two runs with held-out data: one sentence, one table, one page'
 	@echo 'make bench-quick   a reduced sweep against other optimizers: tables and plots, in under 20 minutes'
 	@echo 'make bench-costs   step times and memory, into the committed tables: half an hour on an idle machine'
 	@echo 'make reproduce-quick   the published experiments in a reduced form, in under 15 minutes'
@@ -82,9 +82,10 @@ demo-inputs: $(VENV)/.demo
 	@rm -rf .cache/demo/prepared
 
 demo: demo-inputs
-	@rm -rf runs/demo
+	@rm -rf runs/demo runs/demo-adamw
+	$(OFFLINE) $(BIN)/axolotl train $(DEMO_YAML) --launcher python --optimizer adamw_torch --output-dir runs/demo-adamw
 	$(OFFLINE) $(BIN)/axolotl train $(DEMO_YAML) --launcher python
-	@$(BIN)/python examples/demo/plot.py runs/demo
+	@$(BIN)/python examples/demo/plot.py runs/demo --adamw runs/demo-adamw
 
 demo-compare: demo-inputs
 	@$(OFFLINE) $(BIN)/python -m scao_hf compare $(DEMO_YAML) --steps 80 --out runs/compare --set '$(DEMO_HELD_OUT)'

@@ -35,13 +35,27 @@ from scao_hf import SCAOTrainer
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
+def chat(line: str, place: str) -> list[dict[str, str]]:
+    """The messages in a line of the data."""
+    try:
+        messages = json.loads(line).get("messages")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{place} is not JSON of the form {{'messages': [...]}}: {error}") from error
+    known = isinstance(messages, list) and all(
+        isinstance(it, dict) and {"role", "content"} <= set(it) for it in messages
+    )
+    if not (known and messages):
+        raise ValueError(f"{place}: no messages, a list of {{'role': ..., 'content': ...}}")
+    return messages
+
+
 class Chats(Dataset):
     """Tokenised chats whose labels cover the last answer only."""
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self.rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            messages = json.loads(line)["messages"]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            messages = chat(line, f"{path}, line {number}")
             text = tokenizer.apply_chat_template(messages, tokenize=False)
             prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
@@ -101,10 +115,20 @@ def main() -> int:
             return 1
 
     dtype = precision()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        rows = Chats(arguments.data, tokenizer, arguments.length)
+        model = load_model(arguments.model, arguments.rank, dtype)
+    except OSError as error:
+        reason = " ".join(str(error).split())[:300]
+        print(f"error: --model {arguments.model} cannot be loaded: {reason}", file=sys.stderr)
+        return 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     trainer = SCAOTrainer(
-        model=load_model(arguments.model, arguments.rank, dtype),
+        model=model,
         args=TrainingArguments(
             output_dir=str(arguments.output),
             max_steps=arguments.steps,
@@ -120,7 +144,7 @@ def main() -> int:
             dataloader_pin_memory=torch.cuda.is_available(),
             seed=42,
         ),
-        train_dataset=Chats(arguments.data, tokenizer, arguments.length),
+        train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         scao_kwargs={"warmup_steps": arguments.warmup},
     )

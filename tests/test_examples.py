@@ -229,6 +229,10 @@ def test_plot_draws_a_good_run_and_says_how_to_use_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (good / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "4.000 at the first step, 2.000 over the last 5" in done.stdout
+    other = finished_run(tmp_path / "other", [4.0] + [2.5] * 13 + [1.5], phase_from=99)
+    both = run("demo/plot.py", good, "--adamw", other, cwd=tmp_path)
+    assert "AdamW:" not in done.stdout and "AdamW:   2.300 over the last 5 steps, SCAO 2.000" in both.stdout
+    assert "lower on 4 of 5; one seed" in both.stdout
     command = re.search(r"python (examples/demo/ask.py) --adapter (\S+)", done.stdout)
     assert command is not None and (ROOT / command[1]).is_file() and Path(command[2]) == good
 
@@ -262,10 +266,12 @@ def test_plot_and_ask_say_what_is_missing(tmp_path: Path) -> None:
 def test_quickstart_reaches_phase_2_without_a_jump_in_the_loss() -> None:
     done = run("quickstart.py", cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
-    assert "phase 2" in done.stdout
-    assert max(losses) == losses[0]
-    assert losses[-1] < 0.05 * losses[0]
+    rows = [list(map(float, line.split())) for line in done.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert len(rows) == 11 and rows[0][1] == rows[0][2] and rows[-1][3] == 2
+    losses = [row[2] for row in rows]
+    assert max(losses) == losses[0] and losses[-1] < 0.05 * losses[0]
+    ratio = re.search(r"SCAO's loss is ([\d.]+) times AdamW's", done.stdout)
+    assert ratio is not None and float(ratio[1]) == pytest.approx(losses[-1] / rows[-1][1], rel=0.05)
 
 
 def test_train_qlora_trains_a_4_bit_model(chat_model: Path, harvested: Path, tmp_path: Path) -> None:
@@ -281,14 +287,19 @@ def test_train_qlora_trains_a_4_bit_model(chat_model: Path, harvested: Path, tmp
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 
-def test_train_qlora_takes_float16_on_a_card_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A T4: PyTorch says that it supports bfloat16, unless it is asked whether it does so by emulation."""
-    pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
+def train_qlora() -> Any:
     spec = importlib.util.spec_from_file_location("train_qlora", ROOT / "examples" / "train_qlora.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_train_qlora_takes_float16_on_a_card_without_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4: PyTorch says that it supports bfloat16, unless it is asked whether it does so by emulation."""
+    pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    script = train_qlora()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert script.precision() == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -302,6 +313,35 @@ def test_train_qlora_says_what_is_missing(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     done = run("train_qlora.py", cwd=tmp_path)
     assert done.returncode == 1 and "make demo-inputs" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"text": "one"}\n', "rows.jsonl, line 1: no messages, a list of {'role': ..., 'content': ...}"),
+        ('{"messages": [\n', "rows.jsonl, line 1 is not JSON of the form"),
+        ('{"messages": [{"role": "user"}]}\n', "rows.jsonl, line 1: no messages"),
+        ("", "has no chat with an answer inside --length 256 tokens"),
+    ],
+)
+def test_train_qlora_says_what_is_wrong_with_the_data(
+    text: str, words: str, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pytest.importorskip("peft")
+    script = train_qlora()
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    asked = ["train_qlora.py", "--model", str(chat_model), "--data", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", asked)
+    assert script.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said and len(said.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", [*asked[:2], str(tmp_path / "nothing/here"), *asked[3:]])
+    assert script.main() == 1 and "is missing" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", [*asked[:2], "acme/nothing", *asked[3:]])
+    assert script.main() == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: --model acme/nothing cannot be loaded: ")
 
 
 @pytest.mark.long

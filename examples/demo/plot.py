@@ -1,4 +1,4 @@
-"""Judge and draw a finished run: loss, phase and rank from the Trainer's own log.
+"""Judge and draw a finished run: loss, phase and rank from the Trainer's own log, next to AdamW's loss on the same batches.
 
 Exits with status 1 when the loss did not fall or the curvature phase was not reached.
 """
@@ -64,7 +64,13 @@ def faults(result: dict[str, float]) -> list[str]:
     return found
 
 
-def draw(history: list[dict[str, Any]], path: Path) -> None:
+def smooth(losses: list[float]) -> list[float]:
+    """The mean of the last ``LAST`` losses at each step."""
+    windows = [losses[max(0, end - LAST) : end] for end in range(1, len(losses) + 1)]
+    return [sum(window) / len(window) for window in windows]
+
+
+def draw(history: list[dict[str, Any]], path: Path, adamw: list[dict[str, Any]] | None = None) -> None:
     """Write the picture: the loss above, the rank and the curvature's share of the step below."""
     import matplotlib
 
@@ -72,14 +78,12 @@ def draw(history: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (loss_axes, rank_axes) = pyplot.subplots(2, 1, figsize=(8, 6.5), sharex=True, height_ratios=[3, 2])
-    steps, losses = series(history, "loss")
-    smooth = [
-        sum(window) / len(window) for window in (losses[max(0, end - LAST) : end] for end in range(1, len(losses) + 1))
-    ]
-    loss_axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="training loss")
-    loss_axes.plot(steps, smooth, color="tab:blue", label=f"mean of the last {LAST}")
-    loss_axes.set_ylabel("loss")
-    loss_axes.set_title("SCAO")
+    for name, colour, log in (("AdamW", "tab:brown", adamw), ("SCAO", "tab:blue", history)):
+        if log:
+            steps, losses = series(log, "loss")
+            loss_axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
+            loss_axes.plot(steps, smooth(losses), color=colour, label=f"{name}, mean of the last {LAST}")
+    loss_axes.set_ylabel("training loss")
     rank_axes.plot(*series(history, "scao/rank"), color="tab:green", drawstyle="steps-post")
     rank_axes.set_ylabel("mean rank", color="tab:green")
     rank_axes.set_xlabel("step")
@@ -103,19 +107,32 @@ def main() -> int:
     """Draw the run, print its result and judge it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=Path, help="the output_dir of an Axolotl or Trainer run")
-    run = parser.parse_args().run
+    parser.add_argument("--adamw", type=Path, help="the output_dir of the same run with AdamW, drawn with it")
+    arguments = parser.parse_args()
+    run, adamw = arguments.run, None
     try:
         history = newest_state(run)["log_history"]
+        if arguments.adamw is not None:
+            adamw = newest_state(arguments.adamw)["log_history"]
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     picture = run / "loss.png"
-    draw(history, picture)
+    draw(history, picture, adamw)
     result = summary(history)
     print(
         f"\nloss:    {result['first']:.3f} at the first step, {result['last']:.3f} over the last {LAST}; "
         f"phase {result['phase']:g} reached"
     )
+    if adamw is not None:
+        pairs = list(zip(series(adamw, "loss")[1], series(history, "loss")[1], strict=True))
+        judged = pairs[-max(1, len(pairs) // 3) :]
+        first, second = (sum(values) / len(judged) for values in zip(*judged, strict=True))
+        better = sum(scao < other for other, scao in judged)
+        print(
+            f"AdamW:   {first:.3f} over the last {len(judged)} steps, SCAO {second:.3f} on the same batches, lower on {better} "
+            f"of {len(judged)}; one seed"
+        )
     print(f"picture: {picture}")
     found = faults(result)
     if not (run / "adapter_model.safetensors").is_file():
