@@ -1219,6 +1219,23 @@ def test_doctor_prints_a_block_for_bug_reports(monkeypatch: Any) -> None:
     assert found["rows"]["torch"] == torch.__version__ and found["problems"] == [] and found["note"] is None
 
 
+def test_doctor_names_the_command_that_builds_missing_kernels(monkeypatch: Any) -> None:
+    monkeypatch.delenv("SCAO_DISABLE_EXT", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows = [(f"backend, {device}", str(ops._refusal(device, Path("nowhere")))) for device in ("cpu", "cuda")]
+    said = doctor.Findings(rows, []).text.splitlines()[-1]
+    assert said == "Steps on cpu would be faster with native kernels: the backend row has the command."
+    assert doctor.Findings([("backend, cpu", "native (v4)"), rows[1]], []).text.endswith("Nothing is broken.")
+
+
+def test_the_shell_completes_commands() -> None:
+    command = [sys.executable, "-m", "scao_hf"]
+    asked = {"_SCAO_HF_COMPLETE": "complete_bash", "COMP_WORDS": "scao-hf comp", "COMP_CWORD": "1"}
+    code = "import sys; from scao_hf.tools.cli import app; app(prog_name='scao-hf')"
+    done = subprocess.run([command[0], "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["compare"], done.stderr
+
+
 def test_doctor_tells_two_packages_of_the_name_apart(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(doctor, "axolotl_plugin", lambda: ("loads", True))
     monkeypatch.setattr(doctor, "other_package", lambda: Path("/somewhere/scao"))

@@ -47,6 +47,13 @@ class Findings:
         width = max(len(name) for name, _ in self.rows)
         rows = "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows)
         end = "\n".join(f"BROKEN: {problem}" for problem in self.problems) or "Nothing is broken."
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        built = dict(self.rows)
+        slow = [device for device in devices if "builds and installs it" in built.get(f"backend, {device}", "")]
+        if slow:
+            end += (
+                f"\nSteps on {' and '.join(slow)} would be faster with native kernels: the backend row has the command."
+            )
         return f"```\n{rows}\n```\n{end}"
 
 

@@ -213,7 +213,7 @@ def findings(found: Matrices, skipped: bool) -> list[str]:
         slowest = max(found.milliseconds, key=lambda step: found.milliseconds[step])
         usual = median(found.milliseconds.values())
         share = (
-            f" of {median(found.whole):.3g} ms for the whole step: {usual / median(found.whole):.1%}"
+            f" of {median(found.whole):,.0f} ms for the whole step: {usual / median(found.whole):.1%}"
             if found.whole
             else ""
         )
