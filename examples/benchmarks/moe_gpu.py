@@ -66,21 +66,29 @@ def config(name: str, folder: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def prepare(folder: Path) -> None:
-    """A random model with a byte tokenizer, and a text."""
+def byte_tokenizer() -> Any:
+    """Of bytes, with <pad>, <s> and </s> as its first three of 259 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokens, **names).save_pretrained(folder / "model")
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, **names)
+
+
+def prepare(folder: Path) -> None:
+    """A random model with a byte tokenizer, and a text."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 4}
     experts = {"num_experts": 16, "num_experts_per_tok": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(vocabulary), pad_token_id=0, **sizes, **experts))
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), pad_token_id=0, **sizes, **experts))
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     text = Path(argparse.__file__).read_text(encoding="utf-8")
     lines = [json.dumps({"text": text[at : at + 500]}) for at in range(0, len(text) - 500, 250)]
