@@ -250,7 +250,7 @@ def _check_learning_rates(get: Get, findings: Findings) -> None:
 def _check_length(options: dict[str, Any], steps: int, what: str, findings: Findings) -> None:
     passed = {name: value for name, value in options.items() if name in OPTIONS and name != "rule"}
     full = resolve(options.get("rule") or RULES[0], passed)
-    start = rule_of(full, matrix=True).start(full)
+    start = rule_of(full, matrix=True).phase1_steps(full)
     phase1 = (
         f"phase 1 (plain AdamW) lasts {start} steps: scao_warmup_steps is {full['warmup_steps']}, and "
         f"scao_min_precond_updates x scao_precond_freq is {full['min_precond_updates']} x {full['precond_freq']}"

@@ -37,6 +37,15 @@ T* pointer(const Tensor& tensor, const char* name, ScalarType dtype, const Tenso
   return static_cast<T*>(tensor.data_ptr());
 }
 
+// A field by its number of entries alone; its stack has the sides that scao_hf/rules/base.py gives it.
+inline float* entries_of(const Tensor& tensor, const char* name, const Tensor& like, int64_t entries) {
+  STD_TORCH_CHECK(tensor.numel() == entries, "scao: ", name, " has the wrong shape");
+  STD_TORCH_CHECK(tensor.is_contiguous(), "scao: ", name, " must be contiguous");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "scao: ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.device() == like.device(), "scao: ", name, " is on another device");
+  return static_cast<float*>(tensor.data_ptr());
+}
+
 inline float* floats(const Tensor& tensor, const char* name, const Tensor& like, std::initializer_list<int64_t> sizes) {
   return pointer<float>(tensor, name, ScalarType::Float, like, sizes);
 }
@@ -74,6 +83,33 @@ inline View view_of(const Tensor& tensor, const char* name, const Tensor& like, 
   if (sizes[0] == r && sizes[1] == l) return {data, static_cast<long>(strides[0]), static_cast<long>(strides[1]), dtype};
   STD_TORCH_CHECK(sizes[0] == l && sizes[1] == r, "scao: ", name, " is neither [r, l] nor [l, r]");
   return {data, static_cast<long>(strides[1]), static_cast<long>(strides[0]), dtype};
+}
+
+// The state of phase 2: SCAO_FIELDS, long_vectors, and of experts activity.
+template <class Index>
+Fields<Index> fields_of(const std::vector<Tensor>& state) {
+#define SCAO_COUNT(name, entries) +1
+  constexpr size_t plain = 0 SCAO_FIELDS(SCAO_COUNT);
+#undef SCAO_COUNT
+  STD_TORCH_CHECK(state.size() == plain + 1 || state.size() == plain + 2, "scao: the state has ", state.size(), " fields");
+  const Tensor &exp_avg = state[2], &long_vectors = state[plain];
+  STD_TORCH_CHECK(exp_avg.dim() == 3 && long_vectors.dim() == 3, "scao: exp_avg and long_vectors must be stacks");
+  const int64_t matrices = exp_avg.size(0), r = exp_avg.size(1), l = exp_avg.size(2), k = long_vectors.size(1);
+  Fields<Index> fields{};
+  size_t at = 0;
+#define SCAO_TAKE(name, entries) fields.name = entries_of(state[at++], #name, exp_avg, matrices * (entries));
+  SCAO_FIELDS(SCAO_TAKE)
+#undef SCAO_TAKE
+  fields.long_dtype = basis_dtype(long_vectors, exp_avg, {matrices, k, l});
+  fields.long_vectors = long_vectors.data_ptr();
+  if (state.size() > plain + 1) fields.activity = entries_of(state[plain + 1], "activity", exp_avg, 2 * matrices);
+  fields.r = static_cast<Index>(r), fields.l = static_cast<Index>(l), fields.k = static_cast<Index>(k);
+  return fields;
+}
+
+inline Numbers numbers_of(const std::vector<double>& numbers) {
+  STD_TORCH_CHECK(numbers.size() == 6, "scao: there must be 6 numbers");
+  return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
 }
 
 struct Sizes {

@@ -13,7 +13,7 @@
 namespace scao {
 namespace {
 
-constexpr float MOST_GAIN = 2.0f;  // as in scao_hf/refresh.py
+constexpr float MOST_GAIN = 2.0f;  // as in scao_hf/rules/eigenbasis_refresh.py
 
 const Kernels* best() {
 #if defined(__x86_64__)
@@ -49,63 +49,37 @@ void run(const std::vector<Task>& tasks, unsigned long bytes, Kernel kernel) {
   });
 }
 
-void adamw_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor exp_avg_sq,
-                 std::optional<Tensor> factor, Tensor taken, Tensor level, double lr, double beta1, double beta2, double eps,
-                 double weight_decay, double rho) {
+// In phase 1 and of vectors: taken, level, exp_avg, exp_avg_sq, and factor where there is one.
+void adamw_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state, std::vector<double> numbers) {
+  STD_TORCH_CHECK(state.size() == 4 || state.size() == 5, "scao: the state has ", state.size(), " fields");
+  const Tensor& exp_avg = state[2];
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
+  float* count = floats(state[0], "taken", exp_avg, {matrices});
+  float* largest = floats(state[1], "level", exp_avg, {matrices});
   float* mean = floats(exp_avg, "exp_avg", exp_avg, {matrices, r, l});
-  float* square = floats(exp_avg_sq, "exp_avg_sq", exp_avg, {matrices, r, l});
-  float* outer = factor ? floats(*factor, "factor", exp_avg, {matrices, r, r}) : nullptr;
-  float* count = floats(taken, "taken", exp_avg, {matrices});
-  float* largest = floats(level, "level", exp_avg, {matrices});
+  float* square = floats(state[3], "exp_avg_sq", exp_avg, {matrices, r, l});
+  float* outer = state.size() > 4 ? floats(state[4], "factor", exp_avg, {matrices, r, r}) : nullptr;
   std::vector<AdamwTask> tasks;
   for (int64_t i = 0; i < matrices; i++) {
     tasks.push_back({view_of(grads[i], "grads", exp_avg, r, l), view_of(params[i], "params", exp_avg, r, l),
                      mean + i * r * l, square + i * r * l, outer ? outer + i * r * r : nullptr, count + i, largest + i, r, l});
   }
-  const Numbers numbers{lr, beta1, beta2, eps, weight_decay, rho};
-  run(tasks, chosen->adamw_scratch(r, l), [&](const AdamwTask& task, void* memory) { chosen->adamw(task, numbers, memory); });
+  const Numbers n = numbers_of(numbers);
+  run(tasks, chosen->adamw_scratch(r, l), [&](const AdamwTask& task, void* memory) { chosen->adamw(task, n, memory); });
 }
 
-void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor factor,
-                      Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor level,
-                      Tensor vectors, Tensor mask, Tensor gain, Tensor long_vectors, Tensor agreement, bool cautious, double lr,
-                      double beta1, double beta2, double eps, double weight_decay, double rho, std::optional<Tensor> activity) {
+void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state,
+                      std::vector<double> numbers, bool cautious) {
+  const Fields<long> fields = fields_of<long>(state);
+  const Tensor& exp_avg = state[2];
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
-  STD_TORCH_CHECK(inside_avg.dim() == 3, "scao: inside_avg must be [N, r, k]");
-  const int64_t k = inside_avg.size(2);
-  const Dtype long_dtype = basis_dtype(long_vectors, exp_avg, {matrices, k, l});
-  const char* basis = static_cast<const char*>(long_vectors.data_ptr());
-  EigenbasisTask task{};
-  task.exp_avg = floats(exp_avg, "exp_avg", exp_avg, {matrices, r, l});
-  task.factor = floats(factor, "factor", exp_avg, {matrices, r, r});
-  task.inside_avg = floats(inside_avg, "inside_avg", exp_avg, {matrices, r, k});
-  task.inside_sq = floats(inside_sq, "inside_sq", exp_avg, {matrices, r, k});
-  task.row = floats(row, "row", exp_avg, {matrices, r, 1});
-  task.col = floats(col, "col", exp_avg, {matrices, 1, l});
-  task.taken = floats(taken, "taken", exp_avg, {matrices});
-  task.level = floats(level, "level", exp_avg, {matrices});
-  task.vectors = floats(vectors, "vectors", exp_avg, {matrices, r, r});
-  task.mask = floats(mask, "mask", exp_avg, {matrices, 1, k});
-  task.gain = floats(gain, "gain", exp_avg, {matrices});
-  task.agreement = floats(agreement, "agreement", exp_avg, {matrices});
-  task.activity = activity ? floats(*activity, "activity", exp_avg, {matrices, 2}) : nullptr;
-  task.cautious = cautious;
-  task.long_vectors = basis;
-  task.long_dtype = long_dtype;
-  task.r = r, task.l = l, task.k = k;
   std::vector<EigenbasisTask> tasks;
   for (int64_t i = 0; i < matrices; i++) {
-    task.grad = view_of(grads[i], "grads", exp_avg, r, l);
-    task.param = view_of(params[i], "params", exp_avg, r, l);
-    tasks.push_back(task);
-    task.exp_avg += r * l, task.factor += r * r, task.inside_avg += r * k, task.inside_sq += r * k;
-    task.row += r, task.col += l, task.taken += 1, task.level += 1, task.agreement += 1, task.vectors += r * r, task.mask += k, task.gain += 1;
-    if (task.activity) task.activity += 2;
-    task.long_vectors = basis + (i + 1) * k * l * (long_dtype == F32 ? 4 : 2);
+    tasks.push_back({fields, view_of(grads[i], "grads", exp_avg, r, l), view_of(params[i], "params", exp_avg, r, l), cautious});
+    tasks.back().skip(i);
   }
-  const Numbers numbers{lr, beta1, beta2, eps, weight_decay, rho};
-  run(tasks, chosen->eigenbasis_scratch(r, l, k), [&](const EigenbasisTask& task, void* memory) { chosen->eigenbasis(task, numbers, memory); });
+  const Numbers n = numbers_of(numbers);
+  run(tasks, chosen->eigenbasis_scratch(r, l, fields.k), [&](const EigenbasisTask& task, void* memory) { chosen->eigenbasis(task, n, memory); });
 }
 
 struct Bases {
@@ -143,21 +117,22 @@ Tensor eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) {
   return gram;
 }
 
-Tensor eigenbasis_turn_(Tensor exp_avg, Tensor long_vectors, Tensor row, Tensor col, Tensor coefficients,
-                        Tensor plain_row, Tensor inside_sq, Tensor bias1, Tensor bias2, Tensor finite, double eps) {
+// `fixed`: row, col, coefficients, plain_row, inside_sq, bias1, bias2, finite, none of which changes.
+Tensor eigenbasis_turn_(Tensor exp_avg, Tensor long_vectors, std::vector<Tensor> fixed, double eps) {
+  STD_TORCH_CHECK(fixed.size() == 8, "scao: there must be 8 fixed tensors");
   const Bases b = bases_of(exp_avg, long_vectors);
   const auto [n, r, l, k, dtype, data, bytes] = b;
   Tensor norms = torch::stable::new_empty(exp_avg, {n, 2});
   TurnTask task{};
   task.exp_avg = floats(exp_avg, "exp_avg", exp_avg, {n, r, l});
-  task.coefficients = floats(coefficients, "coefficients", exp_avg, {n, k + 2 * r, k + r});
-  task.row = floats(row, "row", exp_avg, {n, r, 1});
-  task.col = floats(col, "col", exp_avg, {n, 1, l});
-  task.plain_row = floats(plain_row, "plain_row", exp_avg, {n, r, 1});
-  task.inside_sq = floats(inside_sq, "inside_sq", exp_avg, {n, 1, k});
-  task.bias1 = floats(bias1, "bias1", exp_avg, {n});
-  task.bias2 = floats(bias2, "bias2", exp_avg, {n});
-  task.finite = floats(finite, "finite", exp_avg, {n});
+  task.row = floats(fixed[0], "row", exp_avg, {n, r, 1});
+  task.col = floats(fixed[1], "col", exp_avg, {n, 1, l});
+  task.coefficients = floats(fixed[2], "coefficients", exp_avg, {n, k + 2 * r, k + r});
+  task.plain_row = floats(fixed[3], "plain_row", exp_avg, {n, r, 1});
+  task.inside_sq = floats(fixed[4], "inside_sq", exp_avg, {n, 1, k});
+  task.bias1 = floats(fixed[5], "bias1", exp_avg, {n});
+  task.bias2 = floats(fixed[6], "bias2", exp_avg, {n});
+  task.finite = floats(fixed[7], "finite", exp_avg, {n});
   task.norms = static_cast<float*>(norms.data_ptr());
   task.long_vectors = data, task.long_dtype = dtype, task.eps = static_cast<float>(eps);
   task.r = r, task.l = l, task.k = k;
@@ -186,31 +161,17 @@ std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
   return {values, vectors};
 }
 
-// The matrices [first, last) of the stacks, which are passed whole.
-Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, Tensor inside_avg, Tensor inside_sq,
-                           Tensor row, Tensor col, Tensor vectors, Tensor mask, Tensor gain, Tensor factor_values,
-                           Tensor long_values, Tensor long_tail, Tensor taken, Tensor finite, int64_t first, int64_t last,
-                           double beta1, double beta2, double eps, double rho, double decay, double epsilon_sparse,
-                            int64_t k_min, int64_t k_max, std::optional<Tensor> activity) {
-  const Bases b = bases_of(exp_avg, long_vectors);
-  const int64_t n = b.matrices, r = b.r, l = b.l, k = b.k, h = k + r, count = last - first;
-  STD_TORCH_CHECK(first >= 0 && first <= last && last <= n, "scao: first and last must be within the stack");
+// The matrices [first, last) of the stacks, which are passed whole. numbers: beta1, beta2, eps, rho, decay, epsilon_sparse.
+Tensor eigenbasis_refresh_(std::vector<Tensor> state, Tensor finite, int64_t first, int64_t last, std::vector<double> numbers,
+                           int64_t k_min, int64_t k_max) {
   RefreshTask task{};
-  float* moments = floats(exp_avg, "exp_avg", exp_avg, {n, r, l}) + first * r * l;
-  float* columns = floats(col, "col", exp_avg, {n, 1, l}) + first * l;
-  float* sizes = floats(gain, "gain", exp_avg, {n}) + first;
-  task.factor = floats(factor, "factor", exp_avg, {n, r, r}) + first * r * r;
-  task.inside_avg = floats(inside_avg, "inside_avg", exp_avg, {n, r, k}) + first * r * k;
-  task.inside_sq = floats(inside_sq, "inside_sq", exp_avg, {n, r, k}) + first * r * k;
-  task.row = floats(row, "row", exp_avg, {n, r, 1}) + first * r;
-  task.vectors = floats(vectors, "vectors", exp_avg, {n, r, r}) + first * r * r;
-  task.mask = floats(mask, "mask", exp_avg, {n, 1, k}) + first * k;
-  task.factor_values = floats(factor_values, "factor_values", exp_avg, {n, r}) + first * r;
-  task.long_values = floats(long_values, "long_values", exp_avg, {n, k}) + first * k;
-  task.long_tail = floats(long_tail, "long_tail", exp_avg, {n}) + first;
-  task.taken = floats(taken, "taken", exp_avg, {n}) + first;
+  static_cast<Fields<long>&>(task) = fields_of<long>(state);
+  const Tensor& exp_avg = state[2];
+  const int64_t n = exp_avg.size(0), r = task.r, l = task.l, k = task.k, h = k + r, count = last - first;
+  STD_TORCH_CHECK(first >= 0 && first <= last && last <= n, "scao: first and last must be within the stack");
+  STD_TORCH_CHECK(numbers.size() == 6, "scao: there must be 6 numbers");
+  task.skip(first);
   task.finite = floats(finite, "finite", exp_avg, {n}) + first;
-  task.activity = activity ? floats(*activity, "activity", exp_avg, {n, 2}) + 2 * first : nullptr;
   Tensor failed = torch::stable::new_empty(exp_avg, {count});
   task.failed = static_cast<float*>(failed.data_ptr());
   const int64_t coefficients = (k + 2 * r) * h;
@@ -225,11 +186,11 @@ Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, T
   task.gram = gram, task.coefficients = take(coefficients), task.plain_row = take(r), task.mean_square = take(k);
   task.bias1 = take(1), task.bias2 = take(1), task.turns = take(1), task.inside_norm = take(1);
   float* norms = take(2);
-  task.beta1 = beta1, task.beta2 = beta2, task.rho = rho, task.eps = static_cast<float>(eps);
-  task.decay = static_cast<float>(decay);
-  task.epsilon_sparse = static_cast<float>(epsilon_sparse), task.k_min = k_min, task.k_max = k_max;
-  task.r = r, task.l = l, task.k = k;
-  char* basis = b.data + first * b.bytes;
+  task.beta1 = numbers[0], task.beta2 = numbers[1], task.eps = static_cast<float>(numbers[2]), task.rho = numbers[3];
+  task.decay = static_cast<float>(numbers[4]), task.epsilon_sparse = static_cast<float>(numbers[5]);
+  task.k_min = k_min, task.k_max = k_max;
+  char* basis = static_cast<char*>(task.long_vectors);
+  const long bytes = k * l * (task.long_dtype == F32 ? 4 : 2);
   const auto each = [](int64_t from, int64_t to, unsigned long bytes, auto&& work) {
     torch::stable::parallel_for(from, to, 1, [&](int64_t begin, int64_t end) {
       const auto memory = scratch(bytes);
@@ -241,16 +202,16 @@ Tensor eigenbasis_refresh_(Tensor exp_avg, Tensor long_vectors, Tensor factor, T
   for (int64_t from = 0; from < count; from += portion) {
     const int64_t to = from + portion < count ? from + portion : count;
     each(from, to, chosen->gram_scratch(r, l, k), [&](int64_t i, void* memory) {
-      if (task.finite[i] > 0) chosen->gram({moments + i * r * l, basis + i * b.bytes, b.dtype, gram + i * h * h, r, l, k}, memory);
+      if (task.finite[i] > 0) chosen->gram({task.exp_avg + i * r * l, basis + i * bytes, task.long_dtype, gram + i * h * h, r, l, k}, memory);
     });
     each(from / lanes, (to + lanes - 1) / lanes, chosen->bases_scratch(r, k), [&](int64_t group, void* memory) {
       chosen->bases(task, group * lanes, (group + 1) * lanes < to ? (group + 1) * lanes : to, memory);
     });
     each(from, to, chosen->turn_scratch(r, l, k), [&](int64_t i, void* memory) {
-      chosen->turn({moments + i * r * l, basis + i * b.bytes, b.dtype, task.row + i * r, columns + i * l,
+      chosen->turn({task.exp_avg + i * r * l, basis + i * bytes, task.long_dtype, task.row + i * r, task.col + i * l,
                     task.coefficients + i * coefficients, task.plain_row + i * r, task.mean_square + i * k,
                     task.bias1 + i, task.bias2 + i, task.turns + i, norms + 2 * i, task.eps, r, l, k}, memory);
-      if (task.turns[i] > 0) sizes[i] = gain_of(norms[2 * i], norms[2 * i + 1] + task.inside_norm[i]);
+      if (task.turns[i] > 0) task.gain[i] = gain_of(norms[2 * i], norms[2 * i + 1] + task.inside_norm[i]);
     });
   }
   return failed;
@@ -286,6 +247,8 @@ STABLE_TORCH_LIBRARY_IMPL(scao, CPU, m) {
 }
 
 }  // namespace scao
+
+extern "C" __attribute__((visibility("default"))) int scao_interface() { return SCAO_INTERFACE; }
 
 // The instruction set in use: "base", "v3" or "v4" (x86-64 levels).
 extern "C" __attribute__((visibility("default"))) const char* scao_cpu_isa() { return scao::chosen->isa; }

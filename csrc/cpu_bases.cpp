@@ -1,5 +1,5 @@
 // All of a refresh but the long side, for VL matrices at a time, one in each vector lane: both decompositions, (E4), (E6),
-// (E7), (E8), and the moments in the new bases. The equations are those of scao_hf/refresh.py and scao_hf/curvature.py,
+// (E7), (E8), and the moments in the new bases. The equations are those of scao_hf/rules/eigenbasis_refresh.py,
 // in the same order and under the same names. An [m, n] stack is m n vectors.
 #include "cpu_eigh.h"
 #include "cpu_products.h"
@@ -9,7 +9,7 @@ namespace scao {
 namespace SCAO_ISA {
 namespace {
 
-constexpr float LEAST_OUTSIDE = 0.3f, SOLID = 1e-6f, RANK_TOLERANCE = 1e-6f;  // as in scao_hf/curvature.py
+constexpr float LEAST_OUTSIDE = 0.3f, SOLID = 1e-6f, RANK_TOLERANCE = 1e-6f;  // as in scao_hf/rules/eigenbasis_refresh.py, scao_hf/linalg.py
 
 INLINE vf most(vf a, vf b) { return a > b ? a : b; }
 

@@ -2,9 +2,9 @@
 // instruction set with another SCAO_ISA; cpu.cpp picks one table when it is loaded.
 #pragma once
 
-namespace scao {
+#include "state.h"
 
-enum Dtype { F32, BF16, F16 };
+namespace scao {
 
 // A gradient or a parameter as an [r, l] matrix; strides in elements. Either stride may be the contiguous one.
 struct View {
@@ -27,16 +27,10 @@ struct AdamwTask {
   long r, l;
 };
 
-// One matrix in phase 2; names as in scao_hf/rules/eigenbasis.py.
-struct EigenbasisTask {
+// One matrix in phase 2.
+struct EigenbasisTask : Fields<long> {
   View grad, param;
-  float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken, *level, *agreement;
-  const float *vectors, *mask, *gain;
-  const float* activity;     // (X3), [2], or null
-  const void* long_vectors;  // [k, l]
-  Dtype long_dtype;          // F32 or BF16
   bool cautious;
-  long r, l, k;
 };
 
 // Inner products of the rows of [U^T; M], both halves.
@@ -48,7 +42,7 @@ struct GramTask {
   long r, l, k;
 };
 
-// (U15) of scao_hf/update.py, where the names are explained.
+// (U15) of scao_hf/rules/eigenbasis_refresh.py (`rotate`), where the names are explained.
 struct TurnTask {
   float* exp_avg;      // [r, l]
   void* long_vectors;  // [k, l]
@@ -59,18 +53,16 @@ struct TurnTask {
   long r, l, k;
 };
 
-// A refresh but for the long side; names as in scao_hf/refresh.py, every field a stack. One of whose gradient was not finite,
-// or whose decompositions fail, stays as it is.
-struct RefreshTask {
-  const float *gram, *factor, *taken, *finite;
-  const float* activity;  // or null
-  float *inside_avg, *inside_sq, *row, *vectors, *mask, *factor_values, *long_values, *long_tail;
+// A refresh but for the long side; names as in scao_hf/rules/eigenbasis_refresh.py, every field a stack. A matrix whose gradient
+// was not finite, or whose decompositions fail, stays as it is.
+struct RefreshTask : Fields<long> {
+  const float *gram, *finite;
   // What turn takes: of these `turns` is 1 for what is to be turned. inside_norm: squared norm of the kept part's step.
   float *coefficients, *plain_row, *mean_square, *bias1, *bias2, *turns, *inside_norm;
   float* failed;  // 1 where the decompositions failed
   double beta1, beta2, rho;
   float eps, decay, epsilon_sparse;
-  long k_min, k_max, r, l, k;
+  long k_min, k_max;
 };
 
 // Eigendecompositions of symmetric matrices; NaN where one is not finite or does not converge.

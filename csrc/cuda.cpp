@@ -16,34 +16,16 @@ void* stream_of(const Tensor& tensor) {
   return stream;
 }
 
-void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Tensor exp_avg, Tensor factor,
-                      Tensor inside_avg, Tensor inside_sq, Tensor row, Tensor col, Tensor taken, Tensor level,
-                      Tensor vectors, Tensor mask, Tensor gain, Tensor long_vectors, Tensor agreement, bool cautious, double lr,
-                      double beta1, double beta2, double eps, double weight_decay, double rho, std::optional<Tensor> activity) {
+void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> fields,
+                      std::vector<double> numbers, bool cautious) {
+  cuda::State state{};
+  static_cast<Fields<int>&>(state) = fields_of<int>(fields);
+  const Tensor& exp_avg = fields[2];
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
-  STD_TORCH_CHECK(inside_avg.dim() == 3, "scao: inside_avg must be [N, r, k]");
-  const int64_t k = inside_avg.size(2);
-  STD_TORCH_CHECK(r <= cuda::LARGEST && k <= cuda::LARGEST, "scao: r and k must be at most ", cuda::LARGEST);
+  STD_TORCH_CHECK(r <= cuda::LARGEST && state.k <= cuda::LARGEST, "scao: r and k must be at most ", cuda::LARGEST);
   STD_TORCH_CHECK(l < (1 << 30), "scao: l must be below 2^30");
   const torch::stable::accelerator::DeviceGuard guard(exp_avg.get_device_index());
-  cuda::State state{};
-  state.exp_avg = floats(exp_avg, "exp_avg", exp_avg, {matrices, r, l});
-  state.factor = floats(factor, "factor", exp_avg, {matrices, r, r});
-  state.inside_avg = floats(inside_avg, "inside_avg", exp_avg, {matrices, r, k});
-  state.inside_sq = floats(inside_sq, "inside_sq", exp_avg, {matrices, r, k});
-  state.row = floats(row, "row", exp_avg, {matrices, r, 1});
-  state.col = floats(col, "col", exp_avg, {matrices, 1, l});
-  state.taken = floats(taken, "taken", exp_avg, {matrices});
-  state.level = floats(level, "level", exp_avg, {matrices});
-  state.vectors = floats(vectors, "vectors", exp_avg, {matrices, r, r});
-  state.mask = floats(mask, "mask", exp_avg, {matrices, 1, k});
-  state.agreement = floats(agreement, "agreement", exp_avg, {matrices});
-  state.activity = activity ? floats(*activity, "activity", exp_avg, {matrices, 2}) : nullptr;
   state.cautious = cautious;
-  state.gain = floats(gain, "gain", exp_avg, {matrices});
-  state.long_dtype = basis_dtype(long_vectors, exp_avg, {matrices, k, l});
-  state.long_vectors = long_vectors.data_ptr();
-  state.r = static_cast<int>(r), state.l = static_cast<int>(l), state.k = static_cast<int>(k);
   std::vector<View> gradients, weights;
   for (int64_t i = 0; i < matrices; i++) {
     gradients.push_back(view_of(grads[i], "grads", exp_avg, r, l));
@@ -53,7 +35,7 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, Ten
   const Tensor scratch = torch::stable::new_empty(exp_avg, {batch * scao_cuda_scratch(state.r, state.l, state.k)});
   state.scratch = static_cast<float*>(scratch.data_ptr());
   const int error = scao_cuda_eigenbasis(gradients.data(), weights.data(), static_cast<int>(matrices), state,
-                                         {lr, beta1, beta2, eps, weight_decay, rho}, stream_of(exp_avg));
+                                         numbers_of(numbers), stream_of(exp_avg));
   STD_TORCH_CHECK(error == 0, "scao: a launch failed with CUDA error ", error);
 }
 
@@ -81,3 +63,5 @@ STABLE_TORCH_LIBRARY_IMPL(scao, CUDA, m) {
 }
 
 }  // namespace scao
+
+extern "C" __attribute__((visibility("default"))) int scao_interface() { return SCAO_INTERFACE; }

@@ -69,7 +69,7 @@ __device__ inline unsigned bits_of(float f) {
   return x.u;
 }
 
-constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/update.py
+constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis_refresh.py
 
 // x within 1, (U10).
 __device__ inline float bounded(float x) { return x > 1 ? 1.0f : x < -1 ? -1.0f : x; }

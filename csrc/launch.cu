@@ -41,20 +41,13 @@ extern "C" long scao_cuda_scratch(int r, int l, int k) { return cuda::scratch_si
 
 extern "C" int scao_cuda_eigenbasis(const View* grads, const View* params, int matrices, cuda::State state,
                                     Numbers numbers, void* stream) {
-  const int r = state.r, l = state.l, k = state.k;
-  state.chunks = (l + cuda::CHUNK - 1) / cuda::CHUNK;
-  const long basis_bytes = static_cast<long>(l) * k * (state.long_dtype == F32 ? 4 : 2);
+  state.chunks = (state.l + cuda::CHUNK - 1) / cuda::CHUNK;
   for (int first = 0; first < matrices; first += cuda::BATCH) {
     const int count = matrices - first < cuda::BATCH ? matrices - first : cuda::BATCH;
     cuda::Batch batch{};
     for (int i = 0; i < count; i++) batch.grad[i] = grads[first + i], batch.param[i] = params[first + i];
     cuda::State s = state;
-    s.exp_avg += static_cast<long>(first) * r * l, s.factor += first * r * r;
-    s.inside_avg += first * r * k, s.inside_sq += first * r * k, s.row += first * r;
-    s.col += static_cast<long>(first) * l, s.taken += first, s.level += first, s.agreement += first, s.vectors += first * r * r;
-    s.mask += first * k, s.gain += first;
-    if (s.activity) s.activity += 2L * first;
-    s.long_vectors = static_cast<const char*>(s.long_vectors) + first * basis_bytes;
+    s.skip(first);
     const dim3 grid(state.chunks, count);
     SCAO_LAUNCH(cuda::project, grid, stream, batch, s);
     SCAO_LAUNCH(cuda::settle, dim3(count), stream, batch, s, numbers);

@@ -18,14 +18,9 @@ struct Batch {
   View grad[BATCH], param[BATCH];
 };
 
-// Everything but G and W, stacked; the pointers are those of the batch's first matrix.
-struct State {
-  float *exp_avg, *factor, *inside_avg, *inside_sq, *row, *col, *taken, *level, *agreement;
-  const float *vectors, *mask, *gain;
-  const float* activity;  // (X3), [2] a matrix, or null
-  const void* long_vectors;
-  Dtype long_dtype;
-  int r, l, k, chunks, cautious;
+// Everything but G and W, of a batch's matrices.
+struct State : Fields<int> {
+  int chunks, cautious;
   float* scratch;  // scratch_size() floats a matrix
 };
 

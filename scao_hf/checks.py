@@ -65,7 +65,7 @@ def check_length(optimizer: SCAO | ZeroSCAO, steps: int) -> None:
         steps: optimizer steps that the run takes from here.
     """
     ramps = {
-        (rule_of(group, True, shape).start(group), group["blend_steps"])
+        (rule_of(group, True, shape).phase1_steps(group), group["blend_steps"])
         for group, param in _parameters(optimizer)
         for shape, member in members(param, group)
         if member.block is not None

@@ -1,9 +1,8 @@
-"""A checksum for each parameter's saved state: ``torch.load`` reads a file with flipped bits without a word."""
+"""A checksum for each parameter's saved state: ``torch.load`` silently reads a file with flipped bits."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,29 +47,3 @@ def _sum(data: Tensor) -> int:
         weights = torch.arange(2 * start + 1, 2 * (start + words.numel()), 2, device=data.device)
         total += (words * weights).sum()
     return int(total)
-
-
-def sealed(state: dict[Any, dict[str, Any]]) -> dict[Any, dict[str, Any]]:
-    """The entries of a state dict with their checksums; those whose state is sharded are left as they are."""
-    return {
-        key: entry if isinstance(entry.get("bytes"), dict) else {**entry, CHECKSUM: checksum(entry)}
-        for key, entry in state.items()
-    }
-
-
-def opened(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry without its checksum."""
-    return {name: value for name, value in entry.items() if name != CHECKSUM}
-
-
-def check(state: dict[Any, dict[str, Any]], labels: Mapping[Any, str]) -> None:
-    """Raise ``ValueError`` unless every entry that has a checksum fits it; ``labels`` are what messages call the entries."""
-    for key, entry in state.items():
-        saved = entry.get(CHECKSUM)
-        if CHECKSUM in entry and (not isinstance(saved, int) or saved != checksum(entry)):
-            raise ValueError(
-                f"{labels[key]}: the saved state does not fit its checksum: it has changed since state_dict() was called. If "
-                "it was kept in memory, its tensors are the live ones: keep copy.deepcopy(optimizer.state_dict()) instead. If "
-                "it comes from a file, the file is damaged: take an earlier checkpoint. After an edit of your own, delete "
-                f"{CHECKSUM!r} from the entry"
-            )

@@ -7,24 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scao_hf import refresh
-from scao_hf.default_kernels import (
-    DTYPES,
-    adamw_step_,
-    eigenbasis_gram,
-    eigenbasis_refresh_,
-    eigenbasis_step_,
-    eigenbasis_turn_,
-    int8_ema_,
-    symmetric_eigh,
-)
+from scao_hf import quantization
 
 __all__ = [
     "adamw_step_",
@@ -40,8 +30,44 @@ __all__ = [
     "refreshes",
     "supports",
     "symmetric_eigh",
-    "tools",
 ]
+
+#: What parameters and gradients may be for a native kernel.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Each operation does what a rule's PyTorch code does, on one bucket, in place. ``state`` are stacked fields in the order of the
+# rule's table after the counters, ``numbers`` those of ``numbers(group)``, of a refresh beta1, beta2, eps, rho, what the old
+# long basis is worth, and epsilon_sparse. csrc checks what it is given.
+_LIBRARY = torch.library.Library("scao", "DEF")
+#: Schemas, and what an operation returns where tensors have no numbers (FakeTensorMode).
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, float[] numbers) -> ()": lambda *_: None,
+    "eigenbasis_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, float[] numbers, bool cautious) -> ()": (
+        lambda *_: None
+    ),
+    "eigenbasis_refresh_(Tensor(a!)[] state, Tensor finite, int first, int last, float[] numbers, int k_min, int k_max) "
+    "-> Tensor": lambda state, finite, first, last, *_: finite.new_empty(last - first),
+    "eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) -> Tensor": lambda moments, basis: moments.new_empty(
+        len(moments), *[basis.shape[1] + moments.shape[1]] * 2
+    ),
+    "eigenbasis_turn_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor[] fixed, float eps) -> Tensor": (
+        lambda moments, *_: moments.new_empty(len(moments), 2)
+    ),
+    "symmetric_eigh(Tensor matrices) -> (Tensor, Tensor)": (
+        lambda matrices: (matrices.new_empty(matrices.shape[:2]), matrices.new_empty(matrices.shape))
+    ),
+    "int8_ema_(Tensor(a!) codes, Tensor(b!) scales, Tensor values, Tensor weights, int seed) -> ()": lambda *_: None,
+}
+for _schema, _fake in _OPERATIONS.items():
+    _LIBRARY.define(_schema)
+    torch.library.register_fake(f"scao::{_schema.partition('(')[0]}", _fake, lib=_LIBRARY)
+
+adamw_step_ = torch.ops.scao.adamw_step_
+eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
+eigenbasis_refresh_ = torch.ops.scao.eigenbasis_refresh_
+eigenbasis_gram = torch.ops.scao.eigenbasis_gram
+eigenbasis_turn_ = torch.ops.scao.eigenbasis_turn_
+symmetric_eigh = torch.ops.scao.symmetric_eigh
 
 #: Largest r and k that the native kernels take: beyond it the library's products are faster, or shared memory ends.
 LARGEST_SIDE = {"cpu": 128, "cuda": 64}
@@ -61,6 +87,8 @@ KERNELS = {
 #: Largest side of matrices that are decomposed natively.
 LARGEST_DECOMPOSED = 64
 OLDEST_TORCH = (2, 10)
+#: What the operations take; as in csrc/state.h.
+INTERFACE = 2
 #: What builds the kernels for a device and installs them, in a clone of the repository.
 BUILD_COMMAND = "SCAO_BUILD_EXT={} pip install ."
 #: Compute capability below which there is no device code.
@@ -96,7 +124,10 @@ def _load(device: str) -> tuple[ctypes.CDLL | None, str]:
         torch.ops.load_library(str(path))
     except OSError as error:
         return None, f"{path.name} could not be loaded: {error}"
-    return ctypes.CDLL(str(path)), ""
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "scao_interface") or library.scao_interface() != INTERFACE:
+        return None, f"{path.name} was built from another version of the sources: build it again"
+    return library, ""
 
 
 _CPU, _CPU_REASON = _load("cpu")
@@ -130,9 +161,9 @@ def backend() -> dict[str, str]:
     }
 
 
-def numbers(group: dict[str, Any]) -> tuple[float, ...]:
+def numbers(group: dict[str, Any]) -> list[float]:
     """lr, betas, eps, weight decay and rho of a parameter group, in the order in which the operations take them."""
-    return (float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["rho"])
+    return [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["rho"]]
 
 
 def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> bool:
@@ -180,15 +211,8 @@ def refreshes(moments: Tensor, long_basis: Tensor) -> bool:
     return has("eigenbasis_refresh_", moments, long_basis) and sides <= LARGEST_DECOMPOSED
 
 
-def _turn_flat(*arguments: Any) -> Tensor:
-    """``eigenbasis_turn_`` with the arguments of ``update.turn``."""
-    *fields, bias, finite, eps = arguments
-    norms: Tensor = eigenbasis_turn_(*fields, *(part.flatten() for part in (*bias, finite)), eps)
-    return norms
-
-
-def tools(moments: Tensor, long_basis: Tensor) -> refresh.Tools:
-    """What does the larger parts of a refresh where the whole of it has no native kernel."""
-    if has("eigenbasis_turn_", moments, long_basis):
-        return refresh.Tools(eigenbasis_gram, _turn_flat, eigh)
-    return refresh.Tools(solver=eigh)
+def int8_ema_(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
+    """``quantization.ema_``, with the native kernel where there is one."""
+    device = codes.device.type
+    kernel = device in NATIVE and "int8_ema_" in KERNELS[device]
+    (torch.ops.scao.int8_ema_ if kernel else quantization.ema_)(codes, scales, values, weights, seed)

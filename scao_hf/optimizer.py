@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from numbers import Integral, Real
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scao_hf import integrity, notices, ops, report
+from scao_hf import checkpoint, notices, report
 from scao_hf import options as opt
-from scao_hf import state as storage
 from scao_hf.buckets import Bucket, is_matrix
-from scao_hf.distributed import serial
 from scao_hf.distributed.exchange import agreed, check_flattened, check_placement
-from scao_hf.distributed.shards import Shards, restored
+from scao_hf.distributed.shards import Shards
 from scao_hf.distributed.sharing import Sharing
 from scao_hf.edits import Edits, check_lr
 from scao_hf.experts import Packing, find_experts, find_vocabulary, split_group
 from scao_hf.finite import Watch, check_finite
+from scao_hf.low_bit import decoded
 from scao_hf.precision import full_precision
-from scao_hf.rules import Tick, rule_of
+from scao_hf.rules import Step, idle_experts_kept, rule_of
 from scao_hf.stacks import Stacks, publish
-from scao_hf.storage import opened
-from scao_hf.update import count_activity, sanitize
+from scao_hf.state import State
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -87,7 +83,7 @@ class SCAO(Optimizer):
         passed = {name: given[name] for name in ("betas", *opt.OPTIONS) if name != "rule"}
         _check_params(params)
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **opt.resolve(rule, passed)}
-        defaults["scao_version"] = storage.VERSION
+        defaults["scao_version"] = checkpoint.VERSION
         self._passed = {name: value for name, value in passed.items() if value is not None}
         self._sharing: Sharing | None = None
         self._experts, self._vocabulary = experts or {}, set(vocabulary or ())
@@ -102,7 +98,7 @@ class SCAO(Optimizer):
         notices.without_matrices(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = defaultdict(dict, storage.apart(self.state))
+        state = defaultdict(dict, checkpoint.apart(self.state))
         return {**super().__getstate__(), "state": state, "_passed": self._passed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -212,7 +208,7 @@ class SCAO(Optimizer):
         for index, bucket in enumerate(buckets):
             # The step may be taken inside the training loop's autocast block: its own arithmetic must not be lowered.
             device = bucket.members[0].param.device.type
-            with full_precision(), torch.autocast(device, enabled=False), _idle_experts_kept(bucket):
+            with full_precision(), torch.autocast(device, enabled=False):
                 self._step_bucket(bucket, None if sharing is None else parts[index].get(sharing.rank, slice(0, 0)))
         if sharing is not None:
             sharing.exchange(buckets, parts)
@@ -247,34 +243,12 @@ class SCAO(Optimizer):
 
         ``due``: the members to be refreshed, None for all whose turn it is.
         """
-        with opened(bucket) as state:
-            self._step_state(bucket, state, due)
-        publish(bucket)
-
-    def _step_state(self, bucket: Bucket, state: dict[str, Tensor], due: slice | None) -> None:
-        """One step: moments and curvature, direction, decay, write-back."""
-        group, rule = bucket.group, rule_of(bucket.group, bucket.matrix, bucket.shape)
+        rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
         if due is None:
-            due = bucket.due(bucket.step + 1, rule.start(group))
-        # A learning rate on a device would have to be waited for.
-        waits = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
-        # The kernels' v += (1 - b2) (g^2 - v) loses all digits of a small g^2 where b2 is next to zero; lerp does not.
-        native = ops.supports([member.param for member in bucket.members], bucket.shape, bucket.matrix)
-        if native and not waits and group["betas"][1] >= 0.5:
-            params, parts = bucket.parts()
-            if rule.fused(state, params, parts, bucket.step + 1, group, due):
-                bucket.step += 1
-                torch.autograd.graph.increment_version(params)
-                return
-        grads, finite = sanitize(bucket.gradients(), state["level"])
-        bucket.step += 1
-        state["taken"] += finite[:, 0, 0]
-        tick = Tick.of(bucket.step, state["taken"][:, None, None], finite, group, due)
-        direction = rule.step(state, grads, tick)
-        lr, decay = group["lr"], group["weight_decay"]
-        if isinstance(lr, Tensor):
-            lr = lr.detach().to(direction)
-        bucket.subtract(direction, finite * lr, decay)
+            due = bucket.due(bucket.step + 1, rule.phase1_steps(bucket.group))
+        with idle_experts_kept(bucket, rule), decoded(bucket) as state:
+            rule.step(Step(bucket, state, bucket.step + 1, due))
+        publish(bucket)
 
     def share_refresh(self, group: Any = None) -> None:
         """Share the refreshes out between the processes of a data-parallel run (DDP). Call it in all of them.
@@ -302,17 +276,7 @@ class SCAO(Optimizer):
         """
         with agreed(self.param_groups):
             self._follow_edits()
-        saved = super().state_dict()
-        saved["state"] = integrity.sealed(storage.apart(saved["state"]))
-        # A schedule in NumPy leaves a learning rate that torch.load(weights_only=True) refuses.
-        saved["param_groups"] = [
-            {name: float(value) if _is_fraction(value) else value for name, value in group.items()}
-            for group in saved["param_groups"]
-        ]
-        shards = Shards.of(self.param_groups)
-        if shards is not None:
-            saved = shards.to_bytes(saved, self.param_groups)
-        return serial.for_checkpoint(saved, self.param_groups)
+        return checkpoint.saved(super().state_dict(), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state exactly: dtypes are kept, tensors are copied.
@@ -321,10 +285,10 @@ class SCAO(Optimizer):
             ValueError: another optimizer's or rule's state, a shape or key that does not fit, a non-finite value. The
                 optimizer is unchanged then.
         """
-        fresh: storage.State = {}
+        fresh: State = {}
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            incoming, state = restored(incoming, self.param_groups)
+            incoming, state = checkpoint.restored(incoming, self.param_groups)
             fresh.update(state)
             return {**incoming, "state": {}}
 
@@ -385,10 +349,6 @@ class SCAO(Optimizer):
         return report.memory_report(self.param_groups, held if shards is None else held - shards.elsewhere)
 
 
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, Integral)
-
-
 def _check_params(params: Any) -> None:
     """Raise ``TypeError`` for a module, whose error in torch says nothing of parameters."""
     if isinstance(params, nn.Module) and not isinstance(params, nn.ParameterList):
@@ -396,27 +356,6 @@ def _check_params(params: Any) -> None:
             f"SCAO was given a {type(params).__name__}: pass model.parameters() or model.named_parameters(), or use "
             "create_scao_optimizer(model)"
         )
-
-
-@contextmanager
-def _idle_experts_kept(bucket: Bucket) -> Iterator[None]:
-    """Leave the curvature of experts without a token as it is: an average over the steps in which they had some.
-
-    Their moments decay as AdamW's do; ``activity`` knows by how much these are smaller than the average (X3).
-    """
-    largest = bucket.largest()
-    if largest is None:
-        yield
-        return
-    idle = largest == 0
-    if "activity" in bucket.state:
-        count_activity(bucket.state["activity"], largest, bucket.group["betas"][1])
-    rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
-    before = {name: field.clone() for name, field in bucket.state.items() if rule.kind(name) == "curvature"}
-    yield
-    for name, field in before.items():
-        kept = idle.view(-1, *[1] * (field.ndim - 1))
-        bucket.state[name].copy_(torch.where(kept, field, bucket.state[name]))
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

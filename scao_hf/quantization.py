@@ -92,6 +92,29 @@ def decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.d
     return values.view(codes.shape[0], -1)[:, :numel].reshape(-1, *shape)
 
 
+def zeros(batch: int, numel: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Codes and scales of ``batch`` tensors of ``numel`` zeros each."""
+    codes, scales = encoded_shapes(batch, numel)
+    return torch.zeros(codes, dtype=torch.int8, device=device), torch.zeros(scales, device=device, dtype=torch.float32)
+
+
+def ema_(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
+    """Decode, ``x <- x + w (value - x)``, (Q1), in place; a matrix of weight zero keeps its codes.
+
+    Args:
+        codes, scales: of x, with power 1.
+        values: ``[N, ...]``.
+        weights: w, ``[N]``.
+        seed: as for ``encode``.
+    """
+    flat = values.reshape(values.shape[0], -1)
+    average = decode(codes, scales, tuple(flat.shape[1:]), flat.dtype).lerp_(flat, weights[:, None])
+    fresh_codes, fresh_scales = encode(average, seed)
+    keep = weights[:, None] == 0
+    codes.copy_(torch.where(keep, codes, fresh_codes))
+    scales.copy_(torch.where(keep, scales, fresh_scales))
+
+
 def to_bfloat16(values: Tensor, seed: int) -> Tensor:
     """(Q2) Round to one of the two neighbouring bfloat16 numbers, right on average; a bfloat16 number stays as it is.
 

@@ -26,7 +26,7 @@ def _phase(bucket: Bucket) -> tuple[int, float]:
     """(phase, blend) of the bucket's latest step."""
     if bucket.step == 0:
         return 0, 0.0
-    start = rule_of(bucket.group, bucket.matrix, bucket.shape).start(bucket.group)
+    start = rule_of(bucket.group, bucket.matrix, bucket.shape).phase1_steps(bucket.group)
     blend = blend_weight(bucket.step, start, bucket.group["blend_steps"])
     return (2 if blend else 1), blend
 
@@ -42,7 +42,7 @@ def metrics(buckets: list[Bucket]) -> dict[str, float]:
     if not buckets:
         return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": 0.0}
     device = buckets[0].state["taken"].device
-    summaries = [rule_of(bucket.group, True, bucket.shape).summary(bucket.state, bucket.group) for bucket in matrices]
+    summaries = [rule_of(bucket.group, True, bucket.shape).figures(bucket) for bucket in matrices]
     means = [
         torch.cat([summary[name].double().to(device) for summary in summaries]).mean() for name in METRICS if summaries
     ]
@@ -70,7 +70,7 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
         phase, blend = _phase(bucket)
         summary = {
             name: values.double().tolist()
-            for name, values in rule_of(bucket.group, True, bucket.shape).summary(bucket.state, bucket.group).items()
+            for name, values in rule_of(bucket.group, True, bucket.shape).figures(bucket).items()
         }
         skipped = _skipped(bucket).tolist()
         matrices = [
@@ -117,7 +117,7 @@ def memory_report(groups: Groups, counted: Collection[Tensor]) -> dict[str, int]
         before += sum(field.nbytes for field in expected(param, group, 0).values())
         for name, field in expected(param, group, sys.maxsize).items():
             field_name = name.partition(".")[0]
-            kind = "counters" if field_name in COUNTERS else rule_for(param, group).kind(field_name)
+            kind = "counters" if field_name in COUNTERS else rule_for(param, group).field(field_name).kind
             sizes[kind] += field.nbytes
     total = sum(sizes.values())
     return {**sizes, "total": total, "peak": max(before, total), "parameters": sum(param.numel() for param, _ in owned)}

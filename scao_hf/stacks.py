@@ -16,8 +16,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from scao_hf import options
-from scao_hf import storage as encoding
+from scao_hf import low_bit, options
 from scao_hf.buckets import Bucket, Layout, arithmetic_dtype, turns_of
 from scao_hf.distributed.serial import BYTES
 from scao_hf.distributed.shards import Shards
@@ -127,7 +126,7 @@ def build_buckets(
             for shape, member in [] if whole is None else members(whole, group):
                 key: tuple[Any, ...] = (place, shape, dtype, param.dtype, param.device, step, member.block is None)
                 if group["moment_dtype"] != "float32":
-                    key += (sizes[key] // encoding.chunk(param.device),)
+                    key += (sizes[key] // low_bit.chunk(param.device),)
                     sizes[key[:-1]] += member.size * shape[0] * shape[1]
                 bucket = found.setdefault(key, Bucket(group, shape, step, dtype, cycle=cycle))
                 bucket.members.append(member)
@@ -193,7 +192,7 @@ def _fill(bucket: Bucket, before: dict[str, Any]) -> list[Tensor]:
             pieces = [piece.to(device, like.dtype) for piece in pieces]
             bucket.state[name] = torch.cat(pieces) if bucket.packed else torch.stack(pieces)
     if fields.keys() != own.keys():
-        encoding.convert(bucket)
+        low_bit.convert(bucket)
     return found
 
 

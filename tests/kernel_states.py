@@ -1,17 +1,38 @@
-"""States of phase 2 for the tests of the kernels, on CPUs and in the emulator."""
+"""States of phase 2 for the tests of the kernels, on CPUs and in the emulator, and steps of them by either path.
+
+A rule's PyTorch code is what its native kernels are held to.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+from unittest import mock
+
 import torch
+from torch import Tensor
 
-from scao_hf import refresh
+from scao_hf import ops, options
+from scao_hf.buckets import Block, Bucket, Member
+from scao_hf.rules import Step, rule_of
+from scao_hf.rules.eigenbasis import Eigenbasis
+
+#: lr, betas, eps, weight decay and rho.
+NUMBERS = [0.01, 0.9, 0.99, 1e-8, 0.05, 0.95]
+#: A step of phase 2 in which the ramp is over.
+LATE = 1000
 
 
-def eigenbasis_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """What ``ops.eigenbasis_step_`` takes, in its order; the last column of the long basis is masked."""
+def group(**changed: Any) -> dict[str, Any]:
+    """A parameter group with ``NUMBERS``, whose refreshes keep 2 directions or more."""
+    numbers = {"lr": NUMBERS[0], "eps": NUMBERS[3], "weight_decay": NUMBERS[4]}
+    return {**options.resolve("eigenbasis", {"rho": NUMBERS[5], "k_min": 2, "k_max": 64}), **numbers, **changed}
+
+
+def eigenbasis_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """The fields that the kernels of phase 2 take, in their order; the last column of the long basis is masked."""
     roots = torch.randn(size, r, r)
     mask = (torch.arange(k) < max(1, k - 1)).float().expand(size, 1, k).contiguous()
-    return {
+    state = {
         "exp_avg": 0.1 * torch.randn(size, r, l),
         "factor": roots @ roots.mT,
         "inside_avg": torch.randn(size, r, k),
@@ -25,15 +46,15 @@ def eigenbasis_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = tor
         "gain": torch.rand(size) + 0.5,
         "long_vectors": (torch.linalg.qr(torch.randn(size, l, k))[0] * mask).mT.to(dtype).contiguous(),
         "agreement": torch.linspace(0.3, 0.9, size),
+        "factor_values": torch.rand(size, r),
+        "long_values": torch.linspace(2, 0.1, k) * mask[:, 0],
+        "long_tail": 0.1 * torch.rand(size),
     }
+    return {name: state[name] for name in Eigenbasis.native_fields}
 
 
-#: What ``ops.eigenbasis_refresh_`` takes after the tensors and the range of matrices.
-REFRESH = refresh.Settings(0.9, 0.99, 1e-8, 0.95, 0.6, 0.05, 2, 64)
-
-
-def refresh_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """What ``ops.eigenbasis_refresh_`` takes, in its order: eigenvalues fall, so that no two are the same."""
+def refresh_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """The same for a refresh: eigenvalues fall, so that no two are the same."""
     state = eigenbasis_state(size, r, l, k, dtype)
     roots = torch.randn(size, r, 2 * r) * torch.linspace(1, 0.2, r)[:, None]
     rows = state["long_vectors"].float()
@@ -41,12 +62,42 @@ def refresh_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.
     state["exp_avg"] = state["exp_avg"] * torch.linspace(1, 0.2, r)[:, None]
     state["exp_avg"] -= 0.9 * (state["exp_avg"] @ rows.mT) @ rows
     state["inside_avg"] *= state["mask"] * torch.linspace(1, 0.2, r)[:, None]
-    fresh = {
-        # The adaptive rank has switched off some of the directions that the sketch holds.
-        "mask": (torch.arange(k) < max(1, k // 2)).float().expand(size, 1, k),
-        "factor": roots @ roots.mT,
-        "factor_values": torch.rand(size, r),
-        "long_values": torch.linspace(2, 0.1, k) * state["mask"][:, 0],
-        "long_tail": 0.1 * torch.rand(size),
-    }
-    return {name: (fresh | state if name not in fresh else fresh)[name].contiguous() for name in refresh.FIELDS}
+    # The adaptive rank has switched off some of the directions that the sketch holds.
+    state["mask"] = (torch.arange(k) < max(1, k // 2)).float().expand(size, 1, k).contiguous()
+    return state | {"factor": roots @ roots.mT}
+
+
+def take_step(
+    params: list[Tensor], grads: list[Tensor], state: dict[str, Tensor], native: bool, **changed: Any
+) -> None:
+    """One step of all ``params``, stored as [r, l] or [l, r], by the native kernel or by the rule's PyTorch code."""
+    _, r, l = state["exp_avg"].shape
+    phase2 = "vectors" in state
+    bucket = Bucket(group(**changed), (r, l), LATE if phase2 else 0, torch.float32)
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+        sides = (0, param.shape[0]), (0, param.shape[-1])
+        block = Block(*sides, transposed=tuple(param.shape) != (r, l), whole=True) if r > 1 else None
+        bucket.members.append(Member(param, "", block))
+    name = "eigenbasis_step_" if phase2 else "adamw_step_"
+    kernel = mock.Mock(side_effect=getattr(ops, name))
+    kernels = mock.patch.object(ops, "NATIVE", ops.NATIVE if native else frozenset())
+    with mock.patch.object(ops, name, kernel), kernels, torch.no_grad():
+        rule_of(bucket.group, r > 1).step(Step(bucket, state, bucket.step + 1, slice(0, 0)))
+    assert kernel.called == native
+
+
+def refresh(state: dict[str, Tensor], finite: Tensor, first: int, last: int, native: bool) -> None:
+    """A refresh of the matrices from ``first`` to ``last``, by the native kernel or by the rule's PyTorch code."""
+    bucket = Bucket(group(), (state["exp_avg"].shape[1], state["exp_avg"].shape[2]), LATE, torch.float32)
+    step = Step(bucket, state, LATE, slice(first, last), finite=finite.to(state["exp_avg"])[:, None, None])
+    with mock.patch.object(ops, "NATIVE", ops.NATIVE if native else frozenset()):
+        Eigenbasis()._refresh(step)
+
+
+def refresh_arguments(state: dict[str, Tensor], finite: Tensor, first: int, last: int) -> tuple[Any, ...]:
+    """What ``ops.eigenbasis_refresh_`` takes for the same."""
+    options = group()
+    decay = options["rho"] ** options["precond_freq"]
+    numbers = [*options["betas"], options["eps"], options["rho"], decay, options["epsilon_sparse"]]
+    return [*state.values()], finite, first, last, numbers, options["k_min"], options["k_max"]

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_states import eigenbasis_state
+from kernel_states import NUMBERS, eigenbasis_state, take_step
 
-from scao_hf import default_kernels, quantization
+from scao_hf import quantization
+from scao_hf.rules.eigenbasis import Eigenbasis
 
 CSRC = Path(__file__).parent.parent / "csrc"
-NUMBERS = (0.01, 0.9, 0.99, 1e-8, 0.05, 0.95)
 ORDERS = (0, 1, 2, 3)
 #: Every barrier of csrc/kernels.cuh.
 BARRIERS = tuple(range(1, 21))
@@ -35,9 +35,7 @@ class View(ctypes.Structure):
     )
 
 
-POINTERS = (
-    "exp_avg factor inside_avg inside_sq row col taken level agreement vectors mask gain activity long_vectors".split()
-)
+POINTERS = (*Eigenbasis.native_fields, "activity")
 
 
 class State(ctypes.Structure):
@@ -78,9 +76,6 @@ def case(r: int, l: int, k: int, dtype: torch.dtype, basis: torch.dtype, size: i
     params = [torch.randn(shape).to(dtype) for shape in shapes]
     grads = [torch.randn(shape).to(dtype) for shape in shapes]
     return params, grads, eigenbasis_state(size, r, l, k, basis)
-
-
-FIELDS = tuple(eigenbasis_state(1, 2, 2, 1))
 
 
 def view(tensor: torch.Tensor, r: int, l: int) -> View:
@@ -147,7 +142,7 @@ def test_eigenbasis_kernels_equal_pytorch(
         kernels.scao_emulator_order(order)
         cautious = dtype != torch.float16
         assert step(kernels, params, grads, state, cautious) == 0
-        default_kernels._eigenbasis(other, grads, *expected.values(), cautious, *NUMBERS)
+        take_step(other, grads, expected, native=False, cautious=cautious)
         assert largest_error(params, state, other, expected) <= 1
         results.append([*params, *state.values()])
     for result in results[1:]:
@@ -158,7 +153,7 @@ def test_more_matrices_than_one_launch_takes(kernels) -> None:
     params, grads, state = case(4, 40, 4, torch.float32, torch.bfloat16, size=100)
     other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
     assert step(kernels, params, grads, state) == 0
-    default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
+    take_step(other, grads, expected, native=False)
     assert largest_error(params, state, other, expected) <= 1
 
 
@@ -168,7 +163,7 @@ def test_experts_that_are_idle_in_some_steps(kernels) -> None:
     other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
     activity = torch.stack([torch.arange(60) % 7 + 1.0, torch.logspace(-4, -1, 60)], 1)
     assert step(kernels, params, grads, state, activity=activity) == 0
-    default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS, activity)
+    take_step(other, grads, expected | {"activity": activity}, native=False)
     assert largest_error(params, state, other, expected) <= 1
 
 
@@ -187,7 +182,7 @@ def test_skipping_and_bounding(kernels) -> None:
     other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
     before = [param.clone() for param in params]
     assert step(kernels, params, grads, state) == 0
-    default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
+    take_step(other, grads, expected, native=False)
     assert largest_error(params, state, other, expected) <= 1
     assert [torch.equal(a, b) for a, b in zip(params, before, strict=True)] == [True, True, False]
 
@@ -206,7 +201,7 @@ def test_int8_kernel_gives_the_codes_of_the_codec(kernels, numel: int) -> None:
     torch.manual_seed(numel)
     values, weights = torch.randn(4, numel), torch.tensor([1.0, 0.0, 0.3, 0.6])
     expected_codes, expected_scales = quantization.encode(values.flip(0), seed=8)
-    default_kernels._int8(expected_codes, expected_scales, values, weights, 9)
+    quantization.ema_(expected_codes, expected_scales, values, weights, 9)
     for order in ORDERS:
         kernels.scao_emulator_order(order)
         codes, scales = int8(kernels, values, weights)
@@ -231,7 +226,7 @@ def test_a_removed_barrier_is_noticed(kernels, barrier: int) -> None:
         grads[1] *= 1e30
         other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
         noticed |= step(kernels, params, grads, state) != 0
-        default_kernels._eigenbasis(other, grads, *expected.values(), True, *NUMBERS)
+        take_step(other, grads, expected, native=False)
         noticed |= largest_error(params, state, other, expected) > 1
         torch.manual_seed(0)
         values, weights = torch.randn(3, 300), torch.ones(3)

@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from scao_hf import SCAO, create_scao_optimizer, curvature, ops, options, reference, refresh, update
+from scao_hf import SCAO, create_scao_optimizer, linalg, ops, options, reference
+from scao_hf.buckets import Bucket
 from scao_hf.experts import Packing, find_experts, unpack
+from scao_hf.rules import Step, eigenbasis_refresh
+from scao_hf.rules.eigenbasis_refresh import plain_row
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -140,8 +143,8 @@ def test_the_second_moment_from_the_curvature_is_adamws_at_every_activity(
         optimizer.step()
         if step > 5:
             state = {name: value for name, value in optimizer.state[whole].items() if isinstance(value, Tensor)}
-            count = state["taken"][:, None, None]
-            row = refresh.plain_row(state, count, update.bias_correction(0.99, count), 0.95)
+            bucket = Bucket(optimizer.param_groups[0], (4, 60), step, torch.float32)
+            row = plain_row(Step(bucket, state, step, slice(0, 0), finite=torch.ones(EXPERTS, 1, 1)))
             assert (row.mean((1, 2)) / square.mean((1, 2)) - 1).abs().max() < 0.1
 
 
@@ -225,13 +228,11 @@ def test_steps_do_not_depend_on_the_basis_of_directions_without_gradients(
     A decomposition may return another one each time. Momentum and second moments move along with it, so that nothing
     jumps; in float32 but for the ramp, in which rounding errors of those directions still count.
     """
-    right, random = curvature.eigh, torch.Generator().manual_seed(3)
+    right, random = linalg.eigh, torch.Generator().manual_seed(3)
     turned: list[int] = []
 
-    def turning(
-        factor: Tensor, damping: Tensor, solver: curvature.Solver | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        found = right(factor, damping, solver)
+    def turning(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = right(factor, damping)
         assert found is not None
         values, vectors = found[0], found[1].clone()
         for index, null in enumerate(values <= 1e-6 * values[:, :1]):
@@ -244,7 +245,7 @@ def test_steps_do_not_depend_on_the_basis_of_directions_without_gradients(
     monkeypatch.setattr(ops, "NATIVE", frozenset())  # a native refresh could not be given other bases
     paths = []
     for decomposition in (right, turning):
-        monkeypatch.setattr(curvature, "eigh", decomposition)
+        monkeypatch.setattr(eigenbasis_refresh, "eigh", decomposition)
         draw = torch.Generator().manual_seed(0)
         whole = torch.nn.Parameter(torch.randn(4 * 8, 40, generator=draw, dtype=torch.float64).to(dtype))
         optimizer = SCAO([whole], lr=0.01, weight_decay=0, experts={whole: Packing("A", 4)}, **QUICK)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_states import REFRESH, eigenbasis_state, refresh_state
+from kernel_states import NUMBERS, eigenbasis_state, refresh, refresh_arguments, refresh_state, take_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scao_hf import SCAO, curvature, default_kernels, ops, options, quantization, refresh, update
+from scao_hf import SCAO, linalg, ops, quantization
+from scao_hf.rules import eigenbasis
 from scao_hf.rules.eigenbasis import Eigenbasis
+from scao_hf.rules.eigenbasis_refresh import gram, rotate
 
 ROOT = Path(__file__).parent.parent
-NUMBERS = (0.01, 0.9, 0.99, 1e-8, 0.05, 0.95)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: (r, l, k): every templated r, ragged l, k and r that fill no register, the largest of each.
 SIZES = (
@@ -58,14 +60,14 @@ def members(size: int, r: int, l: int, dtype: torch.dtype, tall: bool) -> tuple[
     return [torch.randn(shape).to(dtype) for _ in range(size)], [torch.randn(shape).to(dtype) for _ in range(size)]
 
 
-def adamw_state(size: int, r: int, l: int, factor: bool) -> dict[str, torch.Tensor | None]:
-    return {
-        "exp_avg": torch.randn(size, r, l),
-        "exp_avg_sq": torch.rand(size, r, l),
-        "factor": torch.randn(size, r, r) if factor else None,
+def adamw_state(size: int, r: int, l: int, factor: bool) -> dict[str, torch.Tensor]:
+    state = {
         "taken": torch.arange(size, dtype=torch.float32) + 3,
         "level": 0.1 * torch.arange(size, dtype=torch.float32),
+        "exp_avg": torch.randn(size, r, l),
+        "exp_avg_sq": torch.rand(size, r, l),
     }
+    return state | {"factor": torch.randn(size, r, r)} if factor else state
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: str) -> None:
@@ -74,21 +76,16 @@ def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, name: s
     assert error <= tolerance, f"{name}: {error:.2g} of the largest entry"
 
 
-def compare(
-    op, default, params, grads, state, step: float, cautious: bool = True, lr: float = NUMBERS[0], activity=()
-) -> None:
-    """Both kernels on copies: state to 2e-6 of its largest entry, parameters to 1e-4 of a step and one rounding."""
-    numbers = (lr, *NUMBERS[1:], *activity)
-    if "agreement" in state:
-        numbers = (cautious, *numbers)
+def compare(params, grads, state, step: float = NUMBERS[0], **options: Any) -> None:
+    """Both paths on copies: state to 2e-6 of its largest entry, parameters to 1e-4 of a step and one rounding."""
     other_params = [param.clone() for param in params]
-    other = {name: None if value is None else value.clone() for name, value in state.items()}
-    op(params, grads, *state.values(), *numbers)
-    default(other_params, grads, *other.values(), *numbers)
+    other = {name: value.clone() for name, value in state.items()}
+    take_step(params, grads, state, native=True, **options)
+    take_step(other_params, grads, other, native=False, **options)
     for name, value in state.items():
         if name == "agreement":  # an entry of the step next to zero may have either sign
             torch.testing.assert_close(value, other[name], rtol=0, atol=1.5 / params[0].numel())
-        elif value is not None:
+        else:
             close(value, other[name], 2e-6, name)
     for found, expected in zip(params, other_params, strict=True):
         rounding = torch.finfo(found.dtype).eps * expected.abs().max().item()
@@ -106,9 +103,7 @@ def test_eigenbasis_kernel_equals_pytorch(level: str, r: int, l: int, k: int) ->
                 for cautious in (True, False) if dtype == torch.float32 else (not tall,):
                     params, grads = members(3, r, l, dtype, tall)
                     state = eigenbasis_state(3, r, l, k, basis)
-                    compare(
-                        ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, NUMBERS[0], cautious
-                    )
+                    compare(params, grads, state, cautious=cautious)
 
 
 @native
@@ -121,7 +116,7 @@ def test_which_entries_agree_does_not_depend_on_the_rate(level: str, r: int, l: 
         for tall in (False, True):
             params, grads = members(3, r, l, dtype, tall)
             state = eigenbasis_state(3, r, l, k)
-            compare(ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, lr, lr=lr)
+            compare(params, grads, state, lr, lr=lr)
 
 
 @native
@@ -130,12 +125,11 @@ def test_experts_that_are_idle_in_some_steps_are_stepped_as_in_pytorch(level: st
     torch.manual_seed(0)
     params, grads = members(3, 16, 70, torch.float32, False)
     activity = torch.tensor([[11.0, 1 - 0.99**11], [2.0, 0.02], [40.0, 1e-3]])
-    state = eigenbasis_state(3, 16, 70, 16)
-    compare(ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, state, NUMBERS[0], activity=(activity,))
-    state, gains = refresh_state(3, 16, 70, 16), []
-    for kernel in (ops.eigenbasis_refresh_, default_kernels._refresh):
+    compare(params, grads, eigenbasis_state(3, 16, 70, 16) | {"activity": activity})
+    state, gains = refresh_state(3, 16, 70, 16) | {"activity": activity}, []
+    for native in (True, False):
         fields = {name: value.clone() for name, value in state.items()}
-        kernel(*fields.values(), torch.ones(3), 0, 3, *REFRESH, activity)
+        refresh(fields, torch.ones(3), 0, 3, native)
         gains.append(fields["gain"])
     close(*gains, 1e-4, "gain")
 
@@ -148,8 +142,7 @@ def test_a_step_without_gradient_keeps_the_share_that_agreed(kernel: str) -> Non
         grads[1].zero_()
         state = eigenbasis_state(3, 16, 70, 16)
         before = state["agreement"].clone()
-        op = ops.eigenbasis_step_ if kernel == "native" else default_kernels._eigenbasis
-        op(params, grads, *state.values(), True, *NUMBERS)
+        take_step(params, grads, state, native=kernel == "native")
         assert (state["agreement"] == before).tolist() == [False, True, False]
 
 
@@ -160,16 +153,16 @@ def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> No
     for dtype in (torch.bfloat16, torch.float32):
         state = eigenbasis_state(3, r, l, k, dtype)
         moments, basis = state["exp_avg"], state["long_vectors"]
-        grams = ops.eigenbasis_gram(moments, basis), default_kernels._gram(moments, basis)
+        grams = ops.eigenbasis_gram(moments, basis), gram(moments, basis)
         close(grams[0], grams[1], 2e-6, "gram")
         assert torch.equal(grams[0], grams[0].mT)
         fields = [moments, basis, state["row"], state["col"]]
         coefficients = torch.randn(3, k + 2 * r, k + r) / (k + r) ** 0.5
-        sizes = torch.rand(3, r, 1), torch.rand(3, 1, k), torch.rand(3) + 0.1, torch.rand(3) + 0.1
+        numbers = torch.rand(3, r, 1), torch.rand(3, 1, k), torch.rand(3) + 0.1, torch.rand(3) + 0.1
         finite = torch.tensor([1.0, 0.0, 1.0])
         found, expected = [field.clone() for field in fields], [field.clone() for field in fields]
-        norms = ops.eigenbasis_turn_(*found, coefficients, *sizes, finite, 1e-8)
-        wanted = default_kernels._turn(*expected, coefficients, *sizes, finite, 1e-8)
+        norms = ops.eigenbasis_turn_(*found[:2], [*found[2:], coefficients, *numbers, finite], 1e-8)
+        wanted = rotate(*expected[:2], [*expected[2:], coefficients, *numbers, finite], 1e-8)
         close(norms[finite > 0], wanted[finite > 0], 1e-5, "norms")
         for name, a, b, old in zip(("exp_avg", "long_vectors", "row", "col"), found, expected, fields, strict=True):
             close(a, b, 2e-6 if a.dtype == torch.float32 else 2**-8, name)
@@ -200,15 +193,12 @@ def test_a_refresh_equals_pytorch(level: str, r: int, l: int, k: int) -> None:
         finite = torch.ones(size)
         finite[5] = 0
         results = []
-        for kernel in (ops.eigenbasis_refresh_, default_kernels._refresh):
+        for kernel in (True, False):
             fields = {name: value.clone() for name, value in state.items()}
-            failed = kernel(*fields.values(), finite, first, last, *REFRESH)
-            assert not failed.any() and len(failed) == last - first
+            refresh(fields, finite, first, last, kernel)
             results.append(fields)
         exact = {name: value[first:last].double() for name, value in state.items()}
-        columns = finite[first:last, None, None].double(), exact["taken"][:, None, None]
-        bias = update.moment_schedule(REFRESH[:2], *columns)[1]
-        refresh.renew(exact, columns[1], columns[0], bias, REFRESH)
+        refresh(exact, finite[first:last], 0, last - first, native=False)
         found, expected = (
             aligned({name: value[first:last] for name, value in each.items()}, exact) for each in results
         )
@@ -224,7 +214,7 @@ def test_a_refresh_equals_pytorch(level: str, r: int, l: int, k: int) -> None:
             assert errors[0].max() <= 2e-2, name
             changed = [index for index in range(size) if not torch.equal(results[0][name][index], state[name][index])]
             assert set(changed) <= set(range(first, last)) - {5}, name
-            if name not in ("factor", "taken", "mask", "gain", "col"):
+            if name not in ("factor", "taken", "level", "agreement", "mask", "gain", "col"):
                 assert len(changed) == last - first - 1, name
 
 
@@ -236,10 +226,10 @@ def test_a_refresh_does_not_depend_on_neighbours_or_threads(level: str, threads:
     finite = torch.ones(37)
     whole = {name: value.clone() for name, value in state.items()}
     torch.set_num_threads(1)
-    ops.eigenbasis_refresh_(*whole.values(), finite, 0, 37, *REFRESH)
+    ops.eigenbasis_refresh_(*refresh_arguments(whole, finite, 0, 37))
     torch.set_num_threads(threads)
     for first, last in ((0, 1), (1, 4), (4, 21), (21, 37)):
-        ops.eigenbasis_refresh_(*state.values(), finite, first, last, *REFRESH)
+        ops.eigenbasis_refresh_(*refresh_arguments(state, finite, first, last))
     torch.set_num_threads(before)
     for name, value in state.items():
         assert value.view(torch.uint8).numpy().tobytes() == whole[name].view(torch.uint8).numpy().tobytes(), name
@@ -255,15 +245,14 @@ def test_a_matrix_that_cannot_be_decomposed_is_left_to_pytorch(
     state = refresh_state(5, 16, 70, 16)
     state[field][3] = float("inf")
     before = {name: value.clone() for name, value in state.items()}
-    failed = ops.eigenbasis_refresh_(*state.values(), torch.ones(5), 0, 5, *REFRESH)
+    failed = ops.eigenbasis_refresh_(*refresh_arguments(state, torch.ones(5), 0, 5))
     assert failed.tolist() == [0, 0, 0, 1, 0]
     for name, value in state.items():
         assert torch.equal(value[3], before[name][3]), name
         assert value[[0, 1, 2, 4]].isfinite().all(), name
-    group = options.resolve("eigenbasis", {}) | {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.0}
     tried: list[list[float]] = []
-    monkeypatch.setattr(refresh, "renew", lambda state, count, *_: tried.append(count.flatten().tolist()))
-    Eigenbasis()._refresh(before, torch.ones(5), 100, group, slice(1, 5))
+    monkeypatch.setattr(eigenbasis, "refresh", lambda step, *_: tried.append(step.count.flatten().tolist()))
+    refresh(before, torch.ones(5), 1, 5, native=True)
     assert tried == [[float(before["taken"][3])]]
 
 
@@ -348,7 +337,7 @@ def test_eigh_marks_matrices_that_are_not_finite(level: str, bad: float) -> None
     with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
         ops.eigh(matrices)
     with pytest.warns(RuntimeWarning, match="side 9 failed"):
-        curvature.eigh(matrices, torch.zeros(20), ops.eigh)
+        linalg.eigh(matrices, torch.zeros(20))
 
 
 @native
@@ -358,14 +347,7 @@ def test_adamw_kernel_equals_pytorch(level: str, r: int, l: int) -> None:
     for dtype in DTYPES:
         for tall in (False, True):
             params, grads = members(3, r, l, dtype, tall)
-            compare(
-                ops.adamw_step_,
-                default_kernels._adamw,
-                params,
-                grads,
-                adamw_state(3, r, l, factor=r > 1),
-                step=NUMBERS[0],
-            )
+            compare(params, grads, adamw_state(3, r, l, factor=r > 1))
 
 
 @native
@@ -373,14 +355,11 @@ def test_adamw_kernel_equals_pytorch(level: str, r: int, l: int) -> None:
 @pytest.mark.parametrize("place", [(0, 0), (15, 69), (7, 40)])
 def test_a_matrix_with_a_nonfinite_gradient_is_left_alone(level: str, bad: float, place: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    for op, state in (
-        (ops.eigenbasis_step_, eigenbasis_state(3, 16, 70, 16)),
-        (ops.adamw_step_, adamw_state(3, 16, 70, factor=True)),
-    ):
+    for state in (eigenbasis_state(3, 16, 70, 16), adamw_state(3, 16, 70, factor=True)):
         params, grads = members(3, 16, 70, torch.float32, False)
         grads[1][place] = bad
         before = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
-        op(params, grads, *state.values(), *((True,) if "agreement" in state else ()), *NUMBERS)
+        take_step(params, grads, state, native=True)
         for index in range(3):
             assert torch.equal(params[index], before[0][index]) == (index == 1)
             assert torch.equal(state["taken"][index], before[1]["taken"][index]) == (index == 1)
@@ -394,7 +373,7 @@ def test_huge_gradients_are_bounded_as_in_pytorch(level: str) -> None:
     torch.manual_seed(0)
     params, grads = members(2, 16, 70, torch.float32, True)
     grads[0] *= 1e30
-    compare(ops.eigenbasis_step_, default_kernels._eigenbasis, params, grads, eigenbasis_state(2, 16, 70, 16), step=1.0)
+    compare(params, grads, eigenbasis_state(2, 16, 70, 16), step=1.0)
 
 
 @native
@@ -403,14 +382,14 @@ def test_a_tiny_residual_keeps_its_precision(level: str) -> None:
     torch.manual_seed(0)
     params, grads = members(2, 16, 256, torch.float32, False)
     state = eigenbasis_state(2, 16, 256, 16, torch.float32)
-    for name in ("row", "col", "exp_avg"):
+    for name in ("row", "col", "exp_avg", "level"):
         state[name].zero_()
     state["mask"].fill_(1)
     state["long_vectors"] = torch.linalg.qr(torch.randn(2, 256, 16))[0].mT.contiguous()
     for index, grad in enumerate(grads):
         grad.copy_(torch.randn(16, 16) @ state["long_vectors"][index] + 1e-3 * torch.randn(16, 256))
     exact = {name: value.double() for name, value in state.items()}
-    ops.eigenbasis_step_(params, grads, *state.values(), True, *NUMBERS)
+    take_step(params, grads, state, native=True)
     rotated = exact["vectors"].mT @ torch.stack(grads).double()
     outside = rotated - rotated @ exact["long_vectors"].mT @ exact["long_vectors"]
     close(state["row"], 0.01 * outside.square().mean(2, keepdim=True), 1e-3, "row")
@@ -426,8 +405,8 @@ def test_any_strides_are_read_and_written(level: str) -> None:
     params = [param.clone() for param in wide]
     state = eigenbasis_state(4, 16, 130, 16)
     other = {name: value.clone() for name, value in state.items()}
-    ops.eigenbasis_step_(wide, grads, *state.values(), True, *NUMBERS)
-    default_kernels._eigenbasis(params, grads, *other.values(), True, *NUMBERS)
+    take_step(wide, grads, state, native=True)
+    take_step(params, grads, other, native=False)
     for found, expected in zip(wide, params, strict=True):
         close(found, expected, 1e-6, "params")
 
@@ -441,7 +420,7 @@ def test_results_do_not_depend_on_the_thread_count(level: str) -> None:
         state = eigenbasis_state(7, 16, 300, 16)
         codes = torch.zeros(7, 384, dtype=torch.int8), torch.zeros(7, 3)
         torch.set_num_threads(count)
-        ops.eigenbasis_step_(params, grads, *state.values(), True, *NUMBERS)
+        take_step(params, grads, state, native=True)
         ops.int8_ema_(*codes, torch.stack(grads)[:, 0].contiguous(), torch.ones(7), 5)
         results.append([*params, *state.values(), *codes])
     torch.set_num_threads(threads)
@@ -459,7 +438,7 @@ def test_int8_kernel_gives_the_codes_of_the_codec(level: str, numel: int) -> Non
     for seed in (3, 4):
         other_codes, other_scales = codes.clone(), scales.clone()
         ops.int8_ema_(codes, scales, values, weights, seed)
-        default_kernels._int8(other_codes, other_scales, values, weights, seed)
+        quantization.ema_(other_codes, other_scales, values, weights, seed)
         torch.testing.assert_close(scales, other_scales, rtol=1e-6, atol=0)
         # Weights below one: the mean may be rounded once or twice, which moves a code at a threshold by one.
         assert (codes.int() - other_codes.int()).abs().max() <= 1
@@ -480,35 +459,49 @@ def test_noise_is_uniform_and_differs_between_seeds_and_blocks() -> None:
     assert len(torch.unique(flat)) > 0.99 * flat.numel()
 
 
+def test_the_kernels_know_the_fields_of_the_rule() -> None:
+    """Their names, their order and how many entries one matrix has."""
+    text = (ROOT / "csrc" / "state.h").read_text().partition("#define SCAO_FIELDS")[2].partition("template")[0]
+    found = dict(re.findall(r"FIELD\((\w+), ([^)]*)\)", text))
+    assert f"#define SCAO_INTERFACE {ops.INTERFACE}\n" in (ROOT / "csrc" / "state.h").read_text()
+    assert [*found, "long_vectors"] == list(Eigenbasis.native_fields)
+    for name in list(found)[2:]:
+        sides = [side for side in Eigenbasis.fields[name].sides.split() if side != "1"]
+        assert found[name] == (" * ".join(sides) or "1"), name
+
+
+@native
 @pytest.mark.parametrize("test", ["test_schema", "test_faketensor"])
 def test_opcheck(test: str) -> None:
     torch.manual_seed(0)
     params, grads = members(2, 4, 12, torch.float32, False)
     moments, basis = torch.randn(2, 4, 12), torch.randn(2, 3, 12)
-    turned = torch.rand(2, 4, 1), torch.rand(2, 1, 12), torch.randn(2, 11, 7), torch.rand(2, 4, 1), torch.rand(2, 1, 3)
+    fixed = [torch.rand(2, 4, 1), torch.rand(2, 1, 12), torch.randn(2, 11, 7), torch.rand(2, 4, 1), torch.rand(2, 1, 3)]
     calls = [
-        (ops.eigenbasis_refresh_, (*refresh_state(2, 4, 12, 3).values(), torch.ones(2), 0, 2, *REFRESH)),
+        (ops.eigenbasis_refresh_, refresh_arguments(refresh_state(2, 4, 12, 3), torch.ones(2), 0, 2)),
         (ops.symmetric_eigh, (torch.eye(5).repeat(2, 1, 1),)),
         (ops.eigenbasis_gram, (moments, basis)),
-        (ops.eigenbasis_turn_, (moments, basis, *turned, *(torch.rand(2) + 0.1 for _ in range(3)), 1e-8)),
-        (ops.eigenbasis_step_, (params, grads, *eigenbasis_state(2, 4, 12, 3).values(), True, *NUMBERS)),
-        (ops.adamw_step_, (params, grads, *adamw_state(2, 4, 12, factor=True).values(), *NUMBERS)),
-        (ops.adamw_step_, (params, grads, *adamw_state(2, 4, 12, factor=False).values(), *NUMBERS)),
-        (ops.int8_ema_, (torch.zeros(2, 128, dtype=torch.int8), torch.ones(2, 1), torch.randn(2, 9), torch.ones(2), 1)),
+        (ops.eigenbasis_turn_, (moments, basis, [*fixed, *(torch.rand(2) + 0.1 for _ in range(3))], 1e-8)),
+        (ops.eigenbasis_step_, (params, grads, [*eigenbasis_state(2, 4, 12, 3).values()], NUMBERS, True)),
+        (ops.adamw_step_, (params, grads, [*adamw_state(2, 4, 12, factor=True).values()], NUMBERS)),
+        (ops.adamw_step_, (params, grads, [*adamw_state(2, 4, 12, factor=False).values()], NUMBERS)),
+        (
+            torch.ops.scao.int8_ema_,
+            (torch.zeros(2, 128, dtype=torch.int8), torch.ones(2, 1), torch.randn(2, 9), torch.ones(2), 1),
+        ),
     ]
     for op, arguments in calls:
         torch.library.opcheck(op.default, arguments, test_utils=test)
 
 
+@native
 @pytest.mark.parametrize("name", ["vectors", "mask", "gain", "col", "long_vectors", "taken", "level", "agreement"])
 def test_wrong_shapes_are_refused(name: str) -> None:
     params, grads = members(2, 4, 12, torch.float32, False)
     state = eigenbasis_state(2, 4, 12, 3)
     state[name] = state[name][..., :-1]
-    with pytest.raises(ValueError, match=name):
-        default_kernels._eigenbasis_fake(params, grads, *state.values(), True, *NUMBERS)
-    with pytest.raises((ValueError, RuntimeError), match=name):
-        ops.eigenbasis_step_(params, grads, *state.values(), True, *NUMBERS)
+    with pytest.raises(RuntimeError, match=name):
+        ops.eigenbasis_step_(params, grads, [*state.values()], NUMBERS, True)
 
 
 @native

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from scao_hf import SCAO, create_scao_optimizer, ops, options, refresh
+from scao_hf import SCAO, create_scao_optimizer, ops, options
 from scao_hf.rules import eigenbasis
 from scao_hf.stacks import build_buckets
 
@@ -452,16 +452,16 @@ def test_what_ends_the_entry_of_phase_two_leaves_phase_one_whole(
     monkeypatch.setattr(eigenbasis, "PORTION", 1)
     params, count = fresh((4, 9), (4, 9)), 0
     optimizer = SCAO(params, lr=0.1, **QUICK)
-    renew = refresh.renew
+    refresh = eigenbasis.refresh
 
     def failing(*arguments: Any) -> None:
         nonlocal count
         count += 1
-        renew(*arguments)
+        refresh(*arguments)
         if count == 2:
             raise error
 
-    monkeypatch.setattr(refresh, "renew", failing)
+    monkeypatch.setattr(eigenbasis, "refresh", failing)
     with pytest.raises(type(error)):
         for _ in range(8):
             for param in params:
@@ -614,33 +614,32 @@ ARROWS = {
     "__init__": {"optimizer", "trainer", "ops"},
     "__main__": {"tools"},
     "buckets": {"experts"},
+    "checkpoint": {"distributed", "experts", "integrity", "names", "options", "rules", "state"},
     "checks": {"experts", "optimizer", "rules", "state", "update", "zero"},
-    "curvature": set(),
-    "default_kernels": {"curvature", "precision", "refresh", "update", "quantization"},
     "distributed": {"distributed", "buckets", "integrity", "names", "rules", "state"},
     "edits": {"options"},
     "experts": set(),
     "finite": {"buckets", "distributed", "names", "state"},
     "integrity": set(),
+    "linalg": {"ops"},
+    "low_bit": {"buckets", "quantization", "rules"},
     "moe": {"moe", "experts"},
     "names": set(),
     "notices": {"finite", "names", "state"},
-    "ops": {"default_kernels", "refresh"},
+    "ops": {"quantization"},
     "optimizer": {
-        *("buckets", "distributed", "edits", "experts", "finite", "integrity", "notices", "options", "ops"),
-        *("precision", "report", "rules", "stacks", "state", "storage", "update"),
+        *("buckets", "checkpoint", "distributed", "edits", "experts", "finite", "low_bit", "notices", "options"),
+        *("precision", "report", "rules", "stacks", "state"),
     },
     "options": set(),
     "precision": set(),
     "presets": {"options"},
     "quantization": set(),
     "reference": set(),
-    "refresh": {"curvature", "update"},
     "report": {"buckets", "rules", "state", "update"},
-    "rules": {"rules", "curvature", "refresh", "update", "quantization", "ops"},
-    "stacks": {"buckets", "distributed", "names", "options", "state", "storage"},
-    "state": {"experts", "options", "buckets", "names", "rules", "storage"},
-    "storage": {"buckets", "quantization", "rules"},
+    "rules": {"rules", "buckets", "linalg", "ops", "quantization", "update"},
+    "stacks": {"buckets", "distributed", "low_bit", "names", "options", "state"},
+    "state": {"experts", "buckets", "low_bit", "names", "rules"},
     "tools": {
         *("tools", "experts", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
         *("state", "trainer", "zero", "__init__"),

@@ -173,3 +173,12 @@ def test_a_group_can_ask_for_adamw_in_a_plain_loop() -> None:
     model(torch.arange(9)).sum().backward()
     optimizer.step()
     assert set(optimizer.state[model.embed.weight]) == {"step", "taken", "level", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_figures_do_not_ask_for_moments_that_are_encoded(kind: str) -> None:
+    param = torch.nn.Parameter(torch.randn(80, 70))
+    optimizer = SCAO([param], rule="orthogonal", moment_dtype=kind)
+    param.grad = torch.randn(80, 70)
+    optimizer.step()
+    assert optimizer.metrics()["scao/rank"] == 70 and optimizer.statistics()[0]["rank"] == 70

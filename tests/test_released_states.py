@@ -14,7 +14,7 @@ from released_states import FOLDER, KINDS, STEPS, task, train
 
 import scao_hf
 from scao_hf import options
-from scao_hf.state import VERSION
+from scao_hf.checkpoint import VERSION
 
 FILES = sorted(FOLDER.glob("*.pt.gz"))
 #: In learning rates. Another torch or other kernels round otherwise: one entry of a cautious step may turn, or a code

@@ -31,7 +31,9 @@ import speed  # noqa: E402
 import tables  # noqa: E402
 import test_emulator  # noqa: E402
 
-from scao_hf import SCAO, curvature, default_kernels, ops, quantization, storage  # noqa: E402
+from scao_hf import SCAO, low_bit, ops, quantization  # noqa: E402
+from scao_hf.rules import eigenbasis_refresh  # noqa: E402
+from scao_hf.rules.eigenbasis import Eigenbasis  # noqa: E402
 
 native = pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native CPU kernels: {ops.backend()['cpu']}")
 
@@ -293,20 +295,20 @@ def test_no_matrix_larger_than_the_parameter_is_formed_for_lora(spec: str, shape
 
 
 def test_a_dense_factor_of_the_long_side_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    sketch = curvature.sketch
+    sketch = eigenbasis_refresh.sketch
 
     def dense(*arguments: Any) -> Any:
         torch.zeros(700, 700)
         return sketch(*arguments)
 
-    monkeypatch.setattr(curvature, "sketch", dense)
+    monkeypatch.setattr(eigenbasis_refresh, "sketch", dense)
     with pytest.raises(Largest, match=f"step 10: {4 * 700**2} bytes"):
         steps_within(4 * 48 * 700, (16, 700), "scao-pytorch")
 
 
 def test_entering_phase_two_with_encoded_moments_takes_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak over the entry, state included, is a small part above what is held: one bucket is decoded at a time."""
-    monkeypatch.setattr(storage, "CHUNK", 2**15)
+    monkeypatch.setattr(low_bit, "CHUNK", 2**15)
     model = loads.lora(16, [(512, 512)], 16)
     params, gradients = list(model.parameters()), loads.Gradients(model)
     optimizer = SCAO(params, moment_dtype="int8", use_int8_ema=True)
@@ -384,22 +386,22 @@ def test_the_kernel_check_calls_every_kernel_and_notices_a_wrong_one(monkeypatch
     monkeypatch.setattr(gpu, "SCENARIOS", (gpu.SCENARIOS[0], gpu.SCENARIOS[2]))
     found = gpu.kernels("cpu")
     assert found["passed"] and set(found["calls"]) == set(ops.KERNELS["cpu"]), found
-    default, fake = default_kernels.DEFAULTS["eigenbasis_step_"]
+    right = ops.eigenbasis_step_
 
-    def wrong(*arguments: Any) -> None:
-        default(*arguments)
-        arguments[2].mul_(1.001)
+    def wrong(params: Any, grads: Any, state: Any, *rest: Any) -> None:
+        right(params, grads, state, *rest)
+        state[2].mul_(1.001)
 
-    monkeypatch.setitem(default_kernels.DEFAULTS, "eigenbasis_step_", (wrong, fake))
+    monkeypatch.setattr(ops, "eigenbasis_step_", wrong)
     found = gpu.kernels("cpu")
     assert not found["passed"] and found["differences"]["eigenbasis_step_"] > 5e-4
     for entries in (2, 5):
 
-        def tied(*arguments: Any, entries: int = entries) -> None:
-            default(*arguments)
-            arguments[14].sub_(entries / arguments[2][0].numel())
+        def tied(params: Any, grads: Any, state: Any, *rest: Any, entries: int = entries) -> None:
+            right(params, grads, state, *rest)
+            state[Eigenbasis.native_fields.index("agreement")].sub_(entries / state[2][0].numel())
 
-        monkeypatch.setitem(default_kernels.DEFAULTS, "eigenbasis_step_", (tied, fake))
+        monkeypatch.setattr(ops, "eigenbasis_step_", tied)
         assert gpu.kernels("cpu")["passed"] == (entries == 2), "the sign of two entries may hang on rounding"
     monkeypatch.setitem(ops.KERNELS, "cpu", (*ops.KERNELS["cpu"], "int8_ema_new"))
     monkeypatch.setattr(ops, "int8_ema_new", lambda *_: None, raising=False)
@@ -411,11 +413,9 @@ def test_the_verdict_of_a_gpu_record_on_right_kernels(tmp_path: Path, monkeypatc
     """The whole check, in more matrices than one launch takes, with the CUDA kernels in the place of the CPU's."""
     kernels = test_emulator.compile_kernels(tmp_path, "-O2")
 
-    def stepped(params: list[Tensor], grads: list[Tensor], *rest: Any) -> None:
-        count = len(test_emulator.FIELDS)
-        cautious, *numbers = rest[count:]
-        activity = numbers.pop() if len(numbers) > len(test_emulator.NUMBERS) else None
-        state = dict(zip(test_emulator.FIELDS, rest[:count], strict=True))
+    def stepped(params: list[Tensor], grads: list[Tensor], fields: list[Tensor], numbers: Any, cautious: bool) -> None:
+        state = dict(zip(test_emulator.POINTERS, fields, strict=False))
+        activity = state.pop("activity", None)
         assert test_emulator.step(kernels, params, grads, state, cautious, activity, numbers) == 0
 
     def averaged(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scao_hf import SCAO, options, quantization, storage
+from scao_hf import SCAO, low_bit, options, quantization
 from scao_hf.experts import Packing
 
 KINDS = ("bfloat16", "int8")
@@ -209,7 +209,7 @@ def test_a_run_ends_where_float32_ends(kind: str, warmup: int) -> None:
 
 
 def test_buckets_with_encoded_moments_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "CHUNK", 1000)
+    monkeypatch.setattr(low_bit, "CHUNK", 1000)
     params = [torch.nn.Parameter(torch.randn(4, 100)) for _ in range(7)]
     reference = [torch.nn.Parameter(param.detach().clone()) for param in params]
     optimizer, float32 = SCAO(params, moment_dtype="int8"), SCAO(reference)

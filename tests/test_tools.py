@@ -32,7 +32,7 @@ transformers = pytest.importorskip("transformers")
 from typer.testing import CliRunner
 
 import scao_hf
-from scao_hf import SCAO, create_scao_optimizer, default_kernels, ops, options, reference
+from scao_hf import SCAO, create_scao_optimizer, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.tools import ToolError, axolotl_yaml, doctor, matrices, rivals, run_log, run_report, settings, simulate
 from scao_hf.tools import axolotl_keys as keys_of
@@ -1169,7 +1169,7 @@ def test_doctor_tests_every_native_kernel_of_the_cpu(monkeypatch: Any) -> None:
         kernel = getattr(ops, name)
         return lambda *arguments: (called.add(name), kernel(*arguments))[1]
 
-    for name in default_kernels.DEFAULTS:
+    for name in ops.KERNELS["cpu"]:
         monkeypatch.setattr(ops, name, counted(name))
     assert all(doctor.self_test(rule, "cpu")[1] for rule in options.MATRIX_RULES) and doctor.average_test("cpu")[1]
     if "cpu" not in ops.NATIVE:

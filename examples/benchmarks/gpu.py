@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import math
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +35,10 @@ import sweep
 import torch
 from torch import Tensor, nn
 
-from scao_hf import SCAO, default_kernels, ops
+from scao_hf import SCAO, ops, quantization
+from scao_hf.rules import Step, rule_of
+from scao_hf.rules.adamw import step_adamw
+from scao_hf.rules.eigenbasis_refresh import gram, rotate
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 PARTS = ("kernels", "copy", "load", "gpt2", "qlora")
@@ -66,13 +71,6 @@ def require_gpu() -> None:
         )
 
 
-def copies(value: Any) -> Any:
-    """A deep copy of an operation's argument."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    return [entry.clone() for entry in value] if isinstance(value, (list, tuple)) else value
-
-
 def difference(found: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest entry, beyond one rounding; of int8 codes, codes beyond one."""
     if not found.is_floating_point():
@@ -94,12 +92,21 @@ def flipped(found: Tensor, expected: Tensor, entries: int) -> float:
     return max(0.0, float((found.double() - expected.double()).abs().max()) - (TIES + 0.5) / entries)
 
 
-#: Operations whose results are fixed up to the signs of eigenvectors: they are counted, and compared in tests/test_ops.py.
-UNSIGNED = ("symmetric_eigh", "eigenbasis_refresh_")
+def twin_of(step: Step) -> Step:
+    """The same step with parameters and state of its own, without a refresh."""
+
+    def copy(param: Tensor) -> Tensor:
+        other = param.detach().clone()
+        other.grad = param.grad
+        return other
+
+    members = [member._replace(param=copy(member.param)) for member in step.bucket.members]
+    state = {name: field.clone() for name, field in step.state.items()}
+    return replace(step, bucket=replace(step.bucket, members=members), state=state, due=slice(0, 0))
 
 
 class Watch:
-    """Runs each operation beside its PyTorch twin on a copy of its arguments and keeps the largest difference."""
+    """Does what each native kernel does a second time in PyTorch, on copies, and keeps the largest difference."""
 
     def __init__(self) -> None:
         self.calls: dict[str, int] = {}
@@ -108,31 +115,54 @@ class Watch:
     @contextlib.contextmanager
     def on(self, device: str) -> Iterator[None]:
         """Watch all operations that have a native kernel on ``device``."""
+        kernels = {name: getattr(ops, name) for name in ops.KERNELS[device]}
+        twins: dict[str, Callable[..., Any]] = {
+            "eigenbasis_gram": gram,
+            "eigenbasis_turn_": rotate,
+            "int8_ema_": quantization.ema_,
+        }
+        run = Step.run_native
+
+        def step(own: Step, kernel: Callable[..., None], fields: list[Tensor], *options: bool, refreshes: bool) -> None:
+            twin = twin_of(own)
+            run(own, kernel, fields, *options, refreshes=refreshes)
+            phase1 = "vectors" not in own.state
+            with mock.patch.object(ops, "NATIVE", frozenset()):
+                rule = rule_of(own.group, own.bucket.matrix, own.bucket.shape)
+                (step_adamw if phase1 else rule.step)(twin)
+            name = "adamw_step_" if phase1 else "eigenbasis_step_"
+            pairs = [(own.state[field], twin.state[field]) for field in twin.state if field != "agreement"]
+            members = zip(own.bucket.members, twin.bucket.members, strict=True)
+            self._note(name, *itertools.starmap(difference, pairs))
+            self._note(name, *(difference(one.param.detach(), other.param) for one, other in members))
+            if "agreement" in own.state:
+                r, l = own.bucket.shape
+                self._note(name, flipped(own.state["agreement"], twin.state["agreement"], r * l))
+
         with contextlib.ExitStack() as stack:
-            for name in ops.KERNELS[device]:
-                stack.enter_context(mock.patch.object(ops, name, self._twin(name, getattr(ops, name))))
+            for name, kernel in kernels.items():
+                stack.enter_context(mock.patch.object(ops, name, self._both(name, kernel, twins.get(name))))
+            stack.enter_context(mock.patch.object(Step, "run_native", step))
             yield
 
-    def _twin(self, name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def _both(self, name: str, kernel: Callable[..., Any], twin: Callable[..., Any] | None) -> Callable[..., Any]:
+        """The kernel, counted. Without a ``twin`` it is compared elsewhere: a step as a whole, and what is fixed up to the
+        signs of eigenvectors in tests/test_ops.py."""
+
         def both(*arguments: Any) -> Any:
             self.calls[name] = self.calls.get(name, 0) + 1
-            if name in UNSIGNED:
+            if twin is None:
                 return kernel(*arguments)
-            others = [copies(value) for value in arguments]
-            result = kernel(*arguments)
-            twin = default_kernels.DEFAULTS[name][0](*others)
-            fields = [argument.name for argument in getattr(torch.ops.scao, name).default._schema.arguments]
-            for at, (found, expected) in enumerate(zip((*arguments, result), (*others, twin), strict=True)):
-                pairs = [(found, expected)] if isinstance(found, Tensor) else []
-                if isinstance(found, (list, tuple)):
-                    pairs = list(zip(found, expected, strict=True))
-                apart = [difference(one, other) for one, other in pairs]
-                if fields[at : at + 1] == ["agreement"]:
-                    apart = [flipped(found, expected, others[fields.index("exp_avg")][0].numel())]
-                self.differences[name] = max(self.differences.get(name, 0.0), *apart, 0.0)
-            return result
+            others = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
+            found, expected = [*arguments, kernel(*arguments)], [*others, twin(*others)]
+            pairs = [pair for pair in zip(found, expected, strict=True) if isinstance(pair[0], Tensor)]
+            self._note(name, *itertools.starmap(difference, pairs))
+            return found[-1]
 
         return both
+
+    def _note(self, name: str, *differences: float) -> None:
+        self.differences[name] = max(self.differences.get(name, 0.0), *differences)
 
 
 def kernels(device: str) -> dict[str, Any]:

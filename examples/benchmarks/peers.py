@@ -24,11 +24,11 @@ from shampoo import Shampoo
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scao_hf import SCAO, curvature, ops, refresh
+from scao_hf import SCAO, ops
 from scao_hf.buckets import blocks_of
 from scao_hf.experts import find_vocabulary
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES
-from scao_hf.rules import rule_of
+from scao_hf.rules import eigenbasis_refresh, published, rule_of
 
 Builder = Callable[..., Optimizer]
 
@@ -98,7 +98,7 @@ class Undebiased(SCAO):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of SCAO with (E2) left out."""
-        with mock.patch.object(curvature, "debias", lambda factor, rho, count: factor):
+        with mock.patch.object(published, "debias", lambda factor, rho, count: factor):
             return super().step(closure)
 
 
@@ -112,7 +112,7 @@ class Ungrafted(SCAO):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of SCAO with (U13) left out."""
-        with mock.patch.object(refresh, "MOST_GAIN", 1.0), mock.patch.object(ops, "NATIVE", frozenset()):
+        with mock.patch.object(eigenbasis_refresh, "MOST_GAIN", 1.0), mock.patch.object(ops, "NATIVE", frozenset()):
             return super().step(closure)
 
 

@@ -7,31 +7,17 @@ in a DTensor that is cut like the parameter, so that checkpoints can be read by 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scao_hf import integrity
 from scao_hf.distributed import serial
-from scao_hf.distributed.exchange import Exchange, agreed, chunks, is_sharded, local_gradient, shard_dim
+from scao_hf.distributed.exchange import Exchange, chunks, is_sharded, local_gradient, shard_dim
 from scao_hf.distributed.serial import BYTES, as_bytes
-from scao_hf.names import labels
-from scao_hf.state import (
-    Groups,
-    State,
-    Wholes,
-    check_groups,
-    check_state,
-    check_step,
-    completed,
-    exact_state,
-    foreign_state,
-    only_foreign,
-    pairs,
-)
+from scao_hf.state import Groups, State, Wholes, only_foreign, pairs
 
 
 def balance(costs: Sequence[int], loads: list[int], among: Sequence[Sequence[int]] | None = None) -> list[int]:
@@ -162,7 +148,7 @@ class Shards:
 
         entries = dict(state_dict["state"])
         found: list[tuple[Any, Any, int]] = [
-            (key, param, serial.size_of(param, group)) for key, param, group in self._saved(state_dict, groups)
+            (key, param, serial.size_of(param, group)) for key, param, group in self.saved(state_dict, groups)
         ]
         if not found:
             return state_dict
@@ -185,16 +171,6 @@ class Shards:
             entries[key] = {**entries[key], BYTES: vector}
         return {**state_dict, "state": entries}
 
-    def check(self, state_dict: dict[str, Any], groups: Groups) -> None:
-        """Raise ``ValueError`` for an entry that is neither SCAO's bytes nor a whole one."""
-        names = labels(state_dict, groups)
-        for key, param, group in self._saved(state_dict, groups):
-            entry = state_dict["state"][key]
-            check_step(names[key], entry)
-            if BYTES in entry:
-                serial.check_bytes(names[key], entry, param, group)
-                _check_cut(names[key], entry[BYTES], param)
-
     def collected(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
         """A checked ``state_dict`` with the whole bytes of the parameters that this process owns, of others the step alone.
 
@@ -203,7 +179,7 @@ class Shards:
         from torch.distributed.tensor import DTensor
 
         entries = dict(state_dict["state"])
-        found = self._saved(state_dict, groups)
+        found = self.saved(state_dict, groups)
         cut = [item for item in found if isinstance(entries[item[0]].get(BYTES), DTensor)]
         exchange = self._bytes([param for _, param, _ in cut], [entries[key][BYTES].numel() for key, *_ in cut])
         received = exchange.to_owners([entries[key][BYTES].to_local().contiguous() for key, *_ in cut]) if cut else []
@@ -215,7 +191,7 @@ class Shards:
                 entries[key] = {name: value for name, value in entries[key].items() if name != BYTES}
         return {**state_dict, "state": entries}
 
-    def _saved(self, state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Any, dict[str, Any]]]:
+    def saved(self, state_dict: dict[str, Any], groups: Groups) -> list[tuple[Any, Any, dict[str, Any]]]:
         """Key, parameter and saved group of every sharded parameter that has a state."""
         entries = state_dict["state"]
         return [
@@ -241,51 +217,3 @@ def _row_bytes(param: Tensor) -> int:
 
 def _cut(vector: Tensor, world: int) -> list[Tensor]:
     return [vector[first:last] for first, last in chunks(vector.numel(), world)]
-
-
-def _check_cut(where: str, vector: Any, param: Any) -> None:
-    if is_sharded(vector) and (vector.device_mesh, vector.placements) != (param.device_mesh, param.placements):
-        raise ValueError(
-            f"{where}: the saved state is cut differently from the parameter: load it through torch.distributed.checkpoint, "
-            "which cuts it again"
-        )
-
-
-def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any], State]:
-    """A state dict, checked and with every option, and its state by parameter as the optimizer keeps it.
-
-    Nothing is changed. With sharded parameters collective.
-
-    Raises:
-        ValueError: it does not fit; in all processes where it does not in one.
-    """
-    fresh: State = {}
-    foreign: State = {}
-    shards: Shards | None = None
-    with agreed(groups):
-        shards = Shards.of(groups)
-        state_dict = completed(state_dict, groups)
-        check_groups(state_dict, groups)
-        if shards is not None:
-            shards.check(state_dict, groups)
-    whole = state_dict if shards is None else shards.collected(state_dict, groups)
-    with agreed(groups):
-        fresh, foreign = _restored(whole, groups, () if shards is None else shards.elsewhere)
-    if shards is not None:
-        fresh = shards.adopt(fresh)
-    return state_dict, {param: fresh.get(param, {}) | foreign.get(param, {}) for param in fresh | foreign}
-
-
-def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor]) -> tuple[State, State]:
-    """What SCAO keeps for each parameter, and what a wrapper of the optimizer does."""
-    saved, names = state_dict["state"], labels(state_dict, groups)
-    entries = {
-        key: serial.named(names[key], integrity.opened(saved[key]), param, group)
-        for key, param, group in pairs(state_dict, groups)
-        if key in saved
-    }
-    state_dict = {**state_dict, "state": entries}
-    check_state(state_dict, groups, elsewhere)
-    # Afterwards, as those checks say better what is wrong, and before single numbers are judged.
-    integrity.check(saved, names)
-    return exact_state(state_dict, groups, elsewhere), foreign_state(state_dict, groups)

@@ -53,7 +53,7 @@ class Sharing:
         dues, total = [], 0
         for bucket in buckets:
             rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
-            due = bucket.due(bucket.step + 1, rule.start(bucket.group)) if rule.takes_turns else slice(0, 0)
+            due = bucket.due(bucket.step + 1, rule.phase1_steps(bucket.group)) if rule.staggered else slice(0, 0)
             dues.append((due, bucket.shape[0] * bucket.shape[1]))
             total += (due.stop - due.start) * dues[-1][1]
         shift = buckets[0].step if buckets else 0

@@ -1,4 +1,4 @@
-"""The update rules, one file each. A rule is free functions' composition: it owns no state and no lifecycle."""
+"""The update rules, one file each. A rule is a table of fields and functions of a ``Step``: it owns no state itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from scao_hf.rules.adamw import AdamW
+from scao_hf.rules.base import COUNTERS, Rule, Step, idle_experts_kept
 from scao_hf.rules.eigenbasis import Eigenbasis
 from scao_hf.rules.orthogonal import Orthogonal
 from scao_hf.rules.published import Published
-from scao_hf.rules.rule import COUNTERS, Legal, Rule, Tick
 
 _RULES: dict[str, Rule] = {
     "eigenbasis": Eigenbasis(),
@@ -34,4 +34,4 @@ def rule_of(group: dict[str, Any], matrix: bool, shape: Sequence[int] = ()) -> R
     return _RULES[name]
 
 
-__all__ = ["COUNTERS", "Legal", "Rule", "Tick", "rule_of"]
+__all__ = ["COUNTERS", "Rule", "Step", "idle_experts_kept", "rule_of"]

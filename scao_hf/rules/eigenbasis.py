@@ -9,67 +9,160 @@ parameter), U in bfloat16 (or int8) and terms of size r x r, r x k and l.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from scao_hf import curvature, ops, quantization, refresh
-from scao_hf.rules.rule import CODES, FACTOR, FINITE, NOT_NEGATIVE, SHARE, VECTORS, Legal, Tick, update_finite
-from scao_hf.update import (
-    adam_direction,
-    adam_moments,
-    blend_weight,
-    cautious,
-    clip_norm,
-    curvature_start,
+from scao_hf import ops, quantization
+from scao_hf.buckets import Bucket
+from scao_hf.rules.adamw import step_adamw
+from scao_hf.rules.base import COUNTERS, FACTOR, NOT_NEGATIVE, SHARE, VECTORS, Field, Legal, Rule, Step
+from scao_hf.rules.eigenbasis_refresh import (
+    MOST_GAIN,
+    bounded_direction,
     damping_of,
-    eigenbasis_direction,
-    mix,
+    plain_row,
     rank_one_direction,
+    refresh,
 )
+from scao_hf.update import accumulate, blend_weight, clip_norm, curvature_start, mix
 
-PHASE_ONE = ("exp_avg", "exp_avg_sq", "factor")
-#: What ``ops.eigenbasis_step_`` takes, in its order.
-FUSED = (
-    "exp_avg",
-    "factor",
-    "inside_avg",
-    "inside_sq",
-    "row",
-    "col",
-    "taken",
-    "level",
-    "vectors",
-    "mask",
-    "gain",
-    "long_vectors",
-    "agreement",
-)
-#: What the fields of ``Eigenbasis.create`` can hold.
-LEGAL: Mapping[str, Legal] = {
-    "exp_avg": FINITE,
-    "exp_avg_sq": NOT_NEGATIVE,
-    "factor": FACTOR,
-    "row": NOT_NEGATIVE,
-    "col": NOT_NEGATIVE,
-    "gain": Legal(1 / refresh.MOST_GAIN, refresh.MOST_GAIN),
-    "agreement": SHARE,
-    "inside_avg": FINITE,
-    "inside_sq": NOT_NEGATIVE,
-    "mask": Legal(0, 1, whole=True),
-    "vectors": VECTORS,
-    "factor_values": NOT_NEGATIVE,
-    "long_values": NOT_NEGATIVE,
-    "long_tail": NOT_NEGATIVE,
-    "long_vectors": VECTORS,
-    "long_codes": CODES,
-    "long_scales": NOT_NEGATIVE,
-}
-
-#: A refresh works on as many matrices at a time as have this many entries: its intermediates stay in a CPU's caches, and
+#: A step works on as many matrices at a time as have this many entries: its intermediates stay in a CPU's caches, and
 #: take little of a GPU's memory, which wants few and large operations.
 PORTION, PORTION_ELSEWHERE = 2**20, 2**23
+
+
+class Eigenbasis(Rule):
+    """Phase 1 holds AdamW's state and L; the last step of phase 1 trades ``exp_avg_sq`` for the bases."""
+
+    cut_sides = 1
+    staggered = True
+    fields: ClassVar[Mapping[str, Field]] = {
+        "exp_avg": Field("r l", levels=2),  # momentum; in phase 2 the residual's
+        "exp_avg_sq": Field("r l", legal=NOT_NEGATIVE, levels=4, phase=1),
+        "factor": Field("r r", "curvature", FACTOR),  # L
+        "inside_avg": Field("r k", levels=2, phase=2),  # moments of the part inside U
+        "inside_sq": Field("r k", legal=NOT_NEGATIVE, levels=4, phase=2),
+        "row": Field("r 1", legal=NOT_NEGATIVE, phase=2),  # second moment of the residual (U10)
+        "col": Field("1 l", legal=NOT_NEGATIVE, levels=4, phase=2),
+        "vectors": Field("r r", "bases", VECTORS, phase=2),  # Q
+        "mask": Field("1 k", "bases", Legal(0, 1, whole=True), phase=2),  # 1 for a direction of U that is kept (E4)
+        "gain": Field("", legal=Legal(1 / MOST_GAIN, MOST_GAIN), phase=2, fill=1),  # (U13)
+        "agreement": Field("", legal=SHARE, phase=2, fill=1),  # (U16)
+        "factor_values": Field("r", "bases", NOT_NEGATIVE, phase=2),  # eigenvalues of L
+        "long_values": Field("k", "bases", NOT_NEGATIVE, phase=2),  # of the sketch (E6), and the mass it has discarded
+        "long_tail": Field("", "bases", NOT_NEGATIVE, phase=2),
+        "long_vectors": Field("k l", "bases", VECTORS, phase=2, bfloat16=True, int8="long"),  # U^T
+    }
+    #: What the kernels of phase 2 take, in their order (csrc/state.h).
+    native_fields = ("taken", "level", *(name for name, field in fields.items() if field.phase != 1))
+
+    def step(self, step: Step) -> None:
+        """Phase 1: (E1) and AdamW. Phase 2: (E1), (U11), the ramp (U9), and then the refreshes that are due."""
+        start = self.phase1_steps(step.group)
+        if step.number <= start:
+            step_adamw(step, refreshes=step.number == start)
+            if step.number == start:
+                self._enter(step)
+            return
+        state, group, refreshes = step.state, step.group, step.due.start < step.due.stop
+        blend = blend_weight(step.number, start, group["blend_steps"])
+        if blend == 1.0 and group["tau"] is None and step.is_native("eigenbasis_step_", "long_vectors"):
+            step.run_native(ops.eigenbasis_step_, self._native_state(state), group["cautious"], refreshes=refreshes)
+        else:
+            grads = step.gradients()
+            accumulate(state["factor"], grads @ grads.mT, (1 - group["rho"]) * step.finite)
+            # A CPU works on a few matrices at a time, which stay in its caches; a GPU on all.
+            for rows in _portions(grads) if grads.device.type == "cpu" else (slice(None),):
+                grads[rows] = self._direction(step.part(rows), grads[rows], blend)
+            step.write(grads)
+        if refreshes:
+            self._refresh(step)
+
+    def _direction(self, step: Step, grads: Tensor, blend: float) -> Tensor:
+        """(U11) at the size (U13), cautious (U16), bounded by (U8); in the ramp also AdamW's step, from moments of rank one."""
+        state, eps = step.state, step.group["eps"]
+        long_basis = _long_basis(state, grads.dtype).to(grads.dtype)
+        row = plain_row(step)
+        damping = damping_of(row)
+        direction = eigenbasis_direction(step, grads, long_basis, damping).mul_(state["gain"][:, None, None])
+        if step.group["cautious"]:
+            direction = cautious(direction, grads, state["agreement"])
+        direction = clip_norm(direction, step.group["tau"])
+        if blend == 1.0:
+            return direction
+        momentum = state["vectors"] @ torch.baddbmm(state["exp_avg"], state["inside_avg"], long_basis)
+        col = state["col"] + state["inside_sq"].mean(1, keepdim=True) @ long_basis.square()
+        return mix(rank_one_direction(momentum, row, col, damping, step.bias, eps), direction, blend)
+
+    def _enter(self, step: Step) -> None:
+        """End of phase 1: first bases, second moments from the Kronecker product of the two sides' energies."""
+        momentum = step.state["exp_avg"]
+        size, r, l = momentum.shape
+        fresh = self.create(size, (r, l), momentum.dtype, momentum.device, step.group, step.number)
+        fresh = {**fresh, **{name: step.state[name] for name in (*COUNTERS, "factor") if name in step.state}}
+        fresh["exp_avg"] = momentum.clone()
+        fresh["vectors"] += torch.eye(r, dtype=momentum.dtype, device=momentum.device)
+        whole = replace(step, state=fresh)
+        for rows in _portions(momentum):
+            self._refresh_portion(whole.part(rows), step.state["exp_avg_sq"][rows])
+        # Nothing of the state has been changed so far: what raises leaves the optimizer in phase 1.
+        momentum.copy_(fresh.pop("exp_avg"))
+        del step.state["exp_avg_sq"]
+        step.state |= fresh
+
+    def _refresh(self, step: Step) -> None:
+        """New bases for the matrices that are due, and the size of the steps that are taken in them."""
+        state, due, group = step.state, step.due, step.group
+        portions = _portions(state["exp_avg"], due)
+        if "long_vectors" in state and ops.refreshes(state["exp_avg"], state["long_vectors"]):
+            numbers = [*group["betas"], group["eps"], group["rho"], self._decay(step), group["epsilon_sparse"]]
+            limits = group["k_min"], group["k_max"]
+            fields, finite = self._native_state(state), step.finite[:, 0, 0]
+            failed = ops.eigenbasis_refresh_(fields, finite, due.start, due.stop, numbers, *limits)
+            # As a list, which costs no operation.
+            portions = (slice(row, row + 1) for row, bad in enumerate(failed.tolist(), due.start) if bad)
+        for rows in portions:
+            self._refresh_portion(step.part(rows))
+
+    def _refresh_portion(self, step: Step, square: Tensor | None = None) -> None:
+        """Refresh all matrices of a step; ``square``: AdamW's second moment, for the first refresh."""
+        long_basis = _long_basis(step.state, step.state["exp_avg"].dtype)
+        refresh(step, long_basis, self._decay(step), square)
+        if "long_vectors" not in step.state:
+            codes, scales = quantization.encode(long_basis, seed=step.number)
+            step.update({"long_codes": codes, "long_scales": scales})
+
+    def _decay(self, step: Step) -> float:
+        """What the old long basis is worth. The first refresh (S1) comes after fewer steps than the others."""
+        decay: float = step.group["rho"] ** min(step.group["precond_freq"], step.number - self.phase1_steps(step.group))
+        return decay
+
+    def _native_state(self, state: dict[str, Tensor]) -> list[Tensor]:
+        return [state[name] for name in (*self.native_fields, "activity") if name in state]
+
+    def figures(self, bucket: Bucket) -> dict[str, Tensor]:
+        """Rank and captured mass of the long side; the curvature norm is that of the small side's factor.
+
+        Nothing is added to the factor here; ``damped`` are the matrices whose steps' size (U13) is held at its bound.
+        """
+        state = bucket.state
+        norm = torch.linalg.vector_norm(state["factor"], dim=(1, 2))
+        if "mask" not in state:
+            none = torch.zeros_like(norm)
+            return {"rank": none, "captured_mass": none, "curvature_norm": norm, "damped": none}
+        held = (state["long_values"] * state["mask"][:, 0]).sum(-1)
+        total = state["long_values"].sum(-1) + state["long_tail"]
+        mass = held / total.clamp_min(torch.finfo(total.dtype).tiny)
+        gain = state["gain"]
+        damped = ((gain <= 1 / MOST_GAIN) | (gain >= MOST_GAIN)).to(norm.dtype)
+        return {"rank": state["mask"].sum((1, 2)), "captured_mass": mass, "curvature_norm": norm, "damped": damped}
+
+    def phase1_steps(self, group: dict[str, Any]) -> int:
+        """(U1)."""
+        return curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
 
 
 def _portions(stack: Tensor, rows: slice | None = None) -> Iterator[slice]:
@@ -81,209 +174,59 @@ def _portions(stack: Tensor, rows: slice | None = None) -> Iterator[slice]:
         yield slice(start, min(start + count, last))
 
 
-class Eigenbasis:
-    """Phase 1 holds AdamW's state and L; the last step of phase 1 trades ``exp_avg_sq`` for the bases."""
+def _long_basis(state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """U^T, ``[N, k, l]``, in bfloat16 where it is stored so."""
+    if "long_vectors" in state:
+        return state["long_vectors"]
+    shape = (state["mask"].shape[-1], state["col"].shape[-1])
+    return quantization.decode(state["long_codes"], state["long_scales"], shape, dtype).contiguous()
 
-    cut_sides = 1
-    takes_turns = True
-    legal = LEGAL
 
-    def create(
-        self,
-        size: int,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        group: dict[str, Any],
-        step: int = 0,
-    ) -> dict[str, Tensor]:
-        """The fields of a state of that age, all zero."""
-        r, l = shape
-        k = min(group["k_max"], l)
-        sides: dict[str, tuple[int, ...]] = {"exp_avg": (r, l), "factor": (r, r)}
-        dtypes: dict[str, torch.dtype] = {}
-        if step < self.start(group):
-            sides["exp_avg_sq"] = (r, l)
-        else:
-            sides |= {"row": (r, 1), "col": (1, l), "gain": (), "agreement": ()}
-            sides |= {"inside_avg": (r, k), "inside_sq": (r, k), "mask": (1, k)}
-            sides |= {"vectors": (r, r), "factor_values": (r,), "long_values": (k,), "long_tail": ()}
-            if group["use_int8_ema"]:
-                codes, scales = quantization.encoded_shapes(size, l * k)
-                sides |= {"long_codes": codes[1:], "long_scales": scales[1:]}
-                dtypes = {"long_codes": torch.int8, "long_scales": torch.float32}
-            else:
-                sides["long_vectors"] = (k, l)
-                dtypes["long_vectors"] = torch.bfloat16 if dtype == torch.float32 else dtype
-        return {
-            name: torch.zeros(size, *side, dtype=dtypes.get(name, dtype), device=device) for name, side in sides.items()
-        }
+def eigenbasis_direction(step: Step, grads: Tensor, long_basis: Tensor, damping: Tensor) -> Tensor:
+    """(U11) Update the moments in the eigenbasis and return the step, in the parameter's coordinates.
 
-    def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
-        """Phase 1: (E1) and AdamW. Phase 2: (E1), (U11), the ramp (U9), and then the refreshes that are due."""
-        group = tick.group
-        start = self.start(group)
-        curvature.accumulate(state["factor"], grads @ grads.mT, (1 - group["rho"]) * tick.finite)
-        if tick.step <= start:
-            adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, tick.weights)
-            direction = adam_direction(state["exp_avg"], state["exp_avg_sq"], tick.bias, group["eps"])
-            if tick.step == start:
-                self._enter(state, tick)
-            return direction
-        blend = blend_weight(tick.step, start, group["blend_steps"])
-        # A CPU works on a few matrices at a time, which stay in its caches; a GPU on all.
-        cuts = _portions(grads) if grads.device.type == "cpu" else (slice(None),)
-        for rows in cuts:
-            part, now = {name: field[rows] for name, field in state.items()}, tick.part(rows)
-            grads[rows] = self._direction(part, grads[rows], now, blend)
-        if tick.due.start < tick.due.stop:
-            self._refresh(state, tick.finite[:, 0, 0], tick.step, group, tick.due)
-        return grads
+    With ``Gq = Q^T G``, ``P = Gq U`` and ``R = Gq - P U^T``, moments of P and of R, the step is
+    ``Q (P_hat / (sqrt(vP_hat) + eps) U^T + R_hat / (sqrt(vR_hat) + eps))``, both quotients damped (U14) and within 1.
 
-    def fused(
-        self,
-        state: dict[str, Tensor],
-        params: list[Tensor],
-        grads: list[Tensor],
-        step: int,
-        group: dict[str, Any],
-        due: slice,
-    ) -> bool:
-        """Phase 1, and phase 2 once the ramp is over, unless an option asks for what the kernel does not do."""
-        start = self.start(group)
-        since = step - start
-        if since <= 0:
-            able = ops.has("adamw_step_", state["exp_avg"])
-        else:
-            able = blend_weight(step, start, group["blend_steps"]) == 1.0 and group["tau"] is None
-            able = able and "long_vectors" in state
-            able = able and ops.has("eigenbasis_step_", state["exp_avg"], state["long_vectors"])
-        if not able:
-            return False
-        refresh = since == 0 or due.start < due.stop
-        before = state["taken"].clone() if refresh else state["taken"]
-        if since <= 0:
-            fields = (state[name] for name in (*PHASE_ONE, "taken", "level"))
-            ops.adamw_step_(params, grads, *fields, *ops.numbers(group))
-        else:
-            fields = (state[name] for name in FUSED)
-            ops.eigenbasis_step_(params, grads, *fields, group["cautious"], *ops.numbers(group), state.get("activity"))
-        if refresh:
-            finite = state["taken"] - before
-            if since:
-                self._refresh(state, finite, step, group, due)
-            else:
-                self._enter(state, Tick.of(step, state["taken"][:, None, None], finite[:, None, None], group, due))
-        return True
+    Args:
+        step: its state has the moments ``exp_avg`` of R, ``row`` and ``col``, ``inside_avg`` and ``inside_sq`` of P, all
+            changed in place; Q in ``vectors`` and the ``mask`` of U's columns.
+        grads: G, ``[N, r, l]``.
+        long_basis: U^T, ``[N, k, l]``.
+        damping: (U14).
+    """
+    state, bias, eps, (first, second) = step.state, step.bias, step.group["eps"], step.weights
+    basis = state["vectors"]
+    rotated = basis.mT @ grads
+    inside = (rotated @ long_basis.mT).mul_(state["mask"])
+    outside = rotated.baddbmm_(inside, long_basis, alpha=-1)
+    state["inside_avg"].lerp_(inside, first)
+    state["inside_sq"].lerp_(inside.square(), second)
+    state["exp_avg"].lerp_(outside, first)
+    energy = outside.square_()
+    state["row"].lerp_(energy.mean(2, keepdim=True), second)
+    state["col"].lerp_(energy.mean(1, keepdim=True), second)
+    direction = rank_one_direction(state["exp_avg"], state["row"], state["col"], damping, bias, eps)
+    kept = bounded_direction(state["inside_avg"], state["inside_sq"], damping, bias, eps)
+    return basis @ direction.baddbmm_(kept, long_basis)
 
-    def _direction(self, state: dict[str, Tensor], grads: Tensor, tick: Tick, blend: float) -> Tensor:
-        """(U11) at the size (U13), cautious (U16), bounded by (U8); in the ramp also AdamW's step, from moments of rank one."""
-        eps = tick.group["eps"]
-        long_basis = self._long_basis(state, grads.dtype).to(grads.dtype)
-        row = refresh.plain_row(state, tick.count, tick.bias[1], tick.group["rho"])
-        damping = damping_of(row)
-        direction = eigenbasis_direction(state, grads, long_basis, damping, tick.weights, tick.bias, eps)
-        direction = direction.mul_(state["gain"][:, None, None])
-        if tick.group["cautious"]:
-            direction = cautious(direction, grads, state["agreement"])
-        direction = clip_norm(direction, tick.group["tau"])
-        if blend == 1.0:
-            return direction
-        momentum = state["vectors"] @ torch.baddbmm(state["exp_avg"], state["inside_avg"], long_basis)
-        col = state["col"] + state["inside_sq"].mean(1, keepdim=True) @ long_basis.square()
-        return mix(rank_one_direction(momentum, row, col, damping, tick.bias, eps), direction, blend)
 
-    @staticmethod
-    def _long_basis(state: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """U^T, ``[N, k, l]``, in bfloat16 where it is stored so."""
-        if "long_vectors" in state:
-            return state["long_vectors"]
-        shape = (state["mask"].shape[-1], state["col"].shape[-1])
-        return quantization.decode(state["long_codes"], state["long_scales"], shape, dtype).contiguous()
+def cautious(direction: Tensor, grads: Tensor, agreement: Tensor) -> Tensor:
+    """(U16) Only the entries of a step that this gradient agrees with, larger by the share that agreed a step ago.
 
-    def _enter(self, state: dict[str, Tensor], tick: Tick) -> None:
-        """End of phase 1: first bases, second moments from the Kronecker product of the two sides' energies."""
-        momentum = state["exp_avg"]
-        size, r, l = momentum.shape
-        fresh = self.create(size, (r, l), momentum.dtype, momentum.device, tick.group, tick.step)
-        fresh = {**state, **{name: field for name, field in fresh.items() if name not in PHASE_ONE}}
-        square = fresh.pop("exp_avg_sq")
-        fresh["exp_avg"] = momentum.clone()
-        fresh["vectors"] += torch.eye(r, dtype=momentum.dtype, device=momentum.device)
-        fresh["gain"] += 1
-        fresh["agreement"] += 1
-        for rows in _portions(momentum):
-            part = {name: field[rows] for name, field in fresh.items()}
-            self._turn(part, tick.part(rows), square[rows])
-        # Nothing of the state has been changed so far: what raises leaves the optimizer in phase 1.
-        momentum.copy_(fresh.pop("exp_avg"))
-        del state["exp_avg_sq"]
-        state |= fresh
+    ``D (D G > 0) / max(a, 1/2)``: the share of the step before stands for this step's own, which is known too late to be
+    used without another pass over the matrix. Entries without a gradient do not count, and a step without any leaves a as
+    it is. After C. Liang et al., Cautious Optimizers, 2024.
 
-    def _refresh(self, state: dict[str, Tensor], finite: Tensor, step: int, group: dict[str, Any], due: slice) -> None:
-        """New bases for the matrices that are due, and the size of the steps that are taken in them.
-
-        Args:
-            state: of the whole stack.
-            finite: 0 for a matrix that stays as it is, ``[N]``.
-            step, group, due: as in ``Tick``.
-        """
-        moments = state["exp_avg"]
-        if "long_vectors" in state and ops.refreshes(moments, state["long_vectors"]):
-            fields = (state[name] for name in refresh.FIELDS)
-            settings = self._settings(step, group)
-            # As a list, which costs no operation.
-            failed = ops.eigenbasis_refresh_(
-                *fields, finite, due.start, due.stop, *settings, state.get("activity")
-            ).tolist()
-            portions = [slice(row, row + 1) for row, bad in enumerate(failed, due.start) if bad]
-        else:
-            portions = list(_portions(moments, due))
-        for rows in portions:
-            part = {name: field[rows] for name, field in state.items()}
-            columns = part["taken"][:, None, None], finite[rows, None, None]
-            self._turn(part, Tick.of(step, *columns, group, due))
-
-    def _turn(self, state: dict[str, Tensor], tick: Tick, square: Tensor | None = None) -> None:
-        """Refresh all matrices of a state; ``square``: AdamW's second moment, for the first refresh."""
-        moments = state["exp_avg"]
-        long_basis = self._long_basis(state, moments.dtype)
-        settings = self._settings(tick.step, tick.group)
-        whole = {**state, "long_vectors": long_basis}
-        refresh.renew(whole, tick.count, tick.finite, tick.bias, settings, ops.tools(moments, long_basis), square)
-        if "long_vectors" not in state:
-            codes, scales = quantization.encode(long_basis, seed=tick.step)
-            update_finite(state, {"long_codes": codes, "long_scales": scales}, tick)
-
-    def _settings(self, step: int, group: dict[str, Any]) -> refresh.Settings:
-        # Matrices take turns (S1), so that the first refresh comes after fewer steps than the others.
-        decay = group["rho"] ** min(group["precond_freq"], step - self.start(group))
-        first, second = group["betas"]
-        limits = group["epsilon_sparse"], group["k_min"], group["k_max"]
-        return refresh.Settings(first, second, group["eps"], group["rho"], decay, *limits)
-
-    def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
-        """Rank and captured mass of the long side; the curvature norm is that of the small side's factor.
-
-        Nothing is added to the factor here; ``damped`` are the matrices whose steps' size (U13) is held at its bound.
-        """
-        norm = torch.linalg.vector_norm(state["factor"], dim=(1, 2))
-        if "mask" not in state:
-            none = torch.zeros_like(norm)
-            return {"rank": none, "captured_mass": none, "curvature_norm": norm, "damped": none}
-        held = (state["long_values"] * state["mask"][:, 0]).sum(-1)
-        total = state["long_values"].sum(-1) + state["long_tail"]
-        mass = held / total.clamp_min(torch.finfo(total.dtype).tiny)
-        gain = state["gain"]
-        damped = ((gain <= 1 / refresh.MOST_GAIN) | (gain >= refresh.MOST_GAIN)).to(norm.dtype)
-        return {"rank": state["mask"].sum((1, 2)), "captured_mass": mass, "curvature_norm": norm, "damped": damped}
-
-    def start(self, group: dict[str, Any]) -> int:
-        """(U1)."""
-        return curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
-
-    def kind(self, name: str) -> str:
-        """Kind of a field."""
-        if name == "factor":
-            return "curvature"
-        return "bases" if name in ("vectors", "factor_values", "mask") or name.startswith("long_") else "moments"
+    Args:
+        direction: D, ``[N, r, l]``, changed in place.
+        grads: G, in the same coordinates; scratch.
+        agreement: a, ``[N]``, replaced by this step's share.
+    """
+    products = grads.mul_(direction)
+    counted = torch.count_nonzero(products, (1, 2))
+    agrees = products.gt_(0)
+    direction.mul_(agrees).div_(agreement.clamp_min(0.5)[:, None, None])
+    share = torch.count_nonzero(agrees, (1, 2)) / counted.clamp_min(1)
+    agreement.copy_(torch.where(counted > 0, share, agreement))
+    return direction

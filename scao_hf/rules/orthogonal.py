@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from scao_hf.rules.rule import FINITE, NOT_NEGATIVE, Legal, Tick
+from scao_hf.buckets import Bucket
+from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step
 from scao_hf.update import clip_norm
 
 #: Coefficients of the Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``: steep at zero rather than
@@ -55,63 +56,30 @@ def _product_dtype(matrix: Tensor) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-class Orthogonal:
-    """State: ``exp_avg``, M as large as the parameter, and ``col``, c ``[1, l]``."""
+class Orthogonal(Rule):
+    """The momentum M, as large as the parameter, and the columns' second moment c."""
 
-    legal: Mapping[str, Legal] = {"exp_avg": FINITE, "col": NOT_NEGATIVE}
-    cut_sides = 0
-    takes_turns = False
+    fields: ClassVar[Mapping[str, Field]] = {
+        "exp_avg": Field("r l", levels=2),
+        "col": Field("1 l", legal=NOT_NEGATIVE, levels=4),
+    }
 
-    def create(
-        self,
-        size: int,
-        shape: tuple[int, int],
-        dtype: torch.dtype,
-        device: torch.device,
-        group: dict[str, Any],
-        step: int = 0,
-    ) -> dict[str, Tensor]:
-        """Momentum and columns' second moment, all zero."""
-        sides = {"exp_avg": shape, "col": (1, shape[1])}
-        return {name: torch.zeros(size, *side, dtype=dtype, device=device) for name, side in sides.items()}
-
-    def step(self, state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
+    def step(self, step: Step) -> None:
         """(O1) to (O4) on a few matrices at a time, bounded by (U8)."""
+        grads = step.gradients()
         count = max(1, PORTION // grads[0].numel())
         for first in range(0, len(grads), count):
             rows = slice(first, first + count)
-            part, now = {name: field[rows] for name, field in state.items()}, tick.part(rows)
-            grads[rows] = _direction(part, grads[rows], now)
-        return clip_norm(grads, tick.group["tau"])
+            grads[rows] = _direction(step.part(rows), grads[rows])
+        step.write(clip_norm(grads, step.group["tau"]))
 
-    def fused(
-        self,
-        state: dict[str, Tensor],
-        params: list[Tensor],
-        grads: list[Tensor],
-        step: int,
-        group: dict[str, Any],
-        due: slice,
-    ) -> bool:
-        """Never: its matrix products are torch's."""
-        return False
-
-    def summary(self, state: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+    def figures(self, bucket: Bucket) -> dict[str, Tensor]:
         """All r directions have the same weight, whatever the curvature, which is not estimated."""
-        none = torch.zeros_like(state["taken"])
-        r = state["exp_avg"].shape[1]
-        return {"rank": none + r, "captured_mass": none + 1, "curvature_norm": none, "damped": none}
-
-    def start(self, group: dict[str, Any]) -> int:
-        """There is no phase 1."""
-        return 0
-
-    def kind(self, name: str) -> str:
-        """Moments only."""
-        return "moments"
+        none = torch.zeros_like(bucket.state["taken"])
+        return {"rank": none + bucket.shape[0], "captured_mass": none + 1, "curvature_norm": none, "damped": none}
 
 
-def _direction(state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
+def _direction(step: Step, grads: Tensor) -> Tensor:
     """(O1) ``M <- b1 M + (1 - b1) G``; the step is that of ``X = b1 M + (1 - b1) G``, the momentum a step ahead.
 
     (O3) is ``c <- b2 c + (1 - b2) mean_i X_ij^2`` of the polar factor X, and ``D = X / sqrt(c_hat)`` with its bias corrected:
@@ -120,12 +88,12 @@ def _direction(state: dict[str, Tensor], grads: Tensor, tick: Tick) -> Tensor:
     (O4) is ``D <- D STEP_RMS sqrt(l) |X|_F / |D|_F``: the size of a step follows from how many directions the momentum has,
     not from the gradient, and is AdamW's.
     """
-    momentum, col = state["exp_avg"], state["col"]
-    momentum.lerp_(grads, tick.weights[0])
-    x = polar(torch.lerp(momentum, grads, 1 - tick.group["betas"][0]))
+    momentum, col = step.state["exp_avg"], step.state["col"]
+    momentum.lerp_(grads, step.weights[0])
+    x = polar(torch.lerp(momentum, grads, 1 - step.group["betas"][0]))
     size = _norm(x) * (STEP_RMS * math.sqrt(x.shape[2]))
-    col.lerp_(x.square().mean(1, keepdim=True), tick.weights[1])
-    direction = x.div_((col / tick.bias[1]).sqrt_().add_(tick.group["eps"]))
+    col.lerp_(x.square().mean(1, keepdim=True), step.weights[1])
+    direction = x.div_((col / step.bias[1]).sqrt_().add_(step.group["eps"]))
     return direction.div_(_norm(direction).clamp_min(torch.finfo(x.dtype).tiny)).mul_(size)
 
 

@@ -127,7 +127,7 @@ class Job:
             raise ToolError(f"{self.source}: {'; '.join(problems)}")
         known = {name: value for name, value in passed.items() if name in OPTIONS and name != "rule"}
         options = resolve(passed.get("rule") or RULES[0], known)
-        start = rule_of(options, matrix=True).start(options)
+        start = rule_of(options, matrix=True).phase1_steps(options)
         if self.steps <= start:
             raise ToolError(
                 f"--steps {self.steps} would end before SCAO's phase 2, which begins after step {start}: pass more steps, "

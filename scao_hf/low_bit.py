@@ -1,4 +1,4 @@
-"""Moments in fewer bits: encoded between two steps, decoded for the step. The rules know nothing of it.
+"""Moments in fewer bits: encoded between two steps, decoded for the step. A rule says which (``Field.levels``).
 
 ``moment_dtype`` says how. A bucket whose moments are encoded is small (``chunk``), so that little is decoded at a time.
 """
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from scao_hf import quantization
 from scao_hf.buckets import Bucket
-from scao_hf.rules import COUNTERS, Legal, Rule, rule_of
-from scao_hf.rules.rule import CODES, NOT_NEGATIVE
+from scao_hf.rules import COUNTERS, Rule, rule_of
 
-#: The fields that are encoded and the power of their levels (Q1): 2 for means of gradients, 4 for means of squares.
-POWERS = {"exp_avg": 2, "exp_avg_sq": 4, "inside_avg": 2, "inside_sq": 4, "col": 4}
+#: At most so many fields of a rule are encoded (``Field.levels``): each has noise of its own in every step.
+MOST = 5
 #: Entries of a bucket with encoded moments on a CPU and elsewhere, give or take a matrix.
 CHUNK, CHUNK_ELSEWHERE = 2**20, 2**24
 
@@ -28,16 +27,17 @@ def chunk(device: torch.device) -> int:
     return CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE
 
 
-def is_encoded(name: str, like: Tensor, group: dict[str, Any]) -> bool:
+def is_encoded(name: str, like: Tensor, rule: Rule, group: dict[str, Any]) -> bool:
     """Whether a field is kept encoded; int8 only where it takes fewer bytes, as its blocks are padded.
 
     Args:
         name: the field.
         like: the field as the rule has it, ``[N, ...]``, any device.
+        rule: whose it is.
         group: the parameter group.
     """
     kind = group["moment_dtype"]
-    if kind == "float32" or name not in POWERS:
+    if kind == "float32" or name in COUNTERS or not rule.field(name).levels:
         return False
     if kind == "bfloat16":
         return True
@@ -45,31 +45,22 @@ def is_encoded(name: str, like: Tensor, group: dict[str, Any]) -> bool:
     return codes + 4 * scales < like[0].numel() * like.element_size()
 
 
-def legal(name: str, rule: Rule) -> Legal:
-    """What a field of ``rule`` can hold as it is kept: encoded, its scales have no sign, its codes that of the field."""
-    field, _, part = name.rpartition("_")
-    if field not in POWERS or part not in ("codes", "scales"):
-        return rule.legal[name]
-    return NOT_NEGATIVE if part == "scales" else CODES._replace(low=max(CODES.low, rule.legal[field].low))
-
-
-def zeros(fields: dict[str, Tensor], group: dict[str, Any]) -> dict[str, Tensor]:
+def zeros(fields: dict[str, Tensor], rule: Rule, group: dict[str, Any]) -> dict[str, Tensor]:
     """The fields of a new state, all zero in those that are kept encoded, as they are kept."""
     kept: dict[str, Tensor] = {}
     for name, field in fields.items():
-        if not is_encoded(name, field, group):
+        if not is_encoded(name, field, rule, group):
             kept[name] = field
         elif group["moment_dtype"] == "bfloat16":
             kept[name] = torch.zeros_like(field, dtype=torch.bfloat16)
         else:
-            codes, scales = quantization.encoded_shapes(len(field), field[0].numel())
-            kept[f"{name}_codes"] = torch.zeros(codes, dtype=torch.int8, device=field.device)
-            kept[f"{name}_scales"] = torch.zeros(scales, dtype=torch.float32, device=field.device)
+            codes, scales = quantization.zeros(len(field), field[0].numel(), field.device)
+            kept |= {f"{name}_codes": codes, f"{name}_scales": scales}
     return kept
 
 
 @contextmanager
-def opened(bucket: Bucket) -> Iterator[dict[str, Tensor]]:
+def decoded(bucket: Bucket) -> Iterator[dict[str, Tensor]]:
     """A bucket's state as its rule knows it, for one step; what the step leaves behind is kept encoded again.
 
     A matrix that the step has skipped keeps its codes to the bit.
@@ -99,24 +90,25 @@ def _decoded(bucket: Bucket) -> dict[str, Tensor]:
             state[name] = bucket.state[name].to(like.dtype)
         else:
             codes, scales = (bucket.state[f"{name}_{part}"] for part in ("codes", "scales"))
-            decoded = quantization.decode(codes, scales, tuple(like.shape[1:]), like.dtype, POWERS[name])
-            state[name] = decoded.contiguous()  # without the padding of the last block
+            values = quantization.decode(codes, scales, tuple(like.shape[1:]), like.dtype, rule.field(name).levels)
+            state[name] = values.contiguous()  # without the padding of the last block
     return state
 
 
 def _encode(bucket: Bucket, state: dict[str, Tensor], changed: Tensor) -> None:
     """Put the fields of ``state`` into the bucket, in place where they were there before."""
     kept: dict[str, Tensor] = {}
+    rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
+    encoded = [name for name, field in rule.fields.items() if field.levels]
     for name, field in state.items():
-        if not is_encoded(name, field, bucket.group):
+        if not is_encoded(name, field, rule, bucket.group):
             kept[name] = field
             continue
-        # Every field of every step has noise of its own.
-        seed = bucket.step * len(POWERS) + list(POWERS).index(name)
+        seed = bucket.step * MOST + encoded.index(name)
         if bucket.group["moment_dtype"] == "bfloat16":
             fresh = {name: quantization.to_bfloat16(field, seed)}
         else:
-            codes, scales = quantization.encode(field, seed, POWERS[name])
+            codes, scales = quantization.encode(field, seed, rule.field(name).levels)
             fresh = {f"{name}_codes": codes, f"{name}_scales": scales}
         for key, value in fresh.items():
             old = bucket.state.get(key)

@@ -1,0 +1,274 @@
+"""What a rule is: a table of the fields of its state, and a step that changes parameters and state."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scao_hf import ops, quantization
+from scao_hf.buckets import Bucket
+from scao_hf.update import LARGEST_GRADIENT, count_activity, moment_schedule, sanitize
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Legal(NamedTuple):
+    """What the entries of a field of the state can be, bounds included; ``load_state_dict`` refuses everything else.
+
+    Attributes:
+        whole: whole numbers alone.
+        diagonal: the bounds are for the diagonals of square matrices.
+    """
+
+    low: float = -sys.float_info.max
+    high: float = sys.float_info.max
+    whole: bool = False
+    diagonal: bool = False
+
+    def __str__(self) -> str:
+        words = f"between {self.low:g} and {self.high:g}" if self.high < FINITE.high else "finite"
+        if words == "finite" and self.low > FINITE.low:
+            words += f" and at least {self.low:g}"
+        return "whole numbers " * self.whole + words + " on the diagonal" * self.diagonal
+
+    def offence(self, field: Tensor) -> float | None:
+        """An entry of ``field`` that cannot be; None where all are sound."""
+        if self.diagonal:
+            bounds = self._replace(diagonal=False)
+            return FINITE.offence(field) or bounds.offence(field.diagonal(dim1=-2, dim2=-1))
+        lowest, highest = (float(end) for end in field.aminmax())
+        if not (self.low <= lowest and highest <= self.high):  # NaN is neither
+            return highest if self.low <= lowest else lowest
+        broken = field[field != field.round()].tolist() if self.whole else ()
+        return float(broken[0]) if broken else None
+
+
+FINITE, NOT_NEGATIVE = Legal(), Legal(0)
+#: A positive semidefinite matrix.
+FACTOR = Legal(0, diagonal=True)
+#: A share of one and unit vectors, both with room for rounding.
+SHARE, VECTORS = Legal(0, 1.001), Legal(-10, 10)
+
+
+class Field(NamedTuple):
+    """A field of a rule's state: one tensor for each matrix, stacked.
+
+    Attributes:
+        sides: of one matrix's tensor: its own sides ``r`` and ``l``, the directions that are kept of them, ``kr`` and
+            ``k``, or numbers; nothing for a scalar.
+        kind: in the memory report: moments, curvature or bases.
+        legal: what its entries can be.
+        levels: the power of its levels under ``moment_dtype="int8"`` (Q1): 2 for means of gradients, 4 for means of
+            squares, 0 for what is never encoded.
+        phase: the phase in which it exists, 0 for both.
+        fill: what it holds at first.
+        bfloat16: kept in that dtype by parameters that are stepped in float32.
+        int8: the field as it is called under ``use_int8_ema``, where it is kept as codes and scales.
+    """
+
+    sides: str
+    kind: str = "moments"
+    legal: Legal = FINITE
+    levels: int = 0
+    phase: int = 0
+    fill: float = 0.0
+    bfloat16: bool = False
+    int8: str = ""
+
+
+#: What every parameter's state has besides its rule's fields: finite gradients so far, no more than ``step``; how large they
+#: were (U3); of an expert, which of them were not zero (X3).
+COUNTERS = {"taken": Legal(0, whole=True), "level": Legal(0, LARGEST_GRADIENT), "activity": Legal(0)}
+
+_UNKNOWN = torch.empty(0)
+
+
+@dataclass(eq=False)
+class Step:
+    """One step of a stack of N matrices: the state that it changes and what its equations need.
+
+    Attributes:
+        bucket: the parameters and their gradients.
+        state: the stacked fields, and ``COUNTERS``.
+        number: how many steps the matrices have taken, this one included.
+        due: the matrices whose bases are to be refreshed, none in phase 1 (``Bucket.due``).
+        finite: 1 or 0, ``[N, 1, 1]``: whether this step's gradient was finite. Known once the gradient has been read.
+    """
+
+    bucket: Bucket
+    state: dict[str, Tensor]
+    number: int
+    due: slice
+    finite: Tensor = _UNKNOWN
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The parameter group with every option."""
+        return self.bucket.group
+
+    def gradients(self) -> Tensor:
+        """(U3) The gradients as a stack ``[N, r, l]`` of its own; counts the step."""
+        grads, self.finite = sanitize(self.bucket.gradients(), self.state["level"])
+        self.bucket.step += 1
+        self.state["taken"] += self.finite[:, 0, 0]
+        return grads
+
+    def write(self, direction: Tensor) -> None:
+        """Decoupled decay and the step, ``w <- w - lr (direction + decay w)``; a skipped matrix stays as it is."""
+        lr = self.group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.detach().to(direction)
+        self.bucket.subtract(direction, self.finite * lr, self.group["weight_decay"])
+
+    def is_native(self, kernel: str, *bases: str) -> bool:
+        """Whether a native kernel can take this step, with those ``bases`` in the state."""
+        # A learning rate on a device would have to be waited for.
+        lr = self.group["lr"]
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            return False
+        # The kernels' v += (1 - b2) (g^2 - v) loses all digits of a small g^2 where b2 is next to zero; lerp does not.
+        if self.group["betas"][1] < 0.5 or not all(name in self.state for name in bases):
+            return False
+        params = [member.param for member in self.bucket.members]
+        if not ops.supports(params, self.bucket.shape, self.bucket.matrix):
+            return False
+        return ops.has(kernel, self.state["exp_avg"], *(self.state[name] for name in bases))
+
+    def run_native(self, kernel: Callable[..., None], fields: list[Tensor], *options: bool, refreshes: bool) -> None:
+        """The whole step by a native kernel: (U3), decay and parameters included.
+
+        Args:
+            kernel: one of ``ops``.
+            fields: those of the state that it takes, in its order.
+            options: what it takes besides the numbers.
+            refreshes: whether a refresh follows, which asks which gradients were finite.
+        """
+        taken = self.state["taken"]
+        before = taken.clone() if refreshes else taken
+        params, grads = self.bucket.parts()
+        kernel(params, grads, fields, ops.numbers(self.group), *options)
+        torch.autograd.graph.increment_version(params)
+        self.bucket.step += 1
+        if refreshes:
+            self.finite = (taken - before)[:, None, None]
+
+    @property
+    def count(self) -> Tensor:
+        """Finite gradients seen by each matrix, ``[N, 1, 1]``."""
+        return self.state["taken"][:, None, None]
+
+    @cached_property
+    def _schedule(self) -> tuple[Pair, Pair]:
+        return moment_schedule(self.group["betas"], self.finite, self.count)
+
+    @property
+    def weights(self) -> Pair:
+        """``(1 - beta) finite`` for the two moments, ``[N, 1, 1]``: what this gradient counts in each."""
+        return self._schedule[0]
+
+    @property
+    def bias(self) -> Pair:
+        """``1 - beta^count`` for the two moments, ``[N, 1, 1]``, never zero (U5)."""
+        return self._schedule[1]
+
+    def part(self, rows: slice) -> Step:
+        """The same step of some of the matrices."""
+        state = {name: field[rows] for name, field in self.state.items()}
+        part = replace(self, state=state, finite=self.finite[rows])
+        part._schedule = tuple((one[rows], two[rows]) for one, two in self._schedule)  # type: ignore[assignment]
+        return part
+
+    def update(self, fresh: dict[str, Tensor]) -> None:
+        """Write ``fresh`` fields into the state in place, but not for matrices whose gradient was not finite."""
+        for name, value in fresh.items():
+            field = self.state[name]
+            field.copy_(torch.where(self.finite.view(-1, *[1] * (field.ndim - 1)) > 0, value, field))
+
+
+class Rule(ABC):
+    """An update rule on stacks of matrices ``[N, r, l]``."""
+
+    #: The state. In this order native kernels take it, after the counters.
+    fields: ClassVar[Mapping[str, Field]]
+    #: How many sides have a dense factor, so that they are cut to max_precond_dim: none, the small one or both.
+    cut_sides = 0
+    #: Whether the refreshes of the matrices are spread over the steps (S1).
+    staggered = False
+
+    @abstractmethod
+    def step(self, step: Step) -> None:
+        """Update the state by one gradient and the parameters by the step that follows from it."""
+
+    def phase1_steps(self, group: dict[str, Any]) -> int:
+        """The last step of phase 1; 0 for a rule without one."""
+        return 0
+
+    @abstractmethod
+    def figures(self, bucket: Bucket) -> dict[str, Tensor]:
+        """``rank``, ``captured_mass``, ``curvature_norm`` and ``damped`` (1 or 0) of each matrix, ``[N]`` each."""
+
+    def create(
+        self,
+        size: int,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dict[str, Any],
+        step: int = 0,
+    ) -> dict[str, Tensor]:
+        """State of ``size`` matrices that have taken ``step`` steps, leading dimension ``size``; works on the meta device."""
+        r, l = shape
+        sides = {"r": r, "l": l, "k": min(group.get("k_max", l), l), "kr": min(group.get("k_max", r), r)}
+        phase = 1 if step < self.phase1_steps(group) else 2
+        state: dict[str, Tensor] = {}
+        for name, field in self.fields.items():
+            if field.phase not in (0, phase):
+                continue
+            shape_of_one = [sides.get(side) or int(side) for side in field.sides.split()]
+            if field.int8 and group["use_int8_ema"]:
+                codes, scales = quantization.zeros(size, torch.Size(shape_of_one).numel(), device)
+                state |= {f"{field.int8}_codes": codes, f"{field.int8}_scales": scales}
+            else:
+                kept = torch.bfloat16 if field.bfloat16 and dtype == torch.float32 else dtype
+                state[name] = torch.full((size, *shape_of_one), field.fill, dtype=kept, device=device)
+        return state
+
+    def field(self, name: str) -> Field:
+        """The field that is kept under ``name``, be it as the codes or scales of one."""
+        if name in self.fields:
+            return self.fields[name]
+        stem, _, part = name.rpartition("_")
+        field = self.fields.get(stem) or next(field for field in self.fields.values() if field.int8 == stem)
+        if part == "scales":
+            return field._replace(legal=NOT_NEGATIVE)
+        signed = field.legal.low < 0 or field.legal.diagonal
+        return field._replace(legal=Legal(-quantization.LEVELS if signed else 0, quantization.LEVELS))
+
+
+@contextmanager
+def idle_experts_kept(bucket: Bucket, rule: Rule) -> Iterator[None]:
+    """Leave the curvature of experts without a token as it is: an average over the steps in which they had some.
+
+    Their moments decay as AdamW's do; ``activity`` knows by how much these are smaller than the average (X3).
+    """
+    largest = bucket.largest()
+    if largest is None:
+        yield
+        return
+    idle = largest == 0
+    if "activity" in bucket.state:
+        count_activity(bucket.state["activity"], largest, bucket.group["betas"][1])
+    names = [name for name in bucket.state if name not in COUNTERS and rule.field(name).kind == "curvature"]
+    before = {name: bucket.state[name].clone() for name in names}
+    yield
+    for name, field in before.items():
+        kept = idle.view(-1, *[1] * (field.ndim - 1))
+        bucket.state[name].copy_(torch.where(kept, field, bucket.state[name]))
