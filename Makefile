@@ -26,7 +26,7 @@ SCAO_URL ?=
 export SCAO_DEMO_MODEL SCAO_URL
 
 .DELETE_ON_ERROR:
-.PHONY: help audit test-oldest test-newest test-deepspeed test-core bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu release survival test test-long test-oldest-axolotl lint clean yardstick
+.PHONY: help audit test-oldest test-newest test-deepspeed test-frameworks test-core bench-costs bench-quick reproduce reproduce-quick demo demo-compare demo-inputs docs ext gpu release survival test test-long test-oldest-axolotl lint clean yardstick
 
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M on the CPU with AdamW and SCAO: loss curves and adapter in runs/demo'
@@ -42,6 +42,7 @@ help:
 	@echo 'make survival      every fault on SCAO and on the other optimizers: docs/survival.md'
 	@echo 'make test-long     the tests that take minutes: several processes, faults, long runs; then make test-newest'
 	@echo 'make test-newest   without Axolotl, the newest of what the integrations use; the core with Python 3.13, if there is one'
+	@echo 'make test-frameworks   Accelerate, Lightning, Fabric, litgpt and torchtune, in an environment of their own'
 	@echo 'make test-deepspeed   ZeRO-1, 2 and 3 on two and four processes'
 	@echo 'make test-oldest   the core with the oldest torch that is supported: downloads some gigabytes'
 	@echo 'make test-oldest-axolotl   the plugin with the oldest Axolotl that is supported'
@@ -110,6 +111,7 @@ test: lint ext $(VENV)/.bench
 test-long: ext $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -m long -v --durations=0
 	$(MAKE) test-newest
+	$(MAKE) test-frameworks
 	$(MAKE) test-deepspeed
 
 # DeepSpeed alone in a folder of its own, with what Axolotl pins. It compiles an operation for CPUs on its first run.
@@ -137,6 +139,15 @@ test-newest: ext
 	else \
 		echo 'skipped: the core with Python 3.13, as $(PYTHON313) does not run here (PYTHON313=... names another)'; \
 	fi
+
+# Those of docs/frameworks.md that make test does not have. torchtune needs an old torchao, which peft refuses: so no TRL here.
+FRAMEWORKS := accelerate lightning litgpt torchtune torchao==0.9.0 pyyaml pytest expecttest
+
+test-frameworks: ext
+	@test -x .cache/frameworks/bin/python || $(PYTHON) -m venv .cache/frameworks
+	@.cache/frameworks/bin/python -m pip install -qq --disable-pip-version-check '$(TORCH)'
+	@.cache/frameworks/bin/python -m pip install -qq --disable-pip-version-check '$(TORCH)' $(FRAMEWORKS)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OFFLINE) .cache/frameworks/bin/python -m pytest -v -rs tests/test_frameworks.py
 
 test-oldest:
 	$(MAKE) test-core CORE=oldest CORE_PYTHON=$(PYTHON) CORE_TORCH='torch==2.6.*'
