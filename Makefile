@@ -141,7 +141,8 @@ test-newest: ext
 	fi
 
 # Those of docs/frameworks.md that make test does not have. torchtune needs an old torchao, which peft refuses: so no TRL here.
-FRAMEWORKS := accelerate lightning litgpt torchtune torchao==0.9.0 pyyaml pytest expecttest
+FRAMEWORKS := accelerate lightning litgpt torchtune torchao==0.9.0 transformers 'datasets>=3,<4' 'pyarrow<21' pyyaml pytest \
+	expecttest
 
 test-frameworks: ext
 	@test -x .cache/frameworks/bin/python || $(PYTHON) -m venv .cache/frameworks
