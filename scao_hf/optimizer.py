@@ -79,8 +79,8 @@ class SCAO(Optimizer):
         experts: Mapping[Tensor, Packing] | None = None,
         vocabulary: Collection[Tensor] | None = None,
     ) -> None:
-        given = locals()
-        passed = {name: given[name] for name in ("betas", *opt.OPTIONS) if name != "rule"}
+        passed = {name: value for name, value in locals().items() if name in opt.OPTIONS or name == "betas"}
+        passed.pop("rule")
         _check_params(params)
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **opt.resolve(rule, passed)}
         defaults["scao_version"] = checkpoint.VERSION
@@ -230,7 +230,7 @@ class SCAO(Optimizer):
             for param in group["params"]:
                 check_placement(param)
         for group, had in zip(self.param_groups, self._had_matrices, strict=False):
-            # Users may take matrices out of a group: vectors that it was given are no flattened ones.
+            # Users may take matrices out of a group: 1-D parameters that it was given are not flattened matrices.
             check_flattened(group["params"], had and any(id(param) not in self._vectors for param in group["params"]))
         return Stacks(self.param_groups, self.state, include, self._edits.known())
 
@@ -271,7 +271,7 @@ class SCAO(Optimizer):
         ``copy.deepcopy``. Each parameter's entry has a checksum (``scao_hf.integrity``), which ``load_state_dict`` checks.
 
         With sharded parameters (FSDP2) all processes have to call it together: each parameter's state is then its step
-        and one DTensor of bytes (``scao_hf.distributed.serial``), which torch.distributed.checkpoint saves and cuts anew.
+        and one DTensor of bytes (``scao_hf.distributed.serial``), which torch.distributed.checkpoint saves and reshards.
         Through ``get_optimizer_state_dict`` so is every other parameter's, in an ordinary tensor.
         """
         with agreed(self.param_groups):
