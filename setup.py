@@ -84,7 +84,7 @@ def toolkit_of(nvcc: str) -> Path:
 
 
 class BuildKernels(build_ext):
-    """Calls g++ and nvcc: torch's own CUDAExtension refuses to build beside a torch for the CPU."""
+    """Calls g++ and nvcc: torch's own CUDAExtension refuses to build with a torch for the CPU."""
 
     def run(self) -> None:
         """Build every chosen part; under ``auto`` a part that cannot be built is named and left out."""
@@ -168,7 +168,7 @@ def build_cuda(target: Path, folder: Path) -> None:
 
 
 class KernelWheel(bdist_wheel):
-    """The kernels are no Python module, and torch's stable ABI serves every Python: only the platform counts."""
+    """The kernels are not a Python module, and torch's stable ABI serves every Python: only the platform counts."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Any Python 3."""

@@ -206,7 +206,7 @@ def _check_training_kind(get: Get, options: dict[str, Any], findings: Findings) 
     for key in ("lora_modules_to_save", "unfrozen_parameters"):
         if get(key):
             warn(
-                f"{key}: {get(key)}: whole weights are trained beside the adapter, in blocks of at most "
+                f"{key}: {get(key)}: whole weights are trained besides the adapter, in blocks of at most "
                 f"max_precond_dim: {_state_of(151936, 2048, options)}, as in the embedding of a 3B model"
             )
     rl = getattr(get("rl"), "value", get("rl"))

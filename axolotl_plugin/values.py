@@ -10,7 +10,7 @@ from scao_hf.namesake import foreign_option
 from scao_hf.options import OPTIONS, SWITCHES, TORCH_OPTIONS, did_you_mean, read_value
 
 PREFIX = "scao_"
-#: Keys that optim_args may hold beside SCAO's options, and the config key that says the same.
+#: Keys that optim_args may hold besides SCAO's options, and the config key that says the same.
 MOMENT_KEYS = {"betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon"}
 #: Keys of other optimizers that Axolotl accepts and SCAO does not read; ``optim`` is the Trainer's name for ``optimizer``.
 WITHOUT_EFFECT = ("adam_beta3", "adam_epsilon2", "optim", "optim_target_modules", "torchdistx_path")

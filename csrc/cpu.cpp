@@ -118,12 +118,12 @@ Tensor eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) {
 }
 
 // `fixed`: row, col, coefficients, plain_row, inside_sq, bias1, bias2, finite, none of which changes.
-Tensor eigenbasis_turn_(Tensor exp_avg, Tensor long_vectors, std::vector<Tensor> fixed, double eps) {
+Tensor eigenbasis_rotate_(Tensor exp_avg, Tensor long_vectors, std::vector<Tensor> fixed, double eps) {
   STD_TORCH_CHECK(fixed.size() == 8, "scao: there must be 8 fixed tensors");
   const Bases b = bases_of(exp_avg, long_vectors);
   const auto [n, r, l, k, dtype, data, bytes] = b;
   Tensor norms = torch::stable::new_empty(exp_avg, {n, 2});
-  TurnTask task{};
+  RotateTask task{};
   task.exp_avg = floats(exp_avg, "exp_avg", exp_avg, {n, r, l});
   task.row = floats(fixed[0], "row", exp_avg, {n, r, 1});
   task.col = floats(fixed[1], "col", exp_avg, {n, 1, l});
@@ -136,14 +136,14 @@ Tensor eigenbasis_turn_(Tensor exp_avg, Tensor long_vectors, std::vector<Tensor>
   task.norms = static_cast<float*>(norms.data_ptr());
   task.long_vectors = data, task.long_dtype = dtype, task.eps = static_cast<float>(eps);
   task.r = r, task.l = l, task.k = k;
-  std::vector<TurnTask> tasks;
+  std::vector<RotateTask> tasks;
   for (int64_t i = 0; i < n; i++) {
     tasks.push_back(task);
     task.exp_avg += r * l, task.coefficients += (k + 2 * r) * (k + r), task.row += r, task.col += l;
     task.plain_row += r, task.inside_sq += k, task.bias1 += 1, task.bias2 += 1, task.finite += 1, task.norms += 2;
     task.long_vectors = data + (i + 1) * bytes;
   }
-  run(tasks, chosen->turn_scratch(r, l, k), chosen->turn);
+  run(tasks, chosen->rotate_scratch(r, l, k), chosen->rotate);
   return norms;
 }
 
@@ -184,7 +184,7 @@ Tensor eigenbasis_refresh_(std::vector<Tensor> state, Tensor finite, int64_t fir
   };
   float* gram = take(h * h);
   task.gram = gram, task.coefficients = take(coefficients), task.plain_row = take(r), task.mean_square = take(k);
-  task.bias1 = take(1), task.bias2 = take(1), task.turns = take(1), task.inside_norm = take(1);
+  task.bias1 = take(1), task.bias2 = take(1), task.refreshed = take(1), task.inside_norm = take(1);
   float* norms = take(2);
   task.beta1 = numbers[0], task.beta2 = numbers[1], task.eps = static_cast<float>(numbers[2]), task.rho = numbers[3];
   task.decay = static_cast<float>(numbers[4]), task.epsilon_sparse = static_cast<float>(numbers[5]);
@@ -207,11 +207,11 @@ Tensor eigenbasis_refresh_(std::vector<Tensor> state, Tensor finite, int64_t fir
     each(from / lanes, (to + lanes - 1) / lanes, chosen->bases_scratch(r, k), [&](int64_t group, void* memory) {
       chosen->bases(task, group * lanes, (group + 1) * lanes < to ? (group + 1) * lanes : to, memory);
     });
-    each(from, to, chosen->turn_scratch(r, l, k), [&](int64_t i, void* memory) {
-      chosen->turn({task.exp_avg + i * r * l, basis + i * bytes, task.long_dtype, task.row + i * r, task.col + i * l,
+    each(from, to, chosen->rotate_scratch(r, l, k), [&](int64_t i, void* memory) {
+      chosen->rotate({task.exp_avg + i * r * l, basis + i * bytes, task.long_dtype, task.row + i * r, task.col + i * l,
                     task.coefficients + i * coefficients, task.plain_row + i * r, task.mean_square + i * k,
-                    task.bias1 + i, task.bias2 + i, task.turns + i, norms + 2 * i, task.eps, r, l, k}, memory);
-      if (task.turns[i] > 0) task.gain[i] = gain_of(norms[2 * i], norms[2 * i + 1] + task.inside_norm[i]);
+                    task.bias1 + i, task.bias2 + i, task.refreshed + i, norms + 2 * i, task.eps, r, l, k}, memory);
+      if (task.refreshed[i] > 0) task.gain[i] = gain_of(norms[2 * i], norms[2 * i + 1] + task.inside_norm[i]);
     });
   }
   return failed;
@@ -240,7 +240,7 @@ STABLE_TORCH_LIBRARY_IMPL(scao, CPU, m) {
   m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
   m.impl("eigenbasis_step_", TORCH_BOX(&eigenbasis_step_));
   m.impl("eigenbasis_gram", TORCH_BOX(&eigenbasis_gram));
-  m.impl("eigenbasis_turn_", TORCH_BOX(&eigenbasis_turn_));
+  m.impl("eigenbasis_rotate_", TORCH_BOX(&eigenbasis_rotate_));
   m.impl("eigenbasis_refresh_", TORCH_BOX(&eigenbasis_refresh_));
   m.impl("symmetric_eigh", TORCH_BOX(&eigh));
   m.impl("int8_ema_", TORCH_BOX(&int8_ema_));

@@ -17,7 +17,6 @@ INLINE vf most(vf a, vf b) { return a > b ? a : b; }
 struct Stack {
   const float* data;
   long down, right;
-  Stack turned() const { return {data, right, down}; }
 };
 
 // out[m, n] = a[m, p] b[p, n].
@@ -178,21 +177,21 @@ void bases(const RefreshTask& t, long first, long last, void* scratch) {
 
   // (E7)
   float *moved = take(r * k), *old_square = take(r * k), *row = take(r), *old_row = take(r), *between = take(r * r);
-  float *turned = take(r * h), *inside = take(r * k), *inside_sq = take(r * k), *outside = take(r * h);
+  float *rotated = take(r * h), *inside = take(r * k), *inside_sq = take(r * k), *outside = take(r * h);
   pack(t.inside_sq, lanes, r * k, old_square);
   pack(t.row, lanes, r, old_row);
   product({basis, 1, r}, {old_basis, r, 1}, between, r, r, r);
   for (long i = 0; i < r * r; i++) put_at(between, i, at(between, i) * at(between, i));
   product({between, r, 1}, {old_row, 1, 1}, row, r, 1, r);
   product({between, r, 1}, {old_square, k, 1}, moved, r, k, r);
-  product({basis, 1, r}, {lift, h, 1}, turned, r, h, r);
-  product({turned, h, 1}, {across, 1, h}, inside, r, k, h);
+  product({basis, 1, r}, {lift, h, 1}, rotated, r, h, r);
+  product({rotated, h, 1}, {across, 1, h}, inside, r, k, h);
   for (long i = 0; i < r; i++) {
     for (long m = 0; m < k; m++) put_at(inside, i * k + m, at(inside, i * k + m) * at(mask, m));
   }
   product({moved, k, 1}, {overlap, 1, k}, inside_sq, r, k, k);
   product({inside, k, 1}, {long_basis, h, 1}, outside, r, h, k);
-  for (long i = 0; i < r * h; i++) put_at(outside, i, at(turned, i) - at(outside, i));
+  for (long i = 0; i < r * h; i++) put_at(outside, i, at(rotated, i) - at(outside, i));
   float* mean_square = take(k);
   for (long m = 0; m < k; m++) put_at(mean_square, m, zero);
   vf norm{};
@@ -216,7 +215,7 @@ void bases(const RefreshTask& t, long first, long last, void* scratch) {
     t.bias2[first + lane] = bias2[lane];
     t.inside_norm[first + lane] = norm[lane];
     if (failed[lane]) taken[lane] = 0;
-    t.turns[first + lane] = taken[lane] ? 1 : 0;
+    t.refreshed[first + lane] = taken[lane] ? 1 : 0;
   }
   unpack(basis, lanes, taken, r * r, r * r, t.vectors);
   unpack(factor_values, lanes, taken, r, r, t.factor_values);

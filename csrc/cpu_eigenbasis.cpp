@@ -1,6 +1,6 @@
 // A step of one matrix in phase 2, in three passes over its columns, vector lanes along the long side. Between the passes
 // lie the sums over all columns that the next one needs: P and (E1), then the second moments of the rows. What is read is
-// unpacked, turned or divided a tile ahead and written a tile behind, in portions between the products: those wait for
+// unpacked, transposed or divided a tile ahead and written a tile behind, in portions between the products: those wait for
 // multiplications, and the portions fill the slots of the processor that they leave.
 #include "cpu_products.h"
 #include "cpu_table.h"
@@ -32,7 +32,7 @@ struct Step {
   float *tiles[2];    // the residual's direction, [rp][]
   float *results[2];  // [rp][]
   float *roots[2];    // of col
-  float *gram_sums, *cross_sums, *turn, *product_sums, *kept, *mixed, *row_sums, *row_root;
+  float *gram_sums, *cross_sums, *basis_t, *product_sums, *kept, *mixed, *row_sums, *row_root;
 
   Step(const EigenbasisTask& task, const Numbers& numbers, void* scratch)
       : t(task), n(numbers), r(R ? R : task.r), l(task.l), k(used(task)), rp(R ? R : round_up(r, ROW_BLOCK)),
@@ -48,7 +48,7 @@ struct Step {
     }
     gram_sums = arena.take(gram_size(rp));
     cross_sums = arena.take(cross_size(rp, kp));
-    turn = arena.take(r * rp);
+    basis_t = arena.take(r * rp);
     product_sums = arena.take(rp * kw);
     kept = arena.take(r * kw);
     mixed = arena.take(kp * rp);
@@ -234,7 +234,7 @@ struct Step {
   INLINE_MEMBER void residual_tile(long c, int slot, float first, vf* energy) {
     const long rp = R ? R : this->rp, r = R ? R : this->r, l = this->l, k = this->k, width = smaller(COLS, l - c);
     const long ahead = c + AHEAD + COLS <= l ? AHEAD : 0;
-    const float *g = grads[slot], *u = bases[slot], *left = turn, *other = mixed;
+    const float *g = grads[slot], *u = bases[slot], *left = basis_t, *other = mixed;
     float *mean = t.exp_avg + c, *sums = row_sums, *result = results[0];
     Input<COLS, true, false> next(*this, c + COLS, 1 - slot, big ? AHEAD - COLS : 0);
     for (long i = 0; i < rp; i += RB, mean += RB * l, sums += RB * VL) {
@@ -294,17 +294,17 @@ struct Step {
     }
   }
 
-  // turn becomes gain Q^T, mixed gain (Q K)^T.
+  // basis_t becomes gain Q^T, mixed gain (Q K)^T.
   void mix(float gain) {
-    clear(turn, r * rp);
+    clear(basis_t, r * rp);
     for (long i = 0; i < r; i++) {
-      for (long j = 0; j < r; j++) turn[j * rp + i] = gain * t.vectors[i * r + j];
+      for (long j = 0; j < r; j++) basis_t[j * rp + i] = gain * t.vectors[i * r + j];
     }
     clear(mixed, kp * rp);
     for (long m = 0; m < k; m++) {
       for (long j = 0; j < r; j++) {
         const float x = kept[j * kw + m];
-        for (long i = 0; i < rp; i++) mixed[m * rp + i] += turn[j * rp + i] * x;
+        for (long i = 0; i < rp; i++) mixed[m * rp + i] += basis_t[j * rp + i] * x;
       }
     }
   }
@@ -366,7 +366,7 @@ struct Step {
         : result(step.results[slot]), grad(static_cast<const float*>(step.t.grad.data) + c * step.t.grad.col_stride),
           param(static_cast<float*>(step.t.param.data) + c * step.t.param.col_stride), grad_stride(step.t.grad.col_stride),
           param_stride(step.t.param.col_stride), ahead(c + AHEAD + 2 * COLS <= step.l ? AHEAD + COLS : 0),
-          columns(step.turns(c) ? COLS : 0), keep(keep), lr(lr) {}
+          columns(step.is_tall(c) ? COLS : 0), keep(keep), lr(lr) {}
 
     INLINE_MEMBER void some(long done, long of, Agreement* agreed) {
       for (; at * of < columns * done; at += VL, result += VL) {
@@ -392,14 +392,14 @@ struct Step {
     }
   };
 
-  bool turns(long c) const {
+  bool is_tall(long c) const {
     return c >= 0 && c + COLS <= l && R && R % VL == 0 && is_tall(t.param) && is_tall(t.grad);
   }
 
   // What `Output` leaves out.
   template <bool CAUTIOUS>
   __attribute__((noinline)) void write(long c, int slot, float keep, float lr, Agreement* agreed) const {
-    if (c < 0 || turns(c)) return;
+    if (c < 0 || is_tall(c)) return;
     const long width = smaller(COLS, l - c);
     float *result = results[slot], *g = grads[slot];
     if (CAUTIOUS) {
@@ -415,7 +415,7 @@ struct Step {
   INLINE_MEMBER void apply_tile_at(long c, long behind, int slot, float keep, float lr, float mean_scale, float col_mean,
                                    float eps, Agreement* agreed) {
     const long rp = R ? R : this->rp, r = R ? R : this->r, k = this->k;
-    const float *d = tiles[slot], *u = bases[slot], *left = turn, *other = mixed;
+    const float *d = tiles[slot], *u = bases[slot], *left = basis_t, *other = mixed;
     const long grad_stride = t.grad.row_stride, param_stride = t.param.row_stride;
     const long ahead = c + AHEAD + COLS <= l ? AHEAD : 0;
     const float* grad = static_cast<const float*>(t.grad.data) + c;
@@ -496,9 +496,9 @@ struct Step {
     const float damping = DAMPING * trace * plain_scale(t.activity, n.rho, count, bias2, l);  // (U14)
     clear(mixed, kp * rp);
     inside(first, second, bias1, root2, damping, eps);
-    clear(turn, r * rp);  // Q, for (Q^T G)[i] = sum_j Q[j][i] G[j]
+    clear(basis_t, r * rp);  // Q, for (Q^T G)[i] = sum_j Q[j][i] G[j]
     for (long j = 0; j < r; j++) {
-      for (long i = 0; i < r; i++) turn[j * rp + i] = t.vectors[j * r + i];
+      for (long i = 0; i < r; i++) basis_t[j * rp + i] = t.vectors[j * r + i];
     }
     vf col_total{};
     residual(first, second, &col_total);

@@ -51,7 +51,7 @@ INLINE void multiply(const float* a, long lda, const float* x, float* y, long ro
 // A = Q T Q^T, T and the columns of Q from the last to the first: the diagonal of T, its other diagonal, and Q in `vectors`.
 // Where A falls from its beginning to its end, its small entries keep their precision: reflections then mix the small with
 // the small, and QL, which begins where T is small, needs T the other way round. `a` is used up; `work` holds 3 n vectors.
-inline void tridiagonalize(float* a, float* vectors, float* diagonal, float* beside, float* work, long n) {
+inline void tridiagonalize(float* a, float* vectors, float* diagonal, float* off_diagonal, float* work, long n) {
   float *v = work, *w = work + n * VL, *scale = work + 2 * n * VL;
   for (long j = 0; j + 2 < n; j++) {
     const long m = n - j - 1;  // side of the rest
@@ -65,7 +65,7 @@ inline void tridiagonalize(float* a, float* vectors, float* diagonal, float* bes
     const vi idle = below <= NEGLIGIBLE * NEGLIGIBLE;  // nothing to be annihilated: no reflection
     const vf beta = idle ? first : (first > vf{} ? -length : length);
     const vf tau = idle ? vf{} : (beta - first) / beta, divisor = idle ? splat(1) : first - beta;
-    put_at(beside, n - 2 - j, beta);
+    put_at(off_diagonal, n - 2 - j, beta);
     put_at(scale, j, tau);
     put_at(v, 0, splat(1));
     for (long i = 1; i < m; i++) {
@@ -85,8 +85,8 @@ inline void tridiagonalize(float* a, float* vectors, float* diagonal, float* bes
     }
   }
   for (long i = 0; i < n; i++) put_at(diagonal, n - 1 - i, at(a, i * n + i));
-  if (n > 1) put_at(beside, 0, at(a, (n - 1) * n + n - 2));
-  put_at(beside, n - 1, vf{});
+  if (n > 1) put_at(off_diagonal, 0, at(a, (n - 1) * n + n - 2));
+  put_at(off_diagonal, n - 1, vf{});
   for (long i = 0; i < n; i++) {
     for (long c = 0; c < n; c++) put_at(vectors, i * n + c, splat(i + c == n - 1));
   }
@@ -145,7 +145,7 @@ INLINE void rotate(float* vectors, const float* cosines, const float* sines, lon
 
 // Eigenvalues of the tridiagonal matrices into `diagonal`, `vectors` times their eigenvectors. Lanes that have not
 // converged: nonzero in the result. `work` holds 2 n vectors.
-inline vi iterate(float* diagonal, float* beside, float* vectors, float* work, long n) {
+inline vi iterate(float* diagonal, float* off_diagonal, float* vectors, float* work, long n) {
   float *cosines = work, *sines = work + n * VL;
   const vf one = splat(1), zero{};
   for (long sweep = 0;; sweep++) {
@@ -154,10 +154,10 @@ inline vi iterate(float* diagonal, float* beside, float* vectors, float* work, l
     vf dl{}, above{}, el{}, dm{};
     vf next = at(diagonal, n - 1);
     for (long i = n - 2; i >= 0; i--) {
-      const vf d = at(diagonal, i), e = at(beside, i);
+      const vf d = at(diagonal, i), e = at(off_diagonal, i);
       const vi open = magnitude(e) > EPSILON * (magnitude(d) + magnitude(next)) + NEGLIGIBLE;
       const vi starts = open & ~inside, index = integers(static_cast<int>(i));
-      put_at(beside, i, open ? e : zero);
+      put_at(off_diagonal, i, open ? e : zero);
       m = starts ? index + 1 : m;
       dm = starts ? next : dm;
       l = open ? index : l;
@@ -180,7 +180,7 @@ inline vi iterate(float* diagonal, float* beside, float* vectors, float* work, l
     vf s = one, c = one, p{};
     for (long i = last - 1; i >= first; i--) {
       const vi index = integers(static_cast<int>(i)), active = (l <= index) & (index < m), ends = l == index;
-      const vf e = at(beside, i), d = at(diagonal, i), behind = at(diagonal, i + 1);
+      const vf e = at(off_diagonal, i), d = at(diagonal, i), behind = at(diagonal, i + 1);
       const vf f = s * e, b = c * e, square = f * f + g * g;
       const vi none = square <= NEGLIGIBLE * NEGLIGIBLE;  // the block falls apart here
       const vf r = none ? zero : root(square), length = none ? one : r, sine = none ? zero : f / length, cosine = none ? one : g / length;
@@ -188,13 +188,13 @@ inline vi iterate(float* diagonal, float* beside, float* vectors, float* work, l
       put_at(cosines, i, active ? cosine : one);
       put_at(sines, i, active ? sine : zero);
       put_at(diagonal, i + 1, active ? pivot + shift : behind);
-      put_at(beside, i + 1, active & (index + 1 != m) ? r : at(beside, i + 1));
+      put_at(off_diagonal, i + 1, active & (index + 1 != m) ? r : at(off_diagonal, i + 1));
       g = active ? cosine * t - b : g;
       p = active ? shift : p;
       s = active ? sine : s;
       c = active ? cosine : c;
       put_at(diagonal, i, ends ? d - p : d);
-      put_at(beside, i, ends ? g : e);
+      put_at(off_diagonal, i, ends ? g : e);
     }
     rotate(vectors, cosines, sines, n, first, last);
   }
@@ -232,7 +232,7 @@ constexpr long decompose_size(long n) { return 2 * n * n + 9 * n; }
 __attribute__((noinline)) static vi decompose(const float* a, long n, long kept, float* values, float* vectors, float* work) {
   float *sorted = work, *found = sorted + n * n * VL, *fresh = found + n * n * VL, *diagonal = fresh + n * VL;
   int* order = reinterpret_cast<int*>(diagonal + n * VL);
-  float *scratch = diagonal + 3 * n * VL, *beside = scratch + 3 * n * VL;
+  float *scratch = diagonal + 3 * n * VL, *off_diagonal = scratch + 3 * n * VL;
   vi largest{};
   for (long i = 0; i < n; i++) {
     for (long j = 0; j <= i; j++) largest = larger(largest, bits(at(a, i * n + j)) & 0x7fffffff);
@@ -254,8 +254,8 @@ __attribute__((noinline)) static vi decompose(const float* a, long n, long kept,
       }
     }
   }
-  tridiagonalize(sorted, found, fresh, beside, scratch, n);
-  const vi failed = iterate(fresh, beside, found, scratch, n);
+  tridiagonalize(sorted, found, fresh, off_diagonal, scratch, n);
+  const vi failed = iterate(fresh, off_diagonal, found, scratch, n);
   settle_signs(found, n);
   // The order of the eigenvalues takes the place of the other one, once the rows have gone back.
   int* rows = reinterpret_cast<int*>(scratch);

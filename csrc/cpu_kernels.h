@@ -43,7 +43,7 @@ struct GramTask {
 };
 
 // (U15) of scao_hf/rules/eigenbasis_refresh.py (`rotate`), where the names are explained.
-struct TurnTask {
+struct RotateTask {
   float* exp_avg;      // [r, l]
   void* long_vectors;  // [k, l]
   Dtype long_dtype;
@@ -57,8 +57,8 @@ struct TurnTask {
 // was not finite, or whose decompositions fail, stays as it is.
 struct RefreshTask : Fields<long> {
   const float *gram, *finite;
-  // What turn takes: of these `turns` is 1 for what is to be turned. inside_norm: squared norm of the kept part's step.
-  float *coefficients, *plain_row, *mean_square, *bias1, *bias2, *turns, *inside_norm;
+  // What rotate takes; of these `refreshed` is 1 for what is to be rotated. inside_norm: squared norm of the kept part's step.
+  float *coefficients, *plain_row, *mean_square, *bias1, *bias2, *refreshed, *inside_norm;
   float* failed;  // 1 where the decompositions failed
   double beta1, beta2, rho;
   float eps, decay, epsilon_sparse;
@@ -82,8 +82,8 @@ struct Kernels {
   void (*eigenbasis)(const EigenbasisTask&, const Numbers&, void* scratch);
   unsigned long (*gram_scratch)(long r, long l, long k);
   void (*gram)(const GramTask&, void* scratch);
-  unsigned long (*turn_scratch)(long r, long l, long k);
-  void (*turn)(const TurnTask&, void* scratch);
+  unsigned long (*rotate_scratch)(long r, long l, long k);
+  void (*rotate)(const RotateTask&, void* scratch);
   long lanes;  // matrices that are decomposed together
   unsigned long (*bases_scratch)(long r, long k);
   void (*bases)(const RefreshTask&, long first, long last, void* scratch);  // of at most `lanes` matrices

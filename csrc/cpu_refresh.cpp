@@ -76,7 +76,7 @@ void gram_of(const GramTask& t, void* scratch) {
   }
 }
 
-unsigned long turn_scratch(long r, long l, long k) {
+unsigned long rotate_scratch(long r, long l, long k) {
   const long rp = round_up(r, ROW_BLOCK), kp = round_up(k, ROW_BLOCK);
   return 4 * ((2 * rp + kp) * (k + r) + (k + r + 2 * rp + kp) * T + (r + 1) * round_up(l, VL)) + 16 * 64;
 }
@@ -114,7 +114,7 @@ void roots(float* out, const float* col, long l) {
 
 }  // namespace
 
-void turn(const TurnTask& t, void* scratch) {
+void rotate(const RotateTask& t, void* scratch) {
   t.norms[0] = t.norms[1] = 0;
   if (*t.finite == 0) return;
   const long r = t.r, l = t.l, k = t.k, depth = k + r, rp = round_up(r, ROW_BLOCK), kp = round_up(k, ROW_BLOCK);

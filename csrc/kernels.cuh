@@ -111,17 +111,17 @@ __device__ inline void load_basis(const State& s, int matrix, int first, int wid
   }
 }
 
-// turned = Q^T G for a tile.
-__device__ inline void rotate(const float* q, const float* tile, int r, float* turned) {
+// rotated = Q^T G for a tile.
+__device__ inline void rotate(const float* q, const float* tile, int r, float* rotated) {
   for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
     const int i = at / TILE, c = at % TILE;
     float sum = 0;
     for (int j = 0; j < r; j++) sum += q[j * r + i] * tile[j * TILE + c];
-    turned[at] = sum;
+    rotated[at] = sum;
   }
 }
 
-// Shared memory of the kernels below: 8 + 8 + 16 KB, and 8 KB more for `turned` where it is needed.
+// Shared memory of the kernels below: 8 + 8 + 16 KB, and 8 KB more for `rotated` where it is needed.
 #define SCAO_SHARED                       \
   __shared__ float tile[LARGEST * TILE];  \
   __shared__ float basis[BASIS_ROW * LARGEST]; \
@@ -129,7 +129,7 @@ __device__ inline void rotate(const float* q, const float* tile, int r, float* t
 
 // Sums of one chunk; returns the largest magnitude that this thread has seen, as bits.
 __device__ inline unsigned project_chunk(const State& s, const View& grad, int matrix, int chunk, float scale, float* tile,
-                                     float* turned, float* basis, const float* q, float* partial) {
+                                     float* rotated, float* basis, const float* q, float* partial) {
   const int r = s.r, k = s.k, start = chunk * CHUNK, end = start + CHUNK < s.l ? start + CHUNK : s.l;
   const int total = r * r + r * k;
   float* sums = partial + static_cast<long>(chunk) * total;
@@ -140,7 +140,7 @@ __device__ inline unsigned project_chunk(const State& s, const View& grad, int m
     load_gradient(grad, r, c, width, scale, tile);
     load_basis(s, matrix, c, width, basis);
     SCAO_SYNC(1);
-    rotate(q, tile, r, turned);
+    rotate(q, tile, r, rotated);
     for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
       const unsigned magnitude = bits_of(tile[at]) & 0x7fffffffu;
       most = magnitude > most ? magnitude : most;
@@ -153,7 +153,7 @@ __device__ inline unsigned project_chunk(const State& s, const View& grad, int m
         for (int j = 0; j < TILE; j++) sum += a[j] * b[j];
       } else {
         const int i = (at - r * r) / k, m = (at - r * r) % k;
-        for (int j = 0; j < TILE; j++) sum += turned[i * TILE + j] * basis[m * BASIS_ROW + j];
+        for (int j = 0; j < TILE; j++) sum += rotated[i * TILE + j] * basis[m * BASIS_ROW + j];
       }
       sums[at] = sum;
     }
@@ -164,12 +164,12 @@ __device__ inline unsigned project_chunk(const State& s, const View& grad, int m
 
 __global__ void project(Batch batch, State s) {
   SCAO_SHARED;
-  __shared__ float turned[LARGEST * TILE];
+  __shared__ float rotated[LARGEST * TILE];
   const int matrix = blockIdx.y, chunk = blockIdx.x;
   const Scratch x = scratch_of(s, matrix);
   for (int at = threadIdx.x; at < s.r * s.r; at += THREADS) square[at] = s.vectors[matrix * s.r * s.r + at];
   // Q is first read behind a barrier of project_chunk.
-  unsigned most = project_chunk(s, batch.grad[matrix], matrix, chunk, 1.0f, tile, turned, basis, square, x.partial);
+  unsigned most = project_chunk(s, batch.grad[matrix], matrix, chunk, 1.0f, tile, rotated, basis, square, x.partial);
   unsigned* shared = reinterpret_cast<unsigned*>(tile);
   shared[threadIdx.x] = most;
   SCAO_SYNC(4);
@@ -181,7 +181,7 @@ __global__ void project(Batch batch, State s) {
 
 __global__ void settle(Batch batch, State s, Numbers n) {
   SCAO_SHARED;
-  __shared__ float turned[LARGEST * TILE];
+  __shared__ float rotated[LARGEST * TILE];
   __shared__ float shared_scale;
   const int matrix = blockIdx.x, r = s.r, k = s.k, total = r * r + r * k;
   const Scratch x = scratch_of(s, matrix);
@@ -221,7 +221,7 @@ __global__ void settle(Batch batch, State s, Numbers n) {
   if (shared_scale == 0.0f) return;  // not finite: the whole block leaves, and so do the launches after this one
   if (shared_scale != 1.0f) {
     for (int c = 0; c < s.chunks; c++) {
-      project_chunk(s, batch.grad[matrix], matrix, c, shared_scale, tile, turned, basis, square, x.partial);
+      project_chunk(s, batch.grad[matrix], matrix, c, shared_scale, tile, rotated, basis, square, x.partial);
     }
   }
   const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
@@ -269,7 +269,7 @@ __global__ void settle(Batch batch, State s, Numbers n) {
 
 __global__ void residual(Batch batch, State s, Numbers n) {
   SCAO_SHARED;
-  __shared__ float turned[LARGEST * TILE];
+  __shared__ float rotated[LARGEST * TILE];
   __shared__ float col_total[TILE];
   const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, k = s.k;
   const Scratch x = scratch_of(s, matrix);
@@ -285,7 +285,7 @@ __global__ void residual(Batch batch, State s, Numbers n) {
     load_gradient(batch.grad[matrix], r, c, width, scale, tile);
     load_basis(s, matrix, c, width, basis);
     SCAO_SYNC(9);
-    rotate(square, tile, r, turned);
+    rotate(square, tile, r, rotated);
     // P U^T in pieces of TILE columns of P; every thread subtracts from entries that it wrote itself.
     float* kept = tile;  // G is no longer needed once it is rotated
     SCAO_SYNC(18);
@@ -297,21 +297,21 @@ __global__ void residual(Batch batch, State s, Numbers n) {
         const int i = at / TILE, j = at % TILE;
         float sum = 0;
         for (int d = 0; d < depth; d++) sum += kept[i * TILE + d] * basis[(m + d) * BASIS_ROW + j];
-        turned[at] -= sum;
+        rotated[at] -= sum;
       }
       SCAO_SYNC(11);
     }
     for (int at = threadIdx.x; at < r * width; at += THREADS) {
       const int i = at / width, j = at % width;
       float& mean = s.exp_avg[(static_cast<long>(matrix) * r + i) * s.l + c + j];
-      mean += first * (turned[i * TILE + j] - mean);
+      mean += first * (rotated[i * TILE + j] - mean);
     }
     if (static_cast<int>(threadIdx.x) < r) {
-      for (int j = 0; j < width; j++) row_sum += turned[threadIdx.x * TILE + j] * turned[threadIdx.x * TILE + j];
+      for (int j = 0; j < width; j++) row_sum += rotated[threadIdx.x * TILE + j] * rotated[threadIdx.x * TILE + j];
     } else if (static_cast<int>(threadIdx.x) - LARGEST >= 0 && static_cast<int>(threadIdx.x) - LARGEST < width) {
       const int j = threadIdx.x - LARGEST;
       float sum = 0;
-      for (int i = 0; i < r; i++) sum += turned[i * TILE + j] * turned[i * TILE + j];
+      for (int i = 0; i < r; i++) sum += rotated[i * TILE + j] * rotated[i * TILE + j];
       float& col = s.col[static_cast<long>(matrix) * s.l + c + j];
       col += second * (sum / r - col);
       col_total[j] += col;

@@ -2,7 +2,7 @@
 #pragma once
 
 // What the operations take; as in scao_hf/ops.py, which refuses a library that was built from other sources.
-#define SCAO_INTERFACE 2
+#define SCAO_INTERFACE 3
 
 namespace scao {
 

@@ -127,7 +127,7 @@ class Bucket:
         pointers: where each field of each member has been put in memory.
         entries: where each member's state is entered. This and the next one are filled during a step alone.
         state: the stacked state, one tensor of leading size N, the number of matrices, per field.
-        turns: how many entries of the group's matrices come before each of the N (``turns_of``), rising.
+        offsets: how many entries of the group's matrices come before each of the N (``offsets_of``), rising.
         cycle: how many entries the group's matrices have.
     """
 
@@ -141,7 +141,7 @@ class Bucket:
     pointers: list[int] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
-    turns: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
     cycle: int = 1
 
     @property
@@ -202,7 +202,7 @@ class Bucket:
     def due(self, step: int, start: int) -> slice:
         """(S1) The members whose turn it is to be refreshed at ``step``, phase 1 having ended at ``start``.
 
-        Each has a slot, ``precond_freq * turns // cycle``, and is refreshed at the steps with ``(step - start) %
+        Each has a slot, ``precond_freq * offset // cycle``, and is refreshed at the steps with ``(step - start) %
         precond_freq == slot``: every step refreshes about as many entries, in one run of each stack.
         """
         if step <= start:
@@ -210,7 +210,7 @@ class Bucket:
         period = self.group["precond_freq"]
         slot = (step - start) % period
         first, last = (-(-part * self.cycle // period) for part in (slot, slot + 1))
-        return slice(bisect_left(self.turns, first), bisect_left(self.turns, last))
+        return slice(bisect_left(self.offsets, first), bisect_left(self.offsets, last))
 
     def subtract(self, delta: Tensor, rate: Tensor, decay: float) -> None:
         """``w <- w - rate (delta + decay w)`` for the members' parameters, rounded to their dtype once.
@@ -223,14 +223,12 @@ class Bucket:
         targets = self._targets()
         pieces = [piece.view(target.shape) for piece, target in zip(self.split(delta), targets, strict=True)]
         scaled = [(delta, rate)]
-        turned = [index for index, member in enumerate(self.members) if member.block and member.block.transposed]
-        if turned and not self.packed:
+        tall = [index for index, member in enumerate(self.members) if member.block and member.block.transposed]
+        if tall and not self.packed:
             # On a GPU foreach is a few kernels only where all its tensors lie in memory as their counterparts do.
             rates = rate.unbind(0)
-            scaled.append(
-                (torch.stack([pieces[index].mT for index in turned]), torch.stack([rates[i] for i in turned]))
-            )
-            for index, piece in zip(turned, scaled[1][0].unbind(0), strict=True):
+            scaled.append((torch.stack([pieces[index].mT for index in tall]), torch.stack([rates[i] for i in tall])))
+            for index, piece in zip(tall, scaled[1][0].unbind(0), strict=True):
                 pieces[index] = piece.mT
         if decay:
             torch._foreach_add_(pieces, targets, alpha=decay)
@@ -270,8 +268,8 @@ def members_of(
     return [(block.shape, Member(param, suffix, block)) for block, suffix in zip(blocks, suffixes, strict=True)]
 
 
-def turns_of(members: Iterable[tuple[tuple[int, int], Member]]) -> tuple[dict[tuple[int, str], int], int]:
-    """In which order the matrices of a group take turns: shape by shape, each in the order of the parameters.
+def offsets_of(members: Iterable[tuple[tuple[int, int], Member]]) -> tuple[dict[tuple[int, str], int], int]:
+    """Where in a cycle each matrix of a group is refreshed (S1): shape by shape, each in the order of the parameters.
 
     Args:
         members: the blocks of all parameters of the group, whether or not they have a gradient now.
@@ -283,12 +281,12 @@ def turns_of(members: Iterable[tuple[tuple[int, int], Member]]) -> tuple[dict[tu
     for shape, member in members:
         if member.block is not None:
             shapes.setdefault(shape, []).append(member)
-    turns, before = {}, 0
+    offsets, before = {}, 0
     for (r, l), alike in shapes.items():
         for member in alike:
-            turns[id(member.param), member.suffix] = before
+            offsets[id(member.param), member.suffix] = before
             before += r * l * member.size
-    return turns, before
+    return offsets, before
 
 
 def arithmetic_dtype(param: Tensor) -> torch.dtype:

@@ -26,7 +26,7 @@ from scao_hf.names import difference, in_order, labels
 from scao_hf.rules import COUNTERS
 from scao_hf.state import EARLIER, Groups, State, expected, only_foreign, pairs, rule_for
 
-#: Version of the state's layout, kept in every parameter group. Version 2 has no ``activity``: it goes on without.
+#: Version of the state's layout, kept in every parameter group. Version 2 has no ``activity``, and is continued without.
 VERSION, READABLE = 3, (2, 3)
 #: The key of the step in a flattened state dict, where the bytes are below the step.
 COUNT = "count"

@@ -33,7 +33,7 @@ def unpack(tensor: Tensor, packing: Packing) -> Tensor:
         ``i E + e`` is column i of expert e.
 
     Raises:
-        ValueError: the packed side is no multiple of E.
+        ValueError: the packed side is not a multiple of E.
     """
     check_packing(tensor, packing)
     side, count = packing

@@ -21,8 +21,8 @@ __all__ = [
     "backend",
     "eigenbasis_gram",
     "eigenbasis_refresh_",
+    "eigenbasis_rotate_",
     "eigenbasis_step_",
-    "eigenbasis_turn_",
     "eigh",
     "has",
     "int8_ema_",
@@ -50,7 +50,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) -> Tensor": lambda moments, basis: moments.new_empty(
         len(moments), *[basis.shape[1] + moments.shape[1]] * 2
     ),
-    "eigenbasis_turn_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor[] fixed, float eps) -> Tensor": (
+    "eigenbasis_rotate_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor[] fixed, float eps) -> Tensor": (
         lambda moments, *_: moments.new_empty(len(moments), 2)
     ),
     "symmetric_eigh(Tensor matrices) -> (Tensor, Tensor)": (
@@ -66,7 +66,7 @@ adamw_step_ = torch.ops.scao.adamw_step_
 eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
 eigenbasis_refresh_ = torch.ops.scao.eigenbasis_refresh_
 eigenbasis_gram = torch.ops.scao.eigenbasis_gram
-eigenbasis_turn_ = torch.ops.scao.eigenbasis_turn_
+eigenbasis_rotate_ = torch.ops.scao.eigenbasis_rotate_
 symmetric_eigh = torch.ops.scao.symmetric_eigh
 
 #: Largest r and k that the native kernels take: beyond it the library's products are faster, or shared memory ends.
@@ -78,7 +78,7 @@ KERNELS = {
         "eigenbasis_step_",
         "eigenbasis_refresh_",
         "eigenbasis_gram",
-        "eigenbasis_turn_",
+        "eigenbasis_rotate_",
         "symmetric_eigh",
         "int8_ema_",
     ),
@@ -88,7 +88,7 @@ KERNELS = {
 LARGEST_DECOMPOSED = 64
 OLDEST_TORCH = (2, 10)
 #: What the operations take; as in csrc/state.h.
-INTERFACE = 2
+INTERFACE = 3
 #: What builds the kernels for a device and installs them, in a clone of the repository.
 BUILD_COMMAND = "SCAO_BUILD_EXT={} pip install ."
 #: Compute capability below which there is no device code.

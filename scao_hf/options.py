@@ -70,7 +70,7 @@ class Option:
 MATRIX_RULES = ("eigenbasis", "orthogonal", "published")
 RULES = (*MATRIX_RULES, "auto", "adamw")
 
-#: Options that every rule has, beside torch's own lr, betas, eps and weight_decay.
+#: Options that every rule has, besides torch's own lr, betas, eps and weight_decay.
 OPTIONS: dict[str, Option] = {
     "rule": Option(
         str,
@@ -153,8 +153,8 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 RULE_DEFAULTS |= dict.fromkeys(("auto", "orthogonal", "adamw"), RULE_DEFAULTS["eigenbasis"])
 
-#: Keys of a YAML beside the options: what the Axolotl plugin does with any optimizer.
-SWITCHES = {"fuse_moe": Option(bool, "compute LoRA on stacked experts beside their products (scao_hf.moe)")}
+#: Keys of a YAML besides the options: what the Axolotl plugin does with any optimizer.
+SWITCHES = {"fuse_moe": Option(bool, "compute LoRA on stacked experts next to their products (scao_hf.moe)")}
 
 TORCH_OPTIONS: dict[str, Option] = {
     "lr": Option(float, "learning rate", low=0),

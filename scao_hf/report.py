@@ -18,7 +18,7 @@ from scao_hf.state import Groups, expected, rule_for
 from scao_hf.update import blend_weight
 
 METRICS = ("rank", "captured_mass", "curvature_norm", "damped")
-#: Beside a run's trainer_state.json: the figures of every matrix over time.
+#: Next to a run's trainer_state.json: the figures of every matrix over time.
 STATISTICS_NAME = "scao_statistics.jsonl"
 
 
@@ -103,7 +103,7 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
 def memory_report(groups: Groups, counted: Collection[Tensor]) -> dict[str, int]:
     """Bytes of state by kind (moments, curvature, bases, counters) and in total in phase 2; allocates nothing.
 
-    ``peak`` is the larger of phase 1, which holds AdamW's second moment, and phase 2. Beside the state, four bytes per
+    ``peak`` is the larger of phase 1, which holds AdamW's second moment, and phase 2. Besides the state, four bytes per
     matrix remember how many gradients it had taken at the last look for gradients that are never finite.
 
     Args:
@@ -126,7 +126,7 @@ def memory_report(groups: Groups, counted: Collection[Tensor]) -> dict[str, int]
 class StatisticsFile:
     """Writes ``statistics()`` over time as JSON lines: a header with names and options, then one line per record.
 
-    A run that starts at step 0 begins the file anew; one that is resumed adds a header that says from where.
+    A run that starts at step 0 overwrites the file; one that is resumed adds a header that says from where.
 
     Args:
         path: the file; its folder is made if need be.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import low_bit, options
-from scao_hf.buckets import Bucket, Layout, arithmetic_dtype, turns_of
+from scao_hf.buckets import Bucket, Layout, arithmetic_dtype, offsets_of
 from scao_hf.distributed.serial import BYTES
 from scao_hf.distributed.shards import Shards
 from scao_hf.names import name_of
@@ -111,7 +111,7 @@ def build_buckets(
     sizes: Counter[tuple[Any, ...]] = Counter()
     outer: list[tuple[Tensor, dict[str, Any], dict[str, Any]]] = []
     for place, group in enumerate(groups):
-        turns, cycle = turns_of(block for param in group["params"] for block in members(param, group))
+        offsets, cycle = offsets_of(block for param in group["params"] for block in members(param, group))
         for param in group["params"]:
             if not include(param) or param.numel() == 0:
                 continue
@@ -132,8 +132,8 @@ def build_buckets(
                 bucket.members.append(member)
                 bucket.owners.append(param)
                 bucket.entries.append(own.get(BYTES, entry))
-                first = turns.get((id(param), member.suffix), 0)
-                bucket.turns.extend(first + matrix * shape[0] * shape[1] for matrix in range(member.size))
+                first = offsets.get((id(param), member.suffix), 0)
+                bucket.offsets.extend(first + matrix * shape[0] * shape[1] for matrix in range(member.size))
     read: list[Tensor] = []
     for (place, *_), bucket in found.items():
         if bucket.step:
@@ -197,7 +197,7 @@ def _fill(bucket: Bucket, before: dict[str, Any]) -> list[Tensor]:
 
 
 def _alike(value: Any, like: Tensor) -> TypeGuard[Tensor]:
-    """Whether ``value`` can be turned into ``like`` by another precision and device."""
+    """Whether ``value`` can be converted to ``like`` by another precision and device."""
     if not isinstance(value, Tensor) or value.shape != like.shape:
         return False
     return value.dtype == like.dtype or (value.is_floating_point() and like.is_floating_point())
@@ -252,7 +252,7 @@ def publish(bucket: Bucket) -> None:
 
 
 def _enter(bucket: Bucket) -> None:
-    """Put each parameter's part of the stacks into its entry, in the place of the fields that it had."""
+    """Put each parameter's part of the stacks into its entry, instead of the fields that it had."""
     for entry, member in zip(bucket.entries, bucket.members, strict=True):
         for name in bucket.fields.keys() - bucket.state.keys():
             del entry[name + member.suffix]

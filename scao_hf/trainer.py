@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from scao_hf import __version__, checks
-from scao_hf.distributed.exchange import WAYS_OUT
+from scao_hf.distributed.exchange import INSTEAD
 from scao_hf.experts import find_experts, find_vocabulary
 from scao_hf.namesake import foreign_option
 from scao_hf.optimizer import SCAO, trainable_parameters
@@ -46,7 +46,7 @@ def choose_betas(rule: str | None, beta1: float | None, beta2: float | None) -> 
 
 
 def check_scao_kwargs(scao_kwargs: dict[str, Any]) -> None:
-    """Validate options that are meant for ``SCAO`` beside those of TrainingArguments.
+    """Validate options that are meant for ``SCAO`` besides those of TrainingArguments.
 
     Raises:
         ValueError: an unknown option, one that TrainingArguments owns, or a value outside its legal range.
@@ -75,7 +75,7 @@ def optimizer_class(trainer: Trainer) -> type[SCAO] | type[ZeroSCAO]:
             raise ValueError(f"SCAO does not run under this DeepSpeed configuration: {reason}")
         return ZeroSCAO
     if (fsdp := getattr(state, "fsdp_plugin", None)) is not None and getattr(fsdp, "fsdp_version", 1) != 2:
-        raise ValueError(f"SCAO does not run under FSDP1: it flattens the matrices that SCAO steps whole. {WAYS_OUT}")
+        raise ValueError(f"SCAO does not run under FSDP1: it flattens the matrices that SCAO steps whole. {INSTEAD}")
     return SCAO
 
 
@@ -94,7 +94,7 @@ def unwrap(optimizer: Any) -> SCAO | ZeroSCAO | None:
 class SCAOCallback(TrainerCallback):
     """Adds ``SCAO.metrics()`` to every training log, before the console, TensorBoard or W&B read it.
 
-    Beside ``trainer_state.json`` it keeps ``scao_statistics.jsonl``, the figures of every matrix at up to 100 of the
+    Next to ``trainer_state.json`` it keeps ``scao_statistics.jsonl``, the figures of every matrix at up to 100 of the
     logged steps, for ``scao-hf report``.
 
     Use ``SCAOCallback.attach(trainer)``: a callback that is passed as ``callbacks=[...]`` runs after the reporting

@@ -39,7 +39,7 @@ def refused(config: Mapping[str, Any]) -> str | None:
         return "it has an optimizer of its own, with which DeepSpeed would train: remove the section optimizer"
     if offload.get("device", "none") not in ("none", None) and config.get("zero_force_ds_cpu_optimizer", True):
         return (
-            "offload_optimizer brings DeepSpeed's Adam in the place of SCAO: remove it (the state of LoRA is small), or set "
+            "offload_optimizer replaces SCAO with DeepSpeed's Adam: remove it (the state of LoRA is small), or set "
             '"zero_force_ds_cpu_optimizer": false'
         )
     sections = {**config, **zero, "zero_optimization": zero}
@@ -68,7 +68,7 @@ LIMITS: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
 class ZeroSCAO(Optimizer):
     """SCAO for ``deepspeed.initialize`` with ZeRO stage 1, 2 or 3.
 
-    DeepSpeed puts flat vectors in the place of the parameters; this optimizer knows which part of which matrix is where.
+    DeepSpeed replaces the parameters with flat vectors; this optimizer knows which part of which matrix is where.
     Clipping, loss scales and gradient accumulation are DeepSpeed's.
 
     Args:

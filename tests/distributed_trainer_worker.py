@@ -23,7 +23,7 @@ def pretend_that_accelerate_shards_on_cpus() -> None:
 
     def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         before(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        # Every later call takes the type of the processes anew, too.
+        # Every later call takes the type of the processes again, too.
         plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
         if plugin is not None:
             state.AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)

@@ -393,7 +393,7 @@ def killed(rank: int, world: int, folder: Path, every: int, at: int, share: bool
 
 @scenario
 def gone_on(rank: int, world: int, source: Path, first: int) -> dict[str, Tensor]:
-    """The end of a DDP run with shared refreshes that goes on from a checkpoint."""
+    """The end of a DDP run with shared refreshes that resumes from a checkpoint."""
     model = build(lora=True, dtype=torch.float32)
     optimizer = create_scao_optimizer(model, lr=0.02, **QUICK)
     state = torch.load(source, weights_only=True)

@@ -181,6 +181,6 @@ def _said(node: ast.AST) -> Iterator[str]:
 
 
 def documented() -> list[str]:
-    """The messages that the page on troubleshooting explains: what stands in code at the beginning of a list item."""
+    """The messages that the page on troubleshooting explains: the code at the beginning of a list item."""
     text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     return [tidy(entry) for entry in re.findall(r"^- `` ?(.*?) ?``$", text, re.MULTILINE)]

@@ -1,4 +1,4 @@
-"""Writes tests/states: what a release saves, for the test that every later one goes on with it.
+"""Writes tests/states: what a release saves, for the test that every later one resumes from it.
 
     python tests/released_states.py
 

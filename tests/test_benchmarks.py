@@ -494,7 +494,7 @@ def test_a_hub_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) ->
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(data.Unusable, match="someone/rows is no file, and the hub does not give it: Couldn't reach"):
+    with pytest.raises(data.Unusable, match="someone/rows is not a file, and the hub does not give it: Couldn't reach"):
         data.load("someone/rows")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(data.Unusable, match="pip install datasets"):
@@ -614,7 +614,7 @@ def test_seconds_do_not_depend_on_what_else_the_machine_did(results: Path) -> No
         for entry in record["evals"]:
             entry["cpu_seconds"] *= 2
     assert sweep_tables.sooner(plain, "scao", 2, reference) == "1.33x / 1.33x"
-    for record in plain.runs["scao"]:  # a slow optimizer: half a second a step beside a pass of one
+    for record in plain.runs["scao"]:  # a slow optimizer: half a second a step next to a pass of one
         record["optimizer_cpu_seconds"] = 50.0
         for entry in record["evals"]:
             entry["cpu_seconds"] = 1.5 * entry["step"]
@@ -696,7 +696,7 @@ def test_every_rate_that_was_tried_is_shown(results: Path) -> None:
     text = sweep_tables.tables(found)["tiny-r8-cosine-100:rates"]
     assert "| `adamw` | 1: 3.0000 (2), **2: 2.5000 (2)**, 4: 2.7000 (2) |" in text
     assert "| `scao` | **2: 2.0000 (2)**, 4: diverged (1/1) |" in text
-    assert "k_max" not in text, "a single rate of an option stands in the table of options"
+    assert "k_max" not in text, "a single rate of an option is in the table of options"
 
 
 def test_changed_defaults_replace_older_runs(results: Path) -> None:

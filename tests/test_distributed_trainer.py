@@ -87,7 +87,7 @@ def test_ddp(tiny_llama: Path, tmp_path: Path, single: dict[str, Any], world: in
 
 
 def test_fsdp2_and_its_resume(tiny_llama: Path, tmp_path: Path, single: dict[str, Any]) -> None:
-    """A sharded checkpoint of Accelerate's, taken in phase 2: the resumed run goes on in phase 2 and ends in the same place."""
+    """A sharded checkpoint of Accelerate's, taken in phase 2: the resumed run is in phase 2 and ends in the same place."""
     settings = {"per_device_train_batch_size": 2, "state_dict_type": "SHARDED_STATE_DICT"}
     first, second = run(tiny_llama, tmp_path, "fsdp", 2, save_strategy="steps", save_steps=4, **settings)
     assert first["sharded"] == ["DTensor"] and not first["sharing"]

@@ -245,7 +245,7 @@ def test_example_yaml_is_valid_and_without_unknown_keys(path: Path) -> None:
 
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert validated(dict(config)).optimizer == "scao"
-    # Axolotl ignores an unknown key without a word.
+    # Axolotl silently ignores an unknown key.
     known = set(AxolotlInputConfig.model_fields) | {f"scao_{name}" for name in (*OPTIONS, *SWITCHES)}
     assert set(config) <= known
 

@@ -1,4 +1,4 @@
-"""Kill -9 at a random moment, start again, go on: no run is lost, and the final weights are those of a run left alone.
+"""Kill -9 at a random moment, start again, continue: no run is lost, and the final weights are those of a run left alone.
 
 A few kills here; twenty under the marker ``long`` (make test-long), whose log is kept:
 
@@ -61,7 +61,7 @@ def worker(folder: Path, kind: str) -> None:
             param.grad = (param.detach().float() + 0.1 * torch.randn(param.shape, generator=draw)).to(param.dtype)
         optimizer.step()
         weights = [param.detach().clone() for param in params]
-        # Written beside the last one and put in its place: a kill leaves one or the other, whole.
+        # Written next to the last one and put in its place: a kill leaves one or the other, whole.
         partial = folder / "partial.pt"
         torch.save({"step": step + 1, "optimizer": optimizer.state_dict(), "weights": weights}, partial)
         os.replace(partial, latest)
@@ -114,7 +114,7 @@ def survive(folder: Path, kind: str, kills: int, seed: int) -> dict[str, Any]:
 def check(record: dict[str, Any]) -> None:
     assert record["difference"] == 0.0
     assert sum(entry["killed"] for entry in record["starts"]) == record["kills"]
-    # A start after a kill goes on from a checkpoint, wherever that was.
+    # A start after a kill resumes from a checkpoint, wherever that was.
     assert any(entry["began"] > 0 for entry in record["starts"])
 
 

@@ -16,7 +16,7 @@ import torch
 from scao_hf import SCAO
 
 STEPS, PART, BATCH = 20_000, 1_000, 32
-#: Standard deviation of what the targets hold beside what can be learnt.
+#: Standard deviation of what the targets hold besides what can be learnt.
 NOISE = 0.1
 #: The step from which memory must not grow.
 FIRST = 100

@@ -161,7 +161,7 @@ def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> No
         numbers = torch.rand(3, r, 1), torch.rand(3, 1, k), torch.rand(3) + 0.1, torch.rand(3) + 0.1
         finite = torch.tensor([1.0, 0.0, 1.0])
         found, expected = [field.clone() for field in fields], [field.clone() for field in fields]
-        norms = ops.eigenbasis_turn_(*found[:2], [*found[2:], coefficients, *numbers, finite], 1e-8)
+        norms = ops.eigenbasis_rotate_(*found[:2], [*found[2:], coefficients, *numbers, finite], 1e-8)
         wanted = rotate(*expected[:2], [*expected[2:], coefficients, *numbers, finite], 1e-8)
         close(norms[finite > 0], wanted[finite > 0], 1e-5, "norms")
         for name, a, b, old in zip(("exp_avg", "long_vectors", "row", "col"), found, expected, fields, strict=True):
@@ -481,7 +481,7 @@ def test_opcheck(test: str) -> None:
         (ops.eigenbasis_refresh_, refresh_arguments(refresh_state(2, 4, 12, 3), torch.ones(2), 0, 2)),
         (ops.symmetric_eigh, (torch.eye(5).repeat(2, 1, 1),)),
         (ops.eigenbasis_gram, (moments, basis)),
-        (ops.eigenbasis_turn_, (moments, basis, [*fixed, *(torch.rand(2) + 0.1 for _ in range(3))], 1e-8)),
+        (ops.eigenbasis_rotate_, (moments, basis, [*fixed, *(torch.rand(2) + 0.1 for _ in range(3))], 1e-8)),
         (ops.eigenbasis_step_, (params, grads, [*eigenbasis_state(2, 4, 12, 3).values()], NUMBERS, True)),
         (ops.adamw_step_, (params, grads, [*adamw_state(2, 4, 12, factor=True).values()], NUMBERS)),
         (ops.adamw_step_, (params, grads, [*adamw_state(2, 4, 12, factor=False).values()], NUMBERS)),
@@ -531,7 +531,7 @@ def test_the_optimizer_steps_the_same_with_and_without(rule: str, int8: bool, mo
     calls.clear()
     slow = run()
     if rule == "eigenbasis":
-        both = {"adamw_step_", "eigenbasis_gram", "eigenbasis_turn_", "symmetric_eigh"}
+        both = {"adamw_step_", "eigenbasis_gram", "eigenbasis_rotate_", "symmetric_eigh"}
         assert used == (both if int8 else both | {"eigenbasis_step_", "eigenbasis_refresh_"})
         assert not calls
         for a, b in zip(fast, slow, strict=True):

@@ -130,7 +130,7 @@ def test_a_non_finite_gradient_can_be_an_error_that_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, weights, strict=True))
 
 
-@pytest.mark.parametrize("logged", [False, True])  # statistics() has the stacks built anew
+@pytest.mark.parametrize("logged", [False, True])  # statistics() has the stacks built again
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the latter natively where there are kernels
 def test_ten_non_finite_gradients_in_a_row_are_an_error(dtype: torch.dtype, logged: bool) -> None:
     params = fresh((4, 9), (4, 9), (5,), dtype=dtype)

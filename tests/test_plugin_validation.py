@@ -187,7 +187,7 @@ ERRORS = {
     "DeepSpeed without ZeRO": ({"deepspeed": {"bf16": {"enabled": True}}}, "zero_optimization.stage is 0"),
     "DeepSpeed's own Adam": (
         {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},
-        "offload_optimizer brings DeepSpeed's Adam in the place of SCAO",
+        "offload_optimizer replaces SCAO with DeepSpeed's Adam",
     ),
     "FSDP1": ({"fsdp_config": {"offload_params": False}, "fsdp_version": 1}, "FSDP1 flattens the matrices"),
     "FSDP2 in host memory": (

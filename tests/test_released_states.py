@@ -1,4 +1,4 @@
-"""What older releases and other versions of torch have saved loads and goes on: tests/states, which only ever grows."""
+"""What older releases and other versions of torch have saved can be resumed: tests/states, which only ever grows."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_state_is_counted_per_shape(spec: str, expected: Callable[[int, int], in
     if spec == "scao":
         matrices = sum(
             1 for _ in model.parameters()
-        )  # the watch over gradients holds a counter of each beside the state
+        )  # the watch over gradients holds a counter of each besides the state
         assert result["bytes"] == result["report"]["total"] + 4 * matrices
     elif spec == "polora":
         optimizer = peers.create(spec, model, 1e-3)

@@ -594,7 +594,7 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
             GOOD.replace("lora_target_linear: true", "lora_target_modules: [q_proj, foo, lm_head]"),
             "no layer matches the LoRA targets foo, lm_head: this model has",
         ),
-        (GOOD.replace("lora_target_linear: true", "lora_target_modules: '('"), "are no regular expression"),
+        (GOOD.replace("lora_target_linear: true", "lora_target_modules: '('"), "are not a valid regular expression"),
         (GOOD + "lora_modules_to_save: [wte]", "lora_modules_to_save names wte"),
         (GOOD + "lora_modules_to_save: lm_head", "lora_modules_to_save is 'lm_head': it must be a list"),
         (
@@ -866,7 +866,7 @@ def test_report_draws_matrices_by_layer_and_side(tmp_path: Path) -> None:
     page = report.html.read_text(encoding="utf-8")
     assert page.count("<svg ") == 10 and page.count("LoRA A") == 3 and page.count("data:image/png;base64") >= 6
     said = " ".join(report.findings)
-    assert "Each of the 8 matrices refreshes its basis every 5 steps, in turns" in said
+    assert "Each of the 8 matrices refreshes its basis every 5 steps, at staggered steps" in said
     assert "phase 2 begins after step 10" in said
     assert "took 1.51 ms (median); the slowest was step 60 with 2.6 ms" in said
 
@@ -970,8 +970,8 @@ def test_records_of_a_resumed_run_follow_on_and_a_new_run_begins_anew(tmp_path: 
     again = matrices.read_matrices(tmp_path)
     assert again is not None and again.steps == found.steps
     matrix_records(tmp_path, 8)
-    anew = matrices.read_matrices(tmp_path)
-    assert anew is not None and anew.steps == [2, 4, 6, 8]
+    again = matrices.read_matrices(tmp_path)
+    assert again is not None and again.steps == [2, 4, 6, 8]
     with (tmp_path / STATISTICS_NAME).open("a") as file:
         file.write("{}\n")
     run_folder(tmp_path, history(30))

@@ -142,7 +142,7 @@ def test_mistakes_of_compare(tmp_path: Path) -> None:
     assert "scao_rho='x' is not valid: it must be a number in [0, 1)" in mistake("compare", path, "--set", "scao_rho=x")
     assert "k_min=9 must not exceed k_max=8" in mistake("compare", path, "--set", "scao_k_min=9")
     assert "write --set KEY=VALUE" in mistake("compare", path, "--set", "seed")
-    assert "the value is no YAML" in mistake("compare", path, "--set", "seed=[1")
+    assert "the value is not YAML" in mistake("compare", path, "--set", "seed=[1")
     assert "arguments after -- are for a script" in mistake("compare", path, "--", "--model", "x")
     assert "--against scao would compare SCAO with itself" in mistake("compare", path, "--against", "scao")
     assert "'adamw_tor' is not an optimizer of Axolotl (did you mean 'adamw_torch'?)" in mistake(
@@ -551,4 +551,4 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(comparison, "run_arm", interrupt)
     result = run("compare", job(tmp_path).source, "--out", tmp_path / "out")
-    assert result.exit_code == 130 and "the same command goes on" in result.stderr
+    assert result.exit_code == 130 and "repeat the command to resume" in result.stderr

@@ -481,7 +481,7 @@ def test_a_run_that_is_too_short_warns(
     assert words is None or words in said[0]
     entry = trainer.state.log_history[-2]
     assert entry["scao/blend"] == pytest.approx({2: 0, 3: 1 / 3, 4: 2 / 3, 5: 1}[steps])
-    # A second run goes on from there.
+    # A second run resumes from there.
     caplog.clear()
     trainer.train()
     assert not [record for record in caplog.records if record.name == "scao_hf.checks" and 2 * steps >= 5]

@@ -22,7 +22,7 @@ struct dim3 {
 namespace emulator {
 
 inline dim3 thread_index, block_index;
-inline unsigned order = 0;  // 0 forward, 1 backward, others shuffle anew between barriers
+inline unsigned order = 0;  // 0 forward, 1 backward, others shuffle between barriers
 inline int dropped = 0;     // the barrier that is left out
 inline int error = 0;
 

@@ -102,14 +102,14 @@ def json_lines(path: Path, content: str) -> list[object]:
     """The rows of a .jsonl file.
 
     Raises:
-        Unusable: a line is no JSON.
+        Unusable: a line is not JSON.
     """
     rows = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
-            raise Unusable(f"{path}, line {number}, is no JSON: {error}") from error
+            raise Unusable(f"{path}, line {number}, is not JSON: {error}") from error
     return rows
 
 
@@ -124,13 +124,15 @@ def from_hub(where: str) -> tuple[list[tuple[str, str]], str]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise Unusable(f"{where} is no file, and the hub's data sets need a package: pip install datasets") from error
+        raise Unusable(
+            f"{where} is not a file, and the hub's data sets need a package: pip install datasets"
+        ) from error
     name, _, part = where.partition(":")
     try:
         found = load_dataset(name, part or None, split="train")
     except (OSError, ValueError) as error:  # no such data set, no such part of it, no network
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Unusable(f"{where} is no file, and the hub does not give it: {reason}") from error
+        raise Unusable(f"{where} is not a file, and the hub does not give it: {reason}") from error
     if "text" in found.column_names:
         return [], "".join(found["text"])
     return [question_answer(row) for row in found], ""

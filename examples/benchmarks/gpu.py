@@ -4,7 +4,7 @@
     python examples/benchmarks/gpu.py --model Qwen/Qwen2.5-3B --steps 60 --lr 2e-4
 
 ``kernels``: where they were built, each native CUDA kernel in the calls that the optimizer makes of it, against PyTorch.
-``load``, ``gpt2``: step times beside fused AdamW and others, as in speed.py. ``copy``: the memory's speed.
+``load``, ``gpt2``: step times next to fused AdamW and others, as in speed.py. ``copy``: the memory's speed.
 ``qlora``: 4-bit LoRA r = 16 of Qwen2.5-3B with AdamW and with SCAO at one learning rate: loss, seconds, peak memory. Where
 the model cannot be had, SmolLM2-135M takes its place, and the record says so.
 """
@@ -118,7 +118,7 @@ class Watch:
         kernels = {name: getattr(ops, name) for name in ops.KERNELS[device]}
         twins: dict[str, Callable[..., Any]] = {
             "eigenbasis_gram": gram,
-            "eigenbasis_turn_": rotate,
+            "eigenbasis_rotate_": rotate,
             "int8_ema_": quantization.ema_,
         }
         run = Step.run_native

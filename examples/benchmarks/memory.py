@@ -4,7 +4,7 @@
     python examples/benchmarks/memory.py --reduced --out /tmp/memory.jsonl
 
 ``state``: bytes of optimizer state on the reference load. One matrix of each shape is stepped, all that the optimizer
-holds afterwards is counted, and the sum is taken over the load; SCAO's own count (``memory_report``) stands beside it.
+holds afterwards is counted, and the sum is taken over the load; SCAO's own count (``memory_report``) is shown next to it.
 ``bfloat16``: the same of parameters in bfloat16, after each step, for LoRA and for the whole matrices of Llama-3.1-8B.
 ``scratch``: what a step allocates beyond what it leaves behind, from torch's allocator: the peak of a step and the
 largest single allocation, for each kind of step.

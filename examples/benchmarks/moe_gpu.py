@@ -1,4 +1,4 @@
-"""The run that needs a GPU: a mixture of experts through Axolotl, with SCAO beside each way to run the experts.
+"""The run that needs a GPU: a mixture of experts through Axolotl, with SCAO and each way to run the experts.
 
     python examples/benchmarks/moe_gpu.py --steps 30      # one GPU, CUDA, Triton, scao-hf[axolotl]; no download
 

@@ -63,7 +63,7 @@ def milliseconds(
     repeats: dict[str, int],
     prepare: Callable[[str], None] = lambda name: None,
 ) -> dict[str, float]:
-    """Median processor time of each, taken in turns; ``prepare(name)`` comes before each and is not counted."""
+    """Median processor time of each, taken alternately; ``prepare(name)`` comes before each and is not counted."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(max(repeats.values()) + 1):
         for name, contender in contenders.items():

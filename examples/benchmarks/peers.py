@@ -376,7 +376,7 @@ NOT_STATE = (str, bytes, int, float, type, nn.Module, FunctionType, MethodType, 
 
 
 def state_bytes(optimizer: Optimizer, model: nn.Module) -> int:
-    """The bytes of every tensor that the optimizer holds, wherever it keeps it, beside parameters and gradients."""
+    """The bytes of every tensor that the optimizer holds, wherever it keeps it, besides parameters and gradients."""
     foreign = {param.untyped_storage().data_ptr() for param in model.parameters()}
     foreign |= {param.grad.untyped_storage().data_ptr() for param in model.parameters() if param.grad is not None}
     storages: dict[int, int] = {}

@@ -1,6 +1,6 @@
-"""What the authors of SCAO have published, as data: the numbers that docs/published-experiments.md puts ours beside.
+"""What the authors of SCAO have published, as data: the numbers that docs/published-experiments.md compares ours with.
 
-They stand in the README and the result files of https://github.com/whispering3/scao. All runs have one seed, AdamW's rate
+They are in the README and the result files of https://github.com/whispering3/scao. All runs have one seed, AdamW's rate
 is 3e-4 and was not searched for, SCAO's is 1.17 times it, both with weight decay 0.1 and betas (0.9, 0.95).
 """
 

@@ -1,4 +1,4 @@
-"""The tables of docs/published-experiments.md: every published number beside ours, the losses included."""
+"""The tables of docs/published-experiments.md: every published number next to ours, the losses included."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", type=words, default=list(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--sizes", type=words, default=list(models.GPT_SIZES), help=f"of {','.join(models.GPT_SIZES)}")
     parser.add_argument("--optimizers", type=words, default=list(SCALE), help="of scale (default: all)")
-    parser.add_argument("--seeds", type=sweep.numbers(int, -1), default=[1, 2], help="at the best rate, beside 0")
+    parser.add_argument("--seeds", type=sweep.numbers(int, -1), default=[1, 2], help="at the best rate, besides 0")
     parser.add_argument(
         "--data", help=f"a text file or a hub name (default: {HUB}; with --quick the demo's docstrings)"
     )

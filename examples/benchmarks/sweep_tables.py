@@ -183,7 +183,7 @@ def rates(setting: Setting) -> str:
     for optimizer in list(setting.runs):
         by_lr = setting.at(optimizer)
         if not by_lr or (of_subject(optimizer) and len(by_lr) == 1):
-            continue  # a single rate of an option stands in the table of options
+            continue  # a single rate of an option is in the table of options
         texts = []
         for lr, seeds in by_lr.items():
             bad = sum(record["diverged"] for record in seeds.values())

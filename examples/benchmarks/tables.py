@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found, cost = read(arguments.results or committed)
         made = everything(arguments.results or committed)
-    except ValueError as error:  # a line that is no JSON, two settings of one name
+    except ValueError as error:  # a line that is not JSON, two settings of one name
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, text in made.items():

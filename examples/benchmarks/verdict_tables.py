@@ -50,7 +50,7 @@ def _outcome(record: Record | None) -> str:
 
 
 def reference_table(paths: Iterable[Path]) -> str | None:
-    """The QLoRA run beside the published figures."""
+    """The QLoRA run next to the published figures."""
     rows = []
     for path in paths:
         for record in sweep.read(path)[0].values():

@@ -147,7 +147,7 @@ def write(path: Path, rows: list[dict[str, list[dict[str, str]]]]) -> None:
         print(f"data: {path} is up to date ({len(rows)} question/answer pairs)")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target and renamed, so that a killed run never leaves half a data set behind.
+    # Written next to the target and renamed, so that a killed run never leaves half a data set behind.
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

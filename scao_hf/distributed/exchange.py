@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scao_hf.buckets import is_matrix
 
-WAYS_OUT = "Train with DDP, or with FSDP2 (fully_shard; fsdp_version: 2), which keeps the shapes"
+INSTEAD = "Train with DDP, or with FSDP2 (fully_shard; fsdp_version: 2), which keeps the shapes"
 ZERO = "Give DeepSpeed a scao_hf.zero.ZeroSCAO instead"
 
 
@@ -30,7 +30,7 @@ def check_placement(param: Tensor) -> None:
     if hasattr(param, "ds_id"):
         raise ValueError(f"DeepSpeed ZeRO-3 cuts matrices into parts, and SCAO steps whole matrices. {ZERO}")
     if getattr(param, "_fsdp_flattened", False) or type(param).__name__ == "FlatParameter":
-        raise ValueError(f"FSDP1 flattens matrices into parts, and SCAO steps whole matrices. {WAYS_OUT}")
+        raise ValueError(f"FSDP1 flattens matrices into parts, and SCAO steps whole matrices. {INSTEAD}")
     if is_sharded(param):
         shard_dim(param)
         if not param.to_local().is_contiguous():  # type: ignore[attr-defined]
@@ -40,9 +40,9 @@ def check_placement(param: Tensor) -> None:
 
 
 def check_flattened(params: Sequence[Tensor], had_matrices: bool) -> None:
-    """Raise ``ValueError`` where something has put flat vectors in the place of a group's matrices, as ZeRO-1 and 2 do.
+    """Raise ``ValueError`` where something has replaced a group's matrices, as ZeRO-1 and 2 do.
 
-    Stepped as vectors they would get AdamW's steps, without a word.
+    Stepped as vectors they would silently get AdamW's steps.
     """
     if had_matrices and params and not any(is_matrix(param) for param in params):
         raise ValueError(

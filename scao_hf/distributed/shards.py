@@ -57,7 +57,7 @@ class Shards:
         elsewhere: those that other processes own.
 
     Raises:
-        ValueError: parameters on different meshes, or sharded otherwise than on their first dimension.
+        ValueError: parameters on different meshes, or not sharded on their first dimension.
     """
 
     def __init__(self, groups: Groups) -> None:

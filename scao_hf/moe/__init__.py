@@ -1,4 +1,4 @@
-"""Mixtures of experts: LoRA beside the experts' products, experts in 4 bit. Opt-in; needs torch, for 4 bit bitsandbytes too."""
+"""Mixtures of experts: LoRA next to the products of experts, experts in 4 bit. Opt-in; 4 bit needs bitsandbytes."""
 
 from scao_hf.moe.fused import fuse_moe_lora, unfuse_moe_lora
 from scao_hf.moe.nf4 import Quantization, dequantize_experts, quantize_experts

@@ -18,7 +18,7 @@ EXPERT_FIELDS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply
 
 
 def fuse_moe_lora(model: nn.Module) -> list[str]:
-    """Compute LoRA on stacked experts beside the experts' products, not by adding ``B A`` to every weight first.
+    """Compute LoRA on stacked experts next to the experts' products, not by adding ``B A`` to every weight first.
 
     The parameters, what PEFT saves, merging and disabling adapters stay PEFT's own; the results are those of
     transformers' eager experts to rounding. The setting of ``experts_implementation`` has no part in them any more.

@@ -1,4 +1,4 @@
-"""Products of rows with the weights of the experts that they were routed to, with LoRA beside them."""
+"""Products of rows with the weights of the experts that they were routed to, with LoRA next to them."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def quantize_experts(model: nn.Module) -> Quantization:
         model: with transformers' expert modules, in full precision, on any device that bitsandbytes quantises on.
 
     Raises:
-        ValueError: there are no such weights, or the matrices of an expert are no multiple of the block of 64.
+        ValueError: there are no such weights, or the matrices of an expert are not a multiple of the block of 64.
         RuntimeError: the weights do not take at most ``MOST_BYTES`` of their size in bfloat16.
     """
     from bitsandbytes.nn.parametrize import replace_parameter_4bit

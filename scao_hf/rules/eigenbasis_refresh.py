@@ -85,7 +85,7 @@ def refresh(step: Step, long_basis: Tensor, decay: float, square: Tensor | None 
         square: AdamW's second moment, for the first refresh.
     """
     state, moments, eps = step.state, step.state["exp_avg"], step.group["eps"]
-    native = ops.has("eigenbasis_turn_", moments, long_basis)
+    native = ops.has("eigenbasis_rotate_", moments, long_basis)
     products = ops.eigenbasis_gram(moments, long_basis) if native else gram(moments, long_basis)
     coefficients = (refresh_bases if moments.device.type == "cpu" else refresh_bases_on_host)(step, products, decay)
     if square is not None:
@@ -93,7 +93,7 @@ def refresh(step: Step, long_basis: Tensor, decay: float, square: Tensor | None 
     plain, square_mean = plain_row(step), state["inside_sq"].mean(1, keepdim=True)
     numbers = (each.flatten() for each in (*step.bias, step.finite))
     fixed = [state["row"], state["col"], coefficients, plain, square_mean, *numbers]
-    norms = (ops.eigenbasis_turn_ if native else rotate)(moments, long_basis, fixed, eps)
+    norms = (ops.eigenbasis_rotate_ if native else rotate)(moments, long_basis, fixed, eps)
     inside = bounded_direction(state["inside_avg"], state["inside_sq"], damping_of(plain), step.bias, eps)
     step.update({"gain": graft_scale(norms[:, 0], norms[:, 1] + inside.square().sum((1, 2)))})
 

@@ -147,7 +147,7 @@ def parse_changes(pairs: list[str]) -> dict[str, Any]:
                 raise ToolError(f"--set {pair!r} is malformed: write --set KEY=VALUE")
             changes[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ToolError(f"--set {pair!r}: the value is no YAML: {' '.join(str(error).split())}") from error
+            raise ToolError(f"--set {pair!r}: the value is not YAML: {' '.join(str(error).split())}") from error
     return changes
 
 
@@ -159,7 +159,7 @@ def rivals_of(job: Job, against: str | None = None) -> list[str]:
         against: names with commas.
 
     Raises:
-        ToolError: one of them is no optimizer.
+        ToolError: one of them is not an optimizer.
     """
     own = "scao" if job.script else optimizer_of({"optimizer": "scao", **read_yaml(job.source), **job.changes})
     default = "adamw_torch" if own == "scao" else own
@@ -263,7 +263,7 @@ class Arm:
 
     @property
     def folder(self) -> Path:
-        """Its name holds a digest of everything that defines the run, so that another run never goes on in it."""
+        """Its name holds a digest of everything that defines the run, so that another run never continues in it."""
         text = json.dumps(self.config(), sort_keys=True, default=str)
         if self.job.script:
             source = self.job.source.read_text(
@@ -344,7 +344,7 @@ class Outcome:
 
 
 def read_outcome(path: Path, steps: int) -> Outcome:
-    """What the recorder has written; the later line counts where a run that went on has repeated a step."""
+    """What the recorder has written; the later line counts where a resumed run has repeated a step."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be half written
     by_step = {row["step"]: row for row in rows if "loss" in row}
@@ -406,7 +406,7 @@ def run_arm(arm: Arm, progress: Callable[[Outcome], None]) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ToolError(f"{folder} cannot be written to ({error.strerror}): choose another with --out") from error
-    # A run goes on only where both are there: its checkpoint and what it has written down until then.
+    # A run is resumed only where both are there: its checkpoint and what it has written down until then.
     if not measurements.exists():
         shutil.rmtree(folder / "run", ignore_errors=True)
     elif not any((folder / "run").glob("checkpoint-*")):

@@ -34,7 +34,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ToolError: it is no YAML mapping, or names no model.
+        ToolError: it is not a YAML mapping, or names no model.
     """
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
@@ -113,7 +113,7 @@ def from_yaml(path: Path) -> Settings:
     """Settings of an Axolotl configuration; keys that it leaves out take Axolotl's defaults.
 
     Raises:
-        ToolError: the file is missing, is no YAML mapping, lacks ``base_model``, would not train with SCAO, or asks for what
+        ToolError: the file is missing, is not a YAML mapping, lacks ``base_model``, would not train with SCAO, or asks for what
             cannot be planned; everything that is wrong is named.
     """
     if not path.is_file():

@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 
-# What arguments mean stands in the commands' own texts: with some releases of click, typer does not show their help.
+# What arguments mean is in the commands' own texts: with some releases of click, typer does not show their help.
 
 
 def _version(asked: bool) -> None:
@@ -48,7 +48,7 @@ def common(
 ) -> None:
     """Plan, watch and check fine-tuning with SCAO."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold bytes that are not text
 
 
 @contextmanager
@@ -62,7 +62,7 @@ def _mistakes_in_one_line() -> Iterator[None]:
 
 @contextmanager
 def _libraries_silent() -> Iterator[None]:
-    """What transformers and its optional parts say about themselves on import is no part of an answer."""
+    """Silence what transformers and its optional parts print on import."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -90,7 +90,7 @@ def plan(
     upcast: Annotated[
         bool | None, typer.Option(help="After peft.prepare_model_for_kbit_training: embeddings and norms in 32 bit.")
     ] = None,
-    gpu: Annotated[float | None, typer.Option(help="Your card's memory in GB, beside 8, 12, 16 and 24.")] = None,
+    gpu: Annotated[float | None, typer.Option(help="Your card's memory in GB, besides 8, 12, 16 and 24.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes as JSON instead of a table.")] = False,
 ) -> None:
     """Will it fit? Shows what fills the card's memory before anything is downloaded or trained.
@@ -213,7 +213,7 @@ def compare(
 
     CONFIG is an Axolotl YAML, or a Python script that trains with a transformers Trainer; ARGUMENTS after -- are the script's.
 
-    Repeat the command to go on where it was stopped: finished runs are kept, the others continue from their checkpoints.
+    Repeat the command to resume where it was stopped: finished runs are kept, the others continue from their checkpoints.
     """
     console = Console(highlight=False)
     with _mistakes_in_one_line():
@@ -252,7 +252,7 @@ def compare(
                 sides = comparison.compare(job, optimizers, rate, seeds, watch)
             except KeyboardInterrupt:
                 bars.stop()
-                print(f"scao-hf: interrupted; the same command goes on from what is in {out}", file=sys.stderr)
+                print(f"scao-hf: interrupted; repeat the command to resume from {out}", file=sys.stderr)
                 raise typer.Exit(130) from None
     table = Table()
     table.add_column("" if seeds == 1 else "first seed")

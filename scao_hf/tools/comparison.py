@@ -1,6 +1,6 @@
 """``scao-hf compare``: SCAO and others on one configuration, each at its learning rate, and what came out.
 
-All read the same batches, so that their losses are compared batch by batch: a difference that is small beside the
+All read the same batches, so that their losses are compared batch by batch: a difference that is small next to the
 losses' own spread is still seen.
 """
 

@@ -64,7 +64,7 @@ def draw(sides: Sequence[Side], title: str, path: Path) -> None:
     _curves(by_second, sides, times, shaded=False)
     by_step.set_ylabel(f"{_figure_of(sides)} in training (strong: smoothed)")
     for entry in (title_text, *by_step.legend().get_texts()):
-        entry.set_parse_math(False)  # an optimizer's name is no formula
+        entry.set_parse_math(False)  # an optimizer's name is not a formula
     for axes, label in ((by_step, "step"), (by_second, "seconds")):
         axes.set_xlabel(label)
         axes.grid(color=html.GRID, linewidth=0.5)

@@ -36,7 +36,7 @@ _OPTIONS = {"warmup_steps": 4, "blend_steps": 5, "precond_freq": 3, "min_precond
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found, row by row, and what is broken, with the way out."""
+    """What was found, row by row, and what is broken, with what to do about it."""
 
     rows: list[tuple[str, str]]
     problems: list[str]

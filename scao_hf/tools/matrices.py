@@ -250,7 +250,11 @@ def _limited(found: Matrices) -> list[str]:
 def _refreshes(found: Matrices) -> str:
     group = found.options
     start = rule_of(group, matrix=True).phase1_steps(group)
-    turns = "all at once" if group["rule"] == "published" else "in turns, so that no step has to wait for all of them"
+    turns = (
+        "all at once"
+        if group["rule"] == "published"
+        else "at staggered steps, so that no step has to wait for all of them"
+    )
     return (
         f"Each of the {len(found.names)} matrices refreshes its basis every {group['precond_freq']} steps, {turns}; "
         f"phase 2 begins after step {start}."

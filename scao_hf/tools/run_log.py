@@ -107,7 +107,7 @@ def read_run(run_dir: Path) -> Run:
             sorted(found.milliseconds),
             [found.milliseconds[s] for s in sorted(found.milliseconds)],
         )
-    name = os.fsencode(run_dir.resolve().name).decode(errors="replace")  # it may hold bytes that are no text
+    name = os.fsencode(run_dir.resolve().name).decode(errors="replace")  # it may hold bytes that are not text
     return Run(name, series, length or series["loss"][0][-1], planned, found)
 
 

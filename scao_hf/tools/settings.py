@@ -34,7 +34,7 @@ class Settings:
         double_quant: the quantisation constants are themselves quantised.
         rank: LoRA rank.
         targets: names of the layers with LoRA, or "all"; one regular expression over the full name is possible too.
-        modules_to_save: layers that are trained whole beside the adapter.
+        modules_to_save: layers that are trained whole besides the adapter.
         tied_copies: of these, tied ones share one copy.
         half_adapter: LoRA in 16 bit, not 32.
         dropout: LoRA dropout.
@@ -92,7 +92,9 @@ class Settings:
             try:
                 re.compile(self.targets)
             except re.error as error:
-                raise ToolError(f"the LoRA targets {self.targets!r} are no regular expression: {error}") from error
+                raise ToolError(
+                    f"the LoRA targets {self.targets!r} are not a valid regular expression: {error}"
+                ) from error
 
     @property
     def sequences(self) -> int:

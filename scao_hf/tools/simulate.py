@@ -156,7 +156,7 @@ def fused_attention(
 
 
 class Peaks(NamedTuple):
-    """Bytes of a step beside weights, gradients and optimizer state.
+    """Bytes of a step besides weights, gradients and optimizer state.
 
     Attributes:
         kept: what the forward pass keeps for the backward pass, up to the output layer.
@@ -178,7 +178,7 @@ def set_checkpointing(model: Any, enabled: bool, reentrant: bool = False) -> Non
     names = ("activation_checkpointing", "gradient_checkpointing")  # the latter is deprecated since transformers 5.2x
     name = next(name for name in names if hasattr(model, f"{name}_enable"))
     if enabled:
-        # Saving the state of a random generator is no matter of memory, and the meta device has none.
+        # The state of a random generator is not counted, and the meta device has none.
         getattr(model, f"{name}_enable")({"use_reentrant": reentrant, "preserve_rng_state": False})
     else:
         getattr(model, f"{name}_disable")()

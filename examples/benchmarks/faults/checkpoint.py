@@ -43,7 +43,7 @@ def weights_only(subject: Subject) -> None:
 
 
 def resumed(subject: Subject, dtype: torch.dtype | None, pause: int) -> None:
-    """Save, load into a fresh optimizer, go on: equal to the uninterrupted run to the bit."""
+    """Save, load into a fresh optimizer, continue: equal to the uninterrupted run to the bit."""
     whole = Task(subject, dtype)
     whole.train(0, 60)
     first = Task(subject, dtype)

@@ -1,4 +1,4 @@
-"""What a training loop does with an optimizer beside stepping it, and whether a run can be repeated."""
+"""What a training loop does with an optimizer besides stepping it, and whether a run can be repeated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def no_gradient(subject: Subject) -> None:
         task.params[1].grad = None
         task.optimizer.step()
     require(torch.equal(task.params[1], before[1]), "it moved")
-    require(task.train(40) < 3 * clean_loss(subject), "training does not go on")
+    require(task.train(40) < 3 * clean_loss(subject), "training does not continue")
 
 
 @fault("lifecycle", "no gradient at all, before and in a run")

@@ -171,7 +171,7 @@ def failing(error: Exception) -> Iterator[list[int]]:
 
 
 def failed_refresh(subject: Subject, error: Exception, first: int, last: int, within: float) -> None:
-    """Decompositions fail from step ``first`` to ``last``; training goes on."""
+    """Decompositions fail from step ``first`` to ``last``; training continues."""
     clean = clean_loss(subject)
     hurt = Task(subject)
     hurt.train(0, first)

@@ -51,7 +51,7 @@ class StepClock(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
 
 class Clock(BasePlugin):  # type: ignore[misc, unused-ignore]
-    """Adds the clock to a trainer; ``clock.jsonl`` lies beside the output's folder."""
+    """Adds the clock to a trainer; ``clock.jsonl`` lies next to the output's folder."""
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
         """As Axolotl asks for them."""
