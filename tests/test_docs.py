@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import documents
@@ -291,6 +292,33 @@ def write() -> None:
     for path, name, make in GENERATED:
         before, _, after = between(path.read_text(encoding="utf-8"), name)
         path.write_text(before + make() + after, encoding="utf-8")
+
+
+def test_the_way_of_a_gradient_is_the_one_on_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten steps in the order of the page, traced through an optimizer step."""
+    text = (DOCS / "how-it-works.md").read_text("utf-8").partition("## One gradient through the code")[2]
+    named = re.findall(r"^\d+\. `([\w/]+\.py)`, `(\w+)`", text.partition("\n## ")[0], re.MULTILINE)
+    assert len(named) == 10
+    monkeypatch.setattr(ops, "NATIVE", frozenset())
+    params = [torch.nn.Parameter(torch.randn(8, 300)) for _ in range(4)]
+    early: dict[str, Any] = {"warmup_steps": 2, "blend_steps": 0, "precond_freq": 2, "min_precond_updates": 1}
+    optimizer = SCAO(params, moment_dtype="int8", **early)
+    called: list[tuple[str, str]] = []
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and ROOT / "scao_hf" in path.parents:
+            called.append((path.relative_to(ROOT).as_posix(), frame.f_code.co_name))
+
+    for _ in range(6):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        called.clear()
+        sys.setprofile(trace)
+        optimizer.step()
+        sys.setprofile(None)
+    places = [called.index(place) for place in named]
+    assert places == sorted(places), list(zip(places, named, strict=True))
 
 
 if __name__ == "__main__":
