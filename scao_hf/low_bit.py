@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scao_hf import quantization
 from scao_hf.buckets import Bucket
-from scao_hf.rules import COUNTERS, Rule, rule_of
+from scao_hf.rules.base import COUNTERS, Rule
 
 #: At most so many fields of a rule are encoded (``Field.levels``): each has noise of its own in every step.
 MOST = 5
@@ -60,7 +60,7 @@ def zeros(fields: dict[str, Tensor], rule: Rule, group: dict[str, Any]) -> dict[
 
 
 @contextmanager
-def decoded(bucket: Bucket) -> Iterator[dict[str, Tensor]]:
+def decoded(bucket: Bucket, rule: Rule) -> Iterator[dict[str, Tensor]]:
     """A bucket's state as its rule knows it, for one step; what the step leaves behind is kept encoded again.
 
     A matrix that the step has skipped keeps its codes to the bit.
@@ -69,20 +69,19 @@ def decoded(bucket: Bucket) -> Iterator[dict[str, Tensor]]:
         yield bucket.state
         return
     before = bucket.state["taken"].clone()
-    state = _decoded(bucket)
+    state = _decoded(bucket, rule)
     yield state
-    _encode(bucket, state, bucket.state["taken"] != before)
+    _encode(bucket, rule, state, bucket.state["taken"] != before)
 
 
-def convert(bucket: Bucket) -> None:
+def convert(bucket: Bucket, rule: Rule) -> None:
     """Keep the moments of a bucket as its group's ``moment_dtype`` says, where they were kept in another way."""
-    fields, bucket.state = _decoded(bucket), {}
-    _encode(bucket, fields, torch.ones_like(fields["taken"], dtype=torch.bool))
+    fields, bucket.state = _decoded(bucket, rule), {}
+    _encode(bucket, rule, fields, torch.ones_like(fields["taken"], dtype=torch.bool))
 
 
-def _decoded(bucket: Bucket) -> dict[str, Tensor]:
+def _decoded(bucket: Bucket, rule: Rule) -> dict[str, Tensor]:
     """The whole state in the rule's dtypes; what is not encoded is the bucket's own tensor."""
-    rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
     likes = rule.create(1, bucket.shape, bucket.dtype, torch.device("meta"), bucket.group, bucket.step)
     state = {name: bucket.state[name] for name in COUNTERS if name in bucket.state}
     for name, like in likes.items():
@@ -95,10 +94,9 @@ def _decoded(bucket: Bucket) -> dict[str, Tensor]:
     return state
 
 
-def _encode(bucket: Bucket, state: dict[str, Tensor], changed: Tensor) -> None:
+def _encode(bucket: Bucket, rule: Rule, state: dict[str, Tensor], changed: Tensor) -> None:
     """Put the fields of ``state`` into the bucket, in place where they were there before."""
     kept: dict[str, Tensor] = {}
-    rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
     encoded = [name for name, field in rule.fields.items() if field.levels]
     for name, field in state.items():
         if not is_encoded(name, field, rule, bucket.group):

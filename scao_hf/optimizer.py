@@ -246,7 +246,7 @@ class SCAO(Optimizer):
         rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
         if due is None:
             due = bucket.due(bucket.step + 1, rule.phase1_steps(bucket.group))
-        with idle_experts_kept(bucket, rule), decoded(bucket) as state:
+        with idle_experts_kept(bucket, rule), decoded(bucket, rule) as state:
             rule.step(Step(bucket, state, bucket.step + 1, due))
         publish(bucket)
 

@@ -21,6 +21,7 @@ from scao_hf.buckets import Bucket, Layout, arithmetic_dtype, offsets_of
 from scao_hf.distributed.serial import BYTES
 from scao_hf.distributed.shards import Shards
 from scao_hf.names import name_of
+from scao_hf.rules import rule_of
 from scao_hf.state import Groups, State, Wholes, create, members
 
 META = torch.device("meta")
@@ -192,7 +193,7 @@ def _fill(bucket: Bucket, before: dict[str, Any]) -> list[Tensor]:
             pieces = [piece.to(device, like.dtype) for piece in pieces]
             bucket.state[name] = torch.cat(pieces) if bucket.packed else torch.stack(pieces)
     if fields.keys() != own.keys():
-        low_bit.convert(bucket)
+        low_bit.convert(bucket, rule_of(bucket.group, bucket.matrix, bucket.shape))
     return found
 
 

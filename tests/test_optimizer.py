@@ -638,7 +638,7 @@ ARROWS = {
     "reference": set(),
     "report": {"buckets", "rules", "state", "update"},
     "rules": {"rules", "buckets", "linalg", "ops", "quantization", "update"},
-    "stacks": {"buckets", "distributed", "low_bit", "names", "options", "state"},
+    "stacks": {"buckets", "distributed", "low_bit", "names", "options", "rules", "state"},
     "state": {"experts", "buckets", "low_bit", "names", "rules"},
     "tools": {
         *("tools", "experts", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
