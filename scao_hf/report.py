@@ -43,13 +43,13 @@ def metrics(buckets: list[Bucket]) -> dict[str, float]:
         return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": 0.0}
     device = buckets[0].state["taken"].device
     summaries = [rule_of(bucket.group, True, bucket.shape).figures(bucket) for bucket in matrices]
-    means = [
-        torch.cat([summary[name].double().to(device) for summary in summaries]).mean() for name in METRICS if summaries
-    ]
-    skipped = torch.stack([_skipped(bucket).double().sum().to(device) for bucket in buckets]).sum()
-    *values, lost = torch.stack([*means, skipped]).tolist()
-    figures.update(zip(figures, values, strict=False))
-    return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": lost}
+    columns = [[summary[name] for summary in summaries] for name in METRICS if summaries]
+    columns.append([_skipped(bucket) for bucket in buckets])
+    joined = [torch.cat([part.to(device) for part in column]) for column in columns]
+    # In float64 on the CPU: MPS has none.
+    *values, skipped = torch.cat(joined).cpu().double().split([len(column) for column in joined])
+    figures.update(zip(figures, (float(value.mean()) for value in values), strict=False))
+    return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": float(skipped.sum())}
 
 
 def _skipped(bucket: Bucket) -> Tensor:
@@ -69,8 +69,7 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
             continue
         phase, blend = _phase(bucket)
         summary = {
-            name: values.double().tolist()
-            for name, values in rule_of(bucket.group, True, bucket.shape).figures(bucket).items()
+            name: values.tolist() for name, values in rule_of(bucket.group, True, bucket.shape).figures(bucket).items()
         }
         skipped = _skipped(bucket).tolist()
         matrices = [

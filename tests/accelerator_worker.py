@@ -1,7 +1,7 @@
 """Steps of SCAO on an accelerator that does not exist: shapes, dtypes and devices are real, numbers are not.
 
 An operation on two devices raises, one whose course depends on a number of the device, which a GPU would have to be
-waited for, and a decomposition on it. Of the host's own numbers all questions are answered with yes.
+waited for, a decomposition on it, and a float64 tensor. Of the host's own numbers all questions are answered with yes.
 The name of a backend is the process's: run as a script, with a JSON list of SCAO's options; prints a list of what went wrong.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # type: ignore[attr-defined, unused-ignore]
 
 from scao_hf import SCAO
@@ -30,7 +31,11 @@ class Answers(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and on_host:
             return True
         assert on_host or "linalg_eigh" not in str(func), "a decomposition on the device"
-        return func(*args, **(kwargs or {}))
+        outcome = func(*args, **(kwargs or {}))
+        made = [each for each in tree_leaves(outcome) if isinstance(each, torch.Tensor)]
+        wide = any(each.device.type != "cpu" and each.dtype == torch.float64 for each in made)
+        assert not wide, f"{func} makes a float64 tensor, which MPS does not have"
+        return outcome
 
 
 def steps(device: str, **options: Any) -> int:
@@ -44,6 +49,7 @@ def steps(device: str, **options: Any) -> int:
             for param in params:
                 param.grad = torch.randn_like(param)
             optimizer.step()
+            optimizer.metrics()
         fields = [field for param in params for field in optimizer.state[param].values()]
         assert all(field.device.type == device for field in fields if isinstance(field, torch.Tensor) and field.ndim)
         return len(fields)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import copy
+import itertools
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scao_hf import SCAO, create_scao_optimizer, ops, options
-from scao_hf.rules import eigenbasis
+from scao_hf.rules import eigenbasis, eigenbasis_refresh
 from scao_hf.stacks import build_buckets
 
 QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
@@ -443,36 +447,94 @@ def test_a_failed_decomposition_keeps_the_last_basis(monkeypatch: pytest.MonkeyP
         assert torch.isfinite(params[0]).all()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("cusolver error"), NotImplementedError(), MemoryError()], ids=repr)
-def test_what_ends_the_entry_of_phase_two_leaves_phase_one_whole(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
+class Breaking(TorchDispatchMode):
+    """Raises ``error`` in place of the operation of that number, counted while ``on``."""
+
+    def __init__(self, number: int, error: BaseException) -> None:
+        super().__init__()
+        self.left, self.error, self.on = number, error, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.on and func.namespace == "aten":
+            self.left -= 1
+            if self.left == 0:
+                raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+#: What a solver of another device, a full device, a backend without an operation and a user raise.
+ERRORS = (
+    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+    torch.AcceleratorError("HIP error: out of memory") if hasattr(torch, "AcceleratorError") else RuntimeError("HIP"),
+    NotImplementedError(
+        "The operator 'aten::_linalg_eigh.eigenvalues' is not currently implemented for the MPS device"
+    ),
+    MemoryError(),
+    KeyboardInterrupt(),
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "device", "moments"),
+    [
+        ("_enter", "another", {}),
+        ("_refresh", "cpu", {}),
+        ("_refresh", "another", {}),
+        ("_refresh", "cpu", {"use_int8_ema": True}),
+    ],
+)
+def test_what_ends_a_refresh_at_any_of_its_operations_leaves_the_state_whole(
+    where: str, device: str, moments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the matrices had been turned; the momentum is AdamW's all the same, and the next step enters phase 2."""
+    """The state is that of a step without a refresh to the bit, and the next steps are taken."""
     monkeypatch.setattr(ops, "NATIVE", frozenset())
-    monkeypatch.setattr(eigenbasis, "PORTION", 1)
-    params, count = fresh((4, 9), (4, 9)), 0
-    optimizer = SCAO(params, lr=0.1, **QUICK)
-    refresh = eigenbasis.refresh
+    on_cpu = eigenbasis_refresh.refresh_bases
 
-    def failing(*arguments: Any) -> None:
-        nonlocal count
-        count += 1
-        refresh(*arguments)
-        if count == 2:
-            raise error
+    def on_host(*args: Any) -> Any:
+        with mock.patch.object(eigenbasis_refresh, "refresh_bases", on_cpu):
+            return eigenbasis_refresh.refresh_bases_on_host(*args)
 
-    monkeypatch.setattr(eigenbasis, "refresh", failing)
-    with pytest.raises(type(error)):
-        for _ in range(8):
-            for param in params:
-                param.grad = torch.full_like(param, 0.5)
-            optimizer.step()
-    for param in params:
-        expected = torch.full_like(param, 0.5 * (1 - 0.9**3))
-        assert "exp_avg_sq" in optimizer.state[param]
-        torch.testing.assert_close(optimizer.state[param]["exp_avg"], expected)
-    steps(optimizer, 4)
-    assert all("gain" in optimizer.state[param] and torch.isfinite(param).all() for param in params)
+    if device == "another":
+        monkeypatch.setattr(eigenbasis_refresh, "refresh_bases", on_host)
+    before = 2 if where == "_enter" else 3
+    optimizer = SCAO(fresh((4, 9), (9, 4)), lr=0.1, **QUICK, **moments)
+    steps(optimizer, before)
+
+    def stepped(number: int, error: BaseException, ended: bool = True) -> tuple[SCAO, bool]:
+        """A copy's next step, in which that operation of the refresh raises; whether it did."""
+        copied = copy.deepcopy(optimizer)
+        mode, refreshed = Breaking(number, error), getattr(eigenbasis.Eigenbasis, where)
+
+        def watched(*args: Any) -> None:
+            mode.on = True
+            try:
+                if ended:
+                    refreshed(*args)
+            finally:
+                mode.on = False
+
+        with monkeypatch.context() as patch, mode:
+            patch.setattr(eigenbasis.Eigenbasis, where, watched)
+            try:
+                steps(copied, 1, first=before)
+            except type(error) as raised:
+                assert raised is error
+                return copied, True
+        return copied, False
+
+    without, _ = stepped(-1, MemoryError(), ended=False)
+    expected = [dict(state) for state in without.state.values()]
+    for number in itertools.count(1):
+        broken, raised = stepped(number, ERRORS[number % len(ERRORS)])
+        if not raised:
+            break
+        for state, wanted in zip(broken.state.values(), expected, strict=True):
+            different = [name for name in wanted if name != "step" and not torch.equal(state[name], wanted[name])]
+            assert state.keys() == wanted.keys() and not different, (number, different)
+        if number % 10 == 0:
+            steps(broken, 4, first=before + 1)
+            assert all(torch.isfinite(param).all() for param in broken.param_groups[0]["params"])
+    assert number > 50
 
 
 def test_a_decomposition_that_never_worked_leaves_adam_s_direction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,8 @@ def _launches(name: str, args: Sequence[Any], outputs: list[Tensor]) -> int:
     if name.startswith("_foreach_"):
         lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor)]
         layouts = [{(each.dtype, each.shape, each.stride()) for each in row} for row in zip(*lists, strict=True)]
-        fast = all(len(row) == 1 for row in layouts) and all(each.numel() == 0 or _dense(each) for each in lists[0])
+        fast = all(len(row) == 1 for row in layouts) and len({each.dtype for each in lists[0]}) == 1
+        fast = fast and all(each.numel() == 0 or _dense(each) for each in lists[0])
         outer = lists if name.endswith("_") else [*lists, lists[0]]
         return -(-len(lists[0]) // ROOM[min(4, len(outer))]) if fast else len(lists[0])
     if name in ("cat", "stack"):

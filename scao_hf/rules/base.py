@@ -188,9 +188,10 @@ class Step:
 
     def update(self, fresh: dict[str, Tensor]) -> None:
         """Write ``fresh`` fields into the state in place, but not for matrices whose gradient was not finite."""
+        kept = self.finite > 0
         for name, value in fresh.items():
             field = self.state[name]
-            field.copy_(torch.where(self.finite.view(-1, *[1] * (field.ndim - 1)) > 0, value, field))
+            torch.where(kept.view(-1, *[1] * (field.ndim - 1)), value, field, out=field)
 
 
 class Rule(ABC):

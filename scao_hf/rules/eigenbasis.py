@@ -21,6 +21,7 @@ from scao_hf.rules.adamw import step_adamw
 from scao_hf.rules.base import COUNTERS, FACTOR, NOT_NEGATIVE, SHARE, VECTORS, Field, Legal, Rule, Step
 from scao_hf.rules.eigenbasis_refresh import (
     MOST_GAIN,
+    all_or_nothing,
     bounded_direction,
     damping_of,
     plain_row,
@@ -125,7 +126,9 @@ class Eigenbasis(Rule):
             # As a list, which costs no operation.
             portions = (slice(row, row + 1) for row, bad in enumerate(failed.tolist(), due.start) if bad)
         for rows in portions:
-            self._refresh_portion(step.part(rows))
+            part = step.part(rows)
+            with all_or_nothing(part.state):
+                self._refresh_portion(part)
 
     def _refresh_portion(self, step: Step, square: Tensor | None = None) -> None:
         """Refresh all matrices of a step; ``square``: AdamW's second moment, for the first refresh."""

@@ -6,7 +6,8 @@ First what estimates a second moment in a basis, then the refresh and its parts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -73,6 +74,22 @@ def rank_one_direction(
     cols = (col / col.mean(2, keepdim=True).clamp_min(torch.finfo(row.dtype).tiny)).add_(DAMPING).sqrt_()
     denominator = torch.addcmul(bias[0] * eps, rows, cols)
     return torch.div(mean, denominator, out=denominator).clamp_(-1, 1)
+
+
+@contextmanager
+def all_or_nothing(state: dict[str, Tensor]) -> Iterator[None]:
+    """Put the state back where a refresh raises: half of one is a momentum in other bases than the state says."""
+    # By dtype: foreach is one kernel only where all tensors of a list have the same.
+    alike = [[field for field in state.values() if field.dtype == kind] for kind in {it.dtype for it in state.values()}]
+    before = [[torch.empty_like(field) for field in fields] for fields in alike]
+    for copies, fields in zip(before, alike, strict=True):
+        torch._foreach_copy_(copies, fields)
+    try:
+        yield
+    except BaseException:
+        for copies, fields in zip(before, alike, strict=True):
+            torch._foreach_copy_(fields, copies)
+        raise
 
 
 def refresh(step: Step, long_basis: Tensor, decay: float, square: Tensor | None = None) -> None:
@@ -172,7 +189,7 @@ READ = (
 
 
 def refresh_bases_on_host(step: Step, products: Tensor, decay: float) -> Tensor:
-    """``refresh_bases`` for matrices on another device: one copy there and one back, the only ones that have to be waited for.
+    """``refresh_bases`` for matrices on another device: one copy there, which has to be waited for, and one back.
 
     Batched decompositions on a GPU are slower above side 32 than the copies, wait for the device once or more each, and
     fail in other ways on every backend. Nothing of the state is changed before all of it has worked.
@@ -183,7 +200,7 @@ def refresh_bases_on_host(step: Step, products: Tensor, decay: float) -> Tensor:
     there = replace(step, state={**host, "col": step.state["col"]}, finite=host["finite"])
     coefficients = refresh_bases(there, host["products"], decay)
     changed = {name: host[name] for name in READ[:-2]}
-    found = _moved({**changed, "coefficients": coefficients}, products.device)
+    found = _moved({**changed, "coefficients": coefficients}, products.device, waiting=products.device.type == "mps")
     torch._foreach_copy_([step.state[name] for name in changed], [found[name] for name in changed])
     return found["coefficients"]
 
@@ -303,8 +320,8 @@ def first_squares(step: Step, square: Tensor) -> None:
     state["col"].copy_(square.mean(1, keepdim=True) * rest)
 
 
-def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of one dtype on another device, by one copy."""
-    whole = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).to(device)
+def _moved(tensors: dict[str, Tensor], device: torch.device, waiting: bool = True) -> dict[str, Tensor]:
+    """Tensors of one dtype on another device, by one copy, which the host waits for or not."""
+    whole = torch.cat([tensor.reshape(-1) for tensor in tensors.values()]).to(device, non_blocking=not waiting)
     parts = whole.split([tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}

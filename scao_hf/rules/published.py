@@ -108,11 +108,11 @@ class Published(Rule):
                 {
                     "rank": (values > 0).sum(-1),
                     "captured_mass": mass,
-                    "curvature_norm": values.double().norm(dim=-1),
+                    "curvature_norm": torch.linalg.vector_norm(values, dim=-1),
                     "damped": damped,
                 }
             )
-        return {name: (sides[0][name].double() + sides[1][name].double()) / 2 for name in sides[0]}
+        return {name: (sides[0][name].float() + sides[1][name].float()) / 2 for name in sides[0]}
 
 
 def _factor(state: dict[str, Tensor], side: str, dim: int, dtype: torch.dtype) -> Tensor:
