@@ -31,7 +31,7 @@ export SCAO_DEMO_MODEL SCAO_URL
 help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M on the CPU with AdamW and SCAO: loss curves and adapter in runs/demo'
 	@echo 'make demo-compare  the same two runs with held-out data: one sentence, one table, one page'
-	@echo 'make bench-quick   a reduced sweep against other optimizers: tables and plots, in under 20 minutes'
+	@echo 'make bench-quick   LoRA and training from scratch against other optimizers: tables and plots, in under 20 minutes'
 	@echo 'make bench-costs   step times and memory, into the committed tables: half an hour on an idle machine'
 	@echo 'make reproduce-quick   the published experiments in a reduced form, in under 15 minutes'
 	@echo 'make reproduce     all of them: hours; repeat it to continue'
@@ -186,6 +186,8 @@ survival: $(VENV)/.bench ext
 
 bench-quick: $(VENV)/.bench
 	$(OFFLINE) $(BIN)/python examples/benchmarks/sweep.py --task tiny --rank 8 --steps 100 --seeds 0,1 \
+		--optimizers adamw,scao,muon,soap --lrs 2e-3,4e-3,8e-3 --out runs/benchmarks/quick.jsonl
+	$(OFFLINE) $(BIN)/python examples/benchmarks/sweep.py --task gpt --steps 100 --seeds 0 \
 		--optimizers adamw,scao,muon,soap --lrs 2e-3,4e-3,8e-3 --out runs/benchmarks/quick.jsonl
 	$(BIN)/python examples/benchmarks/tables.py runs/benchmarks/quick.jsonl --plots runs/benchmarks --compare
 

@@ -305,8 +305,8 @@ def _check_bytes(where: str, entry: dict[str, Any], param: Tensor, group: dict[s
         found = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
         raise ValueError(
             f"{where}: the saved state is {found}, expected {size} bytes: the run that was saved had another shape here (LoRA "
-            "rank, vocabulary) or other options (k_max, use_int8_ema, moment_dtype, max_precond_dim). Build model and "
-            "optimizer as they were, or start from the weights alone"
+            "rank, vocabulary) or other options (k_max, use_int8_ema, moment_dtype, max_precond_dim, from_scratch). Build "
+            "model and optimizer as they were, or start from the weights alone"
         )
 
 

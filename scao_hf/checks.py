@@ -64,6 +64,8 @@ def check_length(optimizer: SCAO | ZeroSCAO, steps: int) -> None:
         optimizer: as it is before the run.
         steps: optimizer steps that the run takes from here.
     """
+    if isinstance(optimizer, SCAO):
+        optimizer.look_at_weights()
     ramps = {
         (rule_of(group, True, shape).phase1_steps(group), group["blend_steps"])
         for group, param in _parameters(optimizer)

@@ -59,6 +59,14 @@ class Edits:
         self._known = values
         return False
 
+    def own(self, groups: Groups, name: str) -> None:
+        """The optimizer itself has set the option ``name``."""
+        place = _NAMES.index(name)
+        self._known = [
+            (*values[:place], group[name], *values[place + 1 :])
+            for values, group in zip(self._known, groups, strict=False)
+        ]
+
     def accept(self, groups: Groups) -> None:
         """Their state has been laid out under the options that ``groups`` have now."""
         self._known = [*map(_values, groups)]

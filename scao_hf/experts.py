@@ -109,7 +109,7 @@ def split_group(
     Args:
         group: as for ``torch.optim.Optimizer.add_param_group``, with parameters or ``(name, parameter)`` pairs.
         experts: what ``find_experts`` returns.
-        vocabulary: what ``find_vocabulary`` returns; these get ``rule="adamw"``.
+        vocabulary: what ``find_vocabulary`` returns.
 
     Raises:
         ValueError: a parameter cannot hold so many experts.
@@ -127,7 +127,7 @@ def split_group(
             check_packing(param, packing)
             kind: dict[str, Any] = {"expert_side": packing.side, "expert_count": packing.experts}
         else:
-            kind = {"rule": "adamw"} if param in words else {}
+            kind = {"vocabulary": True} if param in words else {}
         kinds.setdefault(tuple(kind.items()), []).append(entry)
     split = [{**group, "params": members, **dict(kind)} for kind, members in kinds.items() if members]
     return split or [{**group, "params": params}]

@@ -6,13 +6,14 @@ from warnings import warn
 
 from scao_hf.finite import PATIENCE
 from scao_hf.names import name_of
+from scao_hf.rules import is_entrywise
 from scao_hf.state import Groups, members
 
 
 def without_matrices(groups: Groups) -> None:
     """Warn where every 2-D parameter has a side of length 1: all steps are AdamW's, and the log would show no phase."""
     narrow = []
-    for group in (group for group in groups if group["rule"] != "adamw"):
+    for group in (group for group in groups if not is_entrywise(group)):
         for param in group["params"]:
             if any(member.block for _, member in members(param, group)):
                 return

@@ -19,6 +19,7 @@ from scao_hf.distributed.sharing import Sharing
 from scao_hf.edits import Edits, check_lr
 from scao_hf.experts import Packing, find_experts, find_vocabulary, split_group
 from scao_hf.finite import Watch, check_finite
+from scao_hf.initial import is_untrained
 from scao_hf.low_bit import decoded
 from scao_hf.precision import full_precision
 from scao_hf.rules import Step, idle_experts_kept, rule_of
@@ -44,10 +45,11 @@ class SCAO(Optimizer):
         warmup_steps, blend_steps, min_precond_updates, precond_freq, rho, epsilon_sparse, k_min, k_max, tau,
             max_precond_dim, use_int8_ema, cautious, moment_dtype, on_nonfinite: see ``scao_hf.options.OPTIONS``. None takes the
             rule's default (``scao_hf.options.RULE_DEFAULTS``).
+        from_scratch: whether the weights are random; None looks at them in the first step (``scao_hf.initial``).
         experts: the packed LoRA factors of stacked experts, from ``scao_hf.experts.find_experts(model)``: each expert
             then is a matrix of its own. They become parameter groups of their own.
-        vocabulary: embeddings and heads, from ``scao_hf.experts.find_vocabulary(model)``, which take AdamW steps
-            (``rule="adamw"``) in parameter groups of their own.
+        vocabulary: embeddings and heads, from ``scao_hf.experts.find_vocabulary(model)``. They become parameter groups of
+            their own, and take AdamW steps where other large matrices take those of the orthogonal rule.
 
     Raises:
         ValueError: an option outside its legal range, named with the value and the range.
@@ -62,6 +64,7 @@ class SCAO(Optimizer):
         weight_decay: float = 0.01,
         *,
         rule: str = opt.RULES[0],
+        from_scratch: bool | None = None,
         warmup_steps: int | None = None,
         blend_steps: int | None = None,
         min_precond_updates: int | None = None,
@@ -130,9 +133,7 @@ class SCAO(Optimizer):
         _check_params(param_group["params"])
         group = dict(param_group)
         experts = group.pop("experts", None) or self._experts
-        # The other rules step embeddings as they step any matrix.
-        asked = group.get("rule", self.defaults["rule"])
-        group, *others = split_group(group, experts, self._vocabulary if asked in ("auto", "orthogonal") else ())
+        group, *others = split_group(group, experts, self._vocabulary)
         opt.check_foreign(group)
         rule = group.get("rule", self.defaults["rule"])
         named = {name: group[name] for name in (*opt.OPTIONS, "betas") if name in group and name != "rule"}
@@ -184,6 +185,7 @@ class SCAO(Optimizer):
         try:
             with agreed(self.param_groups):
                 self._follow_edits()
+                self.look_at_weights()
                 check_finite(self.param_groups)
                 stacks = self._current()
                 self._watch.check(stacks.buckets)
@@ -214,6 +216,25 @@ class SCAO(Optimizer):
             sharing.exchange(buckets, parts)
         if shards is not None:
             shards.scatter(self.state)
+
+    @torch.no_grad()
+    def look_at_weights(self) -> None:
+        """Set ``from_scratch`` in the groups of ``rule="auto"`` that leave it open. Collective with sharded parameters.
+
+        ``step`` does so; before it, the weights must be those that training starts from.
+        """
+        undecided = [group for group in self.param_groups if group["rule"] == "auto" and group["from_scratch"] is None]
+        if undecided:
+            large = [
+                param
+                for group in undecided
+                for param in group["params"]
+                if is_matrix(param) and min(param.shape) > group["max_precond_dim"] and not group.get("vocabulary")
+            ]
+            found = is_untrained(large)
+            for group in undecided:
+                group["from_scratch"] = found
+            self._edits.own(self.param_groups, "from_scratch")
 
     def _follow_edits(self) -> None:
         """Check options that were edited in the groups, and lay the state out as they say.

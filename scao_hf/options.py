@@ -68,15 +68,22 @@ class Option:
 
 #: The rules that step matrices by more than their single entries.
 MATRIX_RULES = ("eigenbasis", "orthogonal", "published")
-RULES = (*MATRIX_RULES, "auto", "adamw")
+RULES = ("auto", *MATRIX_RULES, "adamw")
 
 #: Options that every rule has, besides torch's own lr, betas, eps and weight_decay.
 OPTIONS: dict[str, Option] = {
     "rule": Option(
         str,
-        "the update rule of matrices: SCAO's own, the published one as a reference, or one for matrices with two large sides "
-        "('orthogonal'); 'auto' chooses between the first and the last by shape, 'adamw' is for embeddings and heads",
+        "the update rule of matrices: 'eigenbasis' is SCAO's own, 'orthogonal' one for matrices with two large sides, 'auto' "
+        "chooses between them by shape and from_scratch, 'published' is a reference, 'adamw' is for embeddings and heads",
         choices=RULES,
+        edited=LAYOUT,
+    ),
+    "from_scratch": Option(
+        bool,
+        "with 'auto': True takes 'orthogonal' for matrices with two large sides, False takes 'eigenbasis'; None looks in the "
+        "first step whether the weights are still random",
+        optional=True,
         edited=LAYOUT,
     ),
     "warmup_steps": Option(int, "AdamW steps, with these betas, before phase 2", low=0, edited=PHASE),
@@ -117,6 +124,7 @@ OPTIONS: dict[str, Option] = {
 RULE_DEFAULTS: dict[str, dict[str, Any]] = {
     "published": {
         "betas": (0.9, 0.999),
+        "from_scratch": None,
         "warmup_steps": 100,
         "blend_steps": 50,
         "min_precond_updates": 10,
@@ -134,6 +142,7 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "eigenbasis": {
         "betas": (0.9, 0.99),
+        "from_scratch": None,
         "warmup_steps": 10,
         "blend_steps": 10,
         "min_precond_updates": 1,
@@ -225,6 +234,10 @@ def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "cautious=True is not valid with rule='published': it must be False, or take rule='eigenbasis'"
         )
+    if rule in MATRIX_RULES and options["from_scratch"] is not None:
+        raise ValueError(
+            f"from_scratch={options['from_scratch']} is not valid with rule={rule!r}: it is for rule='auto'"
+        )
     if options["k_min"] > options["k_max"]:
         if passed.get("k_min") is not None and passed.get("k_max") is not None:
             raise ValueError(f"k_min={options['k_min']} must not exceed k_max={options['k_max']}")
@@ -262,7 +275,10 @@ def check_group(group: dict[str, Any]) -> None:
     check_torch_options(0, group["betas"], group["eps"], group["weight_decay"])
     for name, option in OPTIONS.items():
         check(name, group[name], option)  # None is a default in a constructor alone
-    resolve(group["rule"], {name: group[name] for name in RULE_DEFAULTS[group["rule"]]})
+    own = RULE_DEFAULTS[group["rule"]].keys() - {
+        "from_scratch"
+    }  # what was found under "auto" remains when that is edited
+    resolve(group["rule"], {name: group[name] for name in own})
 
 
 def check_foreign(group: dict[str, Any]) -> None:

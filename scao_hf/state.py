@@ -10,7 +10,7 @@ from torch import Tensor
 from scao_hf import low_bit
 from scao_hf.buckets import Bucket, Member, arithmetic_dtype, as_real, members_of
 from scao_hf.experts import packing_of
-from scao_hf.rules import Rule, rule_of
+from scao_hf.rules import Rule, is_entrywise, rule_of
 
 EARLIER = "take an earlier checkpoint, or start from the weights alone"
 
@@ -21,7 +21,7 @@ Wholes = dict[Tensor, Tensor | None]
 
 def members(param: Tensor, group: dict[str, Any]) -> list[tuple[tuple[int, int], Member]]:
     """The blocks of a parameter under the options of its group, with their shapes."""
-    if group["rule"] == "adamw":
+    if is_entrywise(group):
         return [((1, as_real(param).numel()), Member(param, "", None))] if param.numel() else []
 
     def cut_sides(shape: torch.Size) -> int:

@@ -110,6 +110,9 @@ class ZeroSCAO(Optimizer):
             vocabulary={replaced(param) for param in vocabulary or ()},
             **options,
         )
+        for group in built.param_groups:
+            if group["rule"] == "auto" and group["from_scratch"] is None:
+                group["from_scratch"] = False  # no process has the weights of a whole group to look at
         #: The groups as they were given, each parameter as a tensor of its whole shape without memory.
         self.shapes = [dict(group) for group in built.param_groups]
         self.origins = origins

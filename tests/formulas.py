@@ -94,6 +94,11 @@ FORMULAS = {
         r" D_{ij} = \frac{X_{ij}}{\sqrt{\hat c_j} + \varepsilon}",
     ),
     "O4": ("Steps of a fixed size", r"D \leftarrow D \cdot 0.56\, \sqrt{l}\, \frac{\|X\|_F}{\|D\|_F}"),
+    "O5": (
+        "Random weights",
+        r"F = \frac{\max\left(n\, \mathrm{var}_i\, \overline{S_{i \cdot}},\ m\, \mathrm{var}_j\, \overline{S_{\cdot j}}\right)}"
+        r"{\mathrm{var}\, S} < 2, \qquad S_{ij} = W_{ij}^2",
+    ),
     "S1": ("When a matrix is refreshed", r"(t - t_1) \bmod \mathrm{freq} = \mathrm{slot}"),
     "X1": ("Experts as a stack", r"A_e \in \mathbb{R}^{r \times l}, \qquad e = 1, \ldots, E"),
     "X2": ("Grouped LoRA", r"y = x W_e + s\, (x A_e^T)\, B_e"),

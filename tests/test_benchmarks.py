@@ -150,12 +150,12 @@ def test_options_follow_the_name() -> None:
     assert peers.resolved("scao-published")["rule"] == "published"
     assert peers.resolved("loraplus") == {"ratio": 16}
     model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 40))
-    cut, whole = (peers.resolved(f"scao:max_precond_dim={most}", model) for most in (7, 8))
+    cut, whole = (peers.resolved(f"scao:rule=eigenbasis:max_precond_dim={most}", model) for most in (7, 8))
     assert cut["blocks"] == 7 and "blocks" not in whole
     assert "blocks" not in peers.resolved("scao", model) and "blocks" not in peers.resolved("scao-published", model)
-    assert peers.resolved("scao", nn.Linear(65, 65))["blocks"] == 64
+    assert peers.resolved("scao:from_scratch=False", nn.Linear(65, 65))["blocks"] == 64
     large, small = nn.Linear(65, 65), nn.Linear(65, 8)
-    found = [peers.resolved("scao:rule=auto", model)["rule"] for model in (large, small, nn.Sequential(large, small))]
+    found = [peers.resolved("scao", model)["rule"] for model in (large, small, nn.Sequential(large, small))]
     assert found == ["orthogonal", "eigenbasis", "auto"]
     assert peers.resolved("scao-published:max_precond_dim=39", model)["blocks"] == 39, "it cuts the long side too"
     optimizer = peers.create("scao:k_max=8:warmup_steps=3", Pair(), 1e-3)
@@ -336,7 +336,7 @@ def test_a_sweep_runs_every_cell_once(text_file: Path, tmp_path: Path, capsys: p
     assert made[0]["evals"][-1]["step"] == 4 and made[0]["eval_loss"] == made[0]["evals"][-1]["loss"]
     assert made[0]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.01)
     assert set(made[0]["machine"]) == {"cpu", "threads", "gpu"}
-    assert made[1]["cell"]["options"]["behaviour"] == peers.behaviour("eigenbasis", (("warmup_steps", 1),))
+    assert made[1]["cell"]["options"]["behaviour"] == peers.behaviour("orthogonal", (("warmup_steps", 1),), peers.LARGE)
     assert str(tmp_path) not in out.read_text()
 
     assert sweep.main(once) == 0
@@ -469,7 +469,7 @@ def test_a_mistake_on_the_command_line_is_named(
     [
         ("nowhere.jsonl", None, "there is no file"),
         ("./nowhere", None, "there is no file"),
-        ("rows.jsonl", '{"question": "a"', "line 1, is no JSON"),
+        ("rows.jsonl", '{"question": "a"', "line 1, is not JSON"),
         ("rows.jsonl", '{"question": "a"}\n', "neither question and answer nor messages"),
         ("rows.jsonl", "[1, 2]\n", "a row is [1, 2]: it must be an object"),
         ("text.txt", " \n", "is empty"),
@@ -519,7 +519,7 @@ def test_result_files_that_cannot_be_read_are_named(tmp_path: Path, capsys: pyte
     assert "there is no result file" in capsys.readouterr().err
     (tmp_path / "cut.jsonl").write_text('{"key": "a"')
     assert tables.main([str(tmp_path / "cut.jsonl")]) == 1
-    assert "cut.jsonl, line 1, is no JSON" in capsys.readouterr().err
+    assert "cut.jsonl, line 1, is not JSON" in capsys.readouterr().err
 
 
 def test_plain_text_is_refused_for_lora(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

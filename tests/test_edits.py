@@ -105,6 +105,7 @@ EDITS: dict[str, tuple[Any, Any]] = {
     "eps": (1e-3, None),
     "weight_decay": (0.5, None),
     "rule": (None, "published"),
+    "from_scratch": (None, True),
     "warmup_steps": (11, 13),
     "blend_steps": (20, None),
     "min_precond_updates": (5, 7),

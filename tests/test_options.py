@@ -35,7 +35,7 @@ def param() -> torch.nn.Parameter:
         ({"eps": 0}, ["eps=0", "[1e-30, inf)"]),
         ({"eps": 1e-46}, ["eps=1e-46", "[1e-30, inf)"]),
         ({"weight_decay": -0.1}, ["weight_decay=-0.1", "[0, inf)"]),
-        ({"rule": "shampoo"}, ["rule='shampoo'", "'eigenbasis', 'orthogonal', 'published', 'auto', 'adamw'"]),
+        ({"rule": "shampoo"}, ["rule='shampoo'", "'auto', 'eigenbasis', 'orthogonal', 'published', 'adamw'"]),
         ({"warmup_steps": -1}, ["warmup_steps=-1", "[0, inf)"]),
         ({"warmup_steps": 1.5}, ["warmup_steps=1.5", "an integer"]),
         ({"blend_steps": True}, ["blend_steps=True", "an integer"]),
@@ -44,6 +44,8 @@ def param() -> torch.nn.Parameter:
         ({"rho": 1.0}, ["rho=1.0", "[0, 1)"]),
         ({"epsilon_sparse": 1.0}, ["epsilon_sparse=1.0", "[0, 1)"]),
         ({"k_min": 0}, ["k_min=0", "[1, inf)"]),
+        ({"from_scratch": 1}, ["from_scratch=1", "True or False or None"]),
+        ({"from_scratch": True, "rule": "eigenbasis"}, ["from_scratch=True", "rule='eigenbasis'", "rule='auto'"]),
         ({"k_min": 9, "k_max": 8}, ["k_min=9", "k_max=8"]),
         ({"tau": 0.0}, ["tau=0.0", "(0, inf)", "None"]),
         ({"max_precond_dim": 1}, ["max_precond_dim=1", "[2, inf)"]),
@@ -92,6 +94,7 @@ def test_what_is_not_passed_takes_the_rule_s_default(rule: str) -> None:
 def test_published_defaults_are_the_published_table() -> None:
     assert options.RULE_DEFAULTS["published"] | {"on_nonfinite": None} == {
         "betas": (0.9, 0.999),
+        "from_scratch": None,
         "warmup_steps": 100,
         "blend_steps": 50,
         "min_precond_updates": 10,

@@ -52,9 +52,53 @@ def test_every_row_and_column_moves_alike_by_the_size_of_a_step(shape: tuple[int
         assert sizes.max() < 1.6 * sizes.min()
 
 
+def rescaled(matrix: Tensor) -> Tensor:
+    """With rows of different sizes, as training leaves them."""
+    return matrix * draw(len(matrix), 1, seed=9).exp()
+
+
+@pytest.mark.parametrize(
+    ("weights", "random"),
+    [
+        ([draw(65, 65, seed=seed) for seed in range(5)], True),
+        ([draw(70, 200).to(torch.bfloat16) * 1e-20], True),
+        ([torch.rand(80, 90) - 0.5], True),
+        ([nn.init.orthogonal_(torch.empty(100, 70))], True),
+        ([torch.distributions.Cauchy(0, 1).sample((90, 90))], True),
+        ([draw(80, 90), draw(80, 90), torch.zeros(90, 80)], True),
+        ([rescaled(draw(70, 200))], False),
+        ([rescaled(draw(200, 70)).mT.to(torch.bfloat16)], False),
+        ([rescaled(draw(80, 90)), rescaled(draw(90, 80)), draw(80, 90)], False),
+        ([draw(128, 300), torch.zeros(200, 128)] * 4, False),
+    ],
+    ids=["square", "tiny", "uniform", "orthogonal", "heavy", "zeros", "rows", "columns", "one new layer", "LoRA"],
+)
+def test_auto_looks_at_the_weights(weights: list[Tensor], random: bool) -> None:
+    params = [nn.Parameter(weight.clone() if weight.dtype == torch.bfloat16 else weight.float()) for weight in weights]
+    optimizer = SCAO([{"params": [param]} for param in params])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert {group["from_scratch"] for group in optimizer.param_groups} == {random}
+    assert all(("col" in optimizer.state[param]) == random for param in params)
+
+
+def test_what_the_weights_were_is_kept_with_the_state() -> None:
+    param = nn.Parameter(draw(70, 90).float())
+    optimizer = SCAO([param])
+    param.grad = draw(70, 90, seed=1).float()
+    optimizer.step()
+    trained = nn.Parameter(rescaled(draw(70, 90)).float())
+    resumed = SCAO([trained])
+    resumed.load_state_dict(optimizer.state_dict())
+    trained.grad = param.grad
+    resumed.step()
+    assert resumed.param_groups[0]["from_scratch"] is True and "col" in resumed.state[trained]
+
+
 def test_auto_takes_the_orthogonal_rule_where_both_sides_are_large() -> None:
     params = [nn.Parameter(draw(*shape).float()) for shape in ((65, 300), (300, 65), (64, 300), (300,))]
-    optimizer = SCAO(params, rule="auto", warmup_steps=2, precond_freq=2)
+    optimizer = SCAO(params, from_scratch=True, warmup_steps=2, precond_freq=2)
     for step in range(4):
         for param in params:
             param.grad = draw(*param.shape, seed=step).float()
@@ -93,7 +137,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 @pytest.mark.parametrize(("moment_dtype", "most"), [("float32", 4.07), ("bfloat16", 2.07), ("int8", 1.1)])
 def test_bytes_of_a_state(moment_dtype: str, most: float) -> None:
     param = nn.Parameter(torch.empty(512, 2048, device="meta"))
-    report = SCAO([param], rule="auto", moment_dtype=moment_dtype).memory_report()
+    report = SCAO([param], from_scratch=True, moment_dtype=moment_dtype).memory_report()
     assert report["peak"] == report["total"] <= most * param.numel()
 
 
@@ -105,10 +149,10 @@ def test_a_resumed_run_continues_to_the_bit(moment_dtype: str) -> None:
             optimizer.step()
 
     whole = nn.Parameter(torch.zeros(70, 90))
-    optimizer = SCAO([whole], rule="auto", moment_dtype=moment_dtype)
+    optimizer = SCAO([whole], from_scratch=True, moment_dtype=moment_dtype)
     run(whole, optimizer, range(4))
     resumed = nn.Parameter(whole.detach().clone())
-    other = SCAO([resumed], rule="auto", moment_dtype=moment_dtype)
+    other = SCAO([resumed], moment_dtype=moment_dtype)
     other.load_state_dict(optimizer.state_dict())
     run(whole, optimizer, range(4, 8))
     run(resumed, other, range(4, 8))
@@ -120,7 +164,7 @@ def test_a_state_of_the_eigenbasis_continues_by_its_rule() -> None:
     older = SCAO([param], rule="eigenbasis")
     param.grad = draw(70, 90, seed=1).float()
     older.step()
-    newer = SCAO([param], rule="auto")
+    newer = SCAO([param])
     newer.load_state_dict(older.state_dict())
     newer.step()
     assert newer.param_groups[0]["rule"] == "eigenbasis"
@@ -147,9 +191,9 @@ def test_embeddings_and_heads_take_adamw_s_steps() -> None:
     torch.manual_seed(0)
     model = Model()
     assert find_vocabulary(model) == {model.embed.weight, model.lm_head.weight}
-    optimizer = create_scao_optimizer(model, lr=LR, rule="auto")
-    adamw = {id(param) for group in optimizer.param_groups if group["rule"] == "adamw" for param in group["params"]}
-    assert adamw == {id(model.embed.weight), id(model.lm_head.weight)}
+    optimizer = create_scao_optimizer(model, lr=LR)
+    apart = {id(param) for group in optimizer.param_groups if group.get("vocabulary") for param in group["params"]}
+    assert apart == {id(model.embed.weight), id(model.lm_head.weight)}
     theirs = nn.Parameter(model.embed.weight.detach().clone())
     reference = torch.optim.AdamW([theirs], lr=LR, betas=optimizer.param_groups[0]["betas"], weight_decay=0.01)
     for step in range(5):
@@ -161,9 +205,25 @@ def test_embeddings_and_heads_take_adamw_s_steps() -> None:
     torch.testing.assert_close(model.embed.weight.detach(), theirs.detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["eigenbasis", "published"])
-def test_a_rule_that_is_asked_for_steps_embeddings_too(rule: str) -> None:
-    assert {group["rule"] for group in create_scao_optimizer(Model(), rule=rule).param_groups} == {rule}
+@pytest.mark.parametrize(
+    ("options", "adamw"),
+    [
+        ({"from_scratch": True}, True),
+        ({"rule": "orthogonal"}, True),
+        ({"from_scratch": False}, False),
+        ({"rule": "eigenbasis"}, False),
+        ({"rule": "published"}, False),
+    ],
+)
+def test_embeddings_take_the_rule_of_the_other_matrices_unless_that_is_the_orthogonal_one(
+    options: dict[str, Any], adamw: bool
+) -> None:
+    model = Model()
+    optimizer = create_scao_optimizer(model, **options)
+    model(torch.arange(9)).sum().backward()
+    optimizer.step()
+    plain = {"step", "taken", "level", "exp_avg", "exp_avg_sq"}
+    assert (set(optimizer.state[model.embed.weight]) == plain) == adamw
 
 
 def test_a_group_can_ask_for_adamw_in_a_plain_loop() -> None:

@@ -205,7 +205,7 @@ def test_training_arguments_reach_the_groups(tiny_llama: Path, tmp_path: Path) -
         "betas": (0.8, 0.95),
         "eps": 1e-6,
         "warmup_steps": 2,
-        "rule": "eigenbasis",
+        "rule": "auto",
     }
 
 
@@ -254,10 +254,10 @@ def test_loraplus(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_full_fine_tuning_logs_its_state(tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="axolotl_plugin.plugin"):
-        trainer = build(tiny_llama, tmp_path, adapter=None, lora_target_linear=None, scao_rule="auto")
+        trainer = build(tiny_llama, tmp_path, adapter=None, lora_target_linear=None)
     optimizer = trainer.create_optimizer()
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
-    words = {param for group in optimizer.param_groups if group["rule"] == "adamw" for param in group["params"]}
+    words = {param for group in optimizer.param_groups if group.get("vocabulary") for param in group["params"]}
     assert words == {trainer.model.get_input_embeddings().weight, trainer.model.get_output_embeddings().weight}
     assert f"Its state takes {optimizer.memory_report()['peak'] / 2**20:.1f} MiB" in caplog.text
 

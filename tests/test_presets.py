@@ -31,7 +31,7 @@ def test_rows_take_over_at_their_bounds() -> None:
     assert recommended(9_999_999, "published")["warmup_steps"] == 100
     assert recommended(10_000_000, "published")["warmup_steps"] == 500
     assert recommended(7_000_000_000, "published")["k_max"] == 512
-    assert recommended(5) == {"rule": "eigenbasis"}
+    assert recommended(5) == {"rule": "auto"}
 
 
 def test_a_rule_with_rows_has_one_for_every_size_in_rising_order() -> None:

@@ -524,7 +524,7 @@ def test_distributed_checkpoints_of_one_process_go_into_a_new_optimizer(
     def build() -> tuple[torch.nn.Module, SCAO]:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.Linear(8, 20))
-        return model, create_scao_optimizer(model, lr=0.01, max_precond_dim=6, **QUICK)
+        return model, create_scao_optimizer(model, lr=0.01, rule="eigenbasis", max_precond_dim=6, **QUICK)
 
     def run(model: torch.nn.Module, optimizer: SCAO, steps: range) -> None:
         train(list(model.parameters()), optimizer, steps)

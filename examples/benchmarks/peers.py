@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from scao_hf import SCAO, ops
 from scao_hf.buckets import blocks_of
 from scao_hf.experts import find_vocabulary
+from scao_hf.initial import is_untrained
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES
 from scao_hf.rules import eigenbasis_refresh, published, rule_of
 
@@ -118,7 +119,7 @@ class Ungrafted(SCAO):
 
 def scao_ungrafted(model: nn.Module, lr: float, **options: Any) -> Optimizer:
     """SCAO whose steps do not get AdamW's size, for an ablation."""
-    return Ungrafted(trainable(model), lr=lr, weight_decay=0.0, **options)
+    return Ungrafted(trainable(model), lr=lr, weight_decay=0.0, **{"rule": "eigenbasis", **options})
 
 
 def matrices_and_others(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -308,21 +309,26 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
 
     Args:
         spec: an optimizer and its options, as on a command line.
-        model: what is trained. SCAO's rule is the one that steps its matrices, ``auto`` where there are some of either
-            kind. Where SCAO cuts one of them, which those of its fingerprint are too small for, ``blocks`` is the largest
-            dense factor.
+        model: what is trained, with the weights that it is trained from. SCAO's rule is the one that steps its matrices,
+            ``auto`` where there are some of either kind. Where SCAO cuts one of them, which those of its fingerprint are
+            too small for, ``blocks`` is the largest dense factor.
 
     Raises:
         ValueError: an unknown optimizer, or an option or value that SCAO does not have.
     """
     name, options = parse(spec)
     if name.startswith("scao") and name != "scao-pypi":
-        rule = "published" if name.startswith("scao-published") else options.pop("rule", RULES[0])
+        own = {"scao-ungrafted": "eigenbasis"}.get(name, RULES[0])
+        rule = "published" if name.startswith("scao-published") else options.pop("rule", own)
         most = options.get("max_precond_dim", RULE_DEFAULTS[rule]["max_precond_dim"])
         matrices = [param for param in parameters(model) if param.ndim == 2] if model else []
         if rule == "auto":
             words = find_vocabulary(model) if model else set()
-            kinds = {min(param.shape) > most for param in matrices if param not in words}
+            sides = {param: min(param.shape) > most for param in matrices if param not in words}
+            scratch = options.pop("from_scratch", None)
+            if scratch is None:
+                scratch = is_untrained([param for param, large in sides.items() if large])
+            kinds = {large and scratch for large in sides.values()}
             rule = "auto" if len(kinds) > 1 else "orthogonal" if True in kinds else "eigenbasis"
         shapes = LARGE if rule == "orthogonal" else SMALL + LARGE if rule == "auto" else SMALL
         try:
@@ -331,8 +337,8 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
             near = [match for option in options for match in difflib.get_close_matches(option, OPTIONS, n=1)]
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UnknownOption(f"{spec!r}: {error}{hint}") from error
-        sides = rule_of({"rule": rule}, matrix=True).cut_sides
-        cut = rule != "auto" and any(len(blocks_of(param.shape, most, sides)) > 1 for param in matrices)
+        cut_sides = rule_of({"rule": rule}, matrix=True).cut_sides
+        cut = rule != "auto" and any(len(blocks_of(param.shape, most, cut_sides)) > 1 for param in matrices)
         return found | ({"blocks": most} if cut else {})
     try:
         inspect.signature(PEERS[name][0]).bind(None, 0.0, **options)

@@ -260,12 +260,12 @@ def goals(found: Sequence[Setting], steps: int) -> str | None:
         state = {name: max(r["state_bytes"] for r in records) for name, records in best.items()}
         ratio = state["scao"] / state["adamw"]
         goal(f"{size}: state at most 1.3 times AdamW's", f"{ratio:.2f} times", ratio <= 1.3)
-        small = setting.at("scao:moment_dtype=int8:use_int8_ema=True", steps)
+        small = setting.at("scao:moment_dtype=int8", steps)
         if small:
             records = list(small[best_lr(small)].values())
             ratio = max(r["state_bytes"] for r in records) / state["adamw"]
             value = f"{ratio:.2f} times, perplexity {spread([perplexity(r) for r in records], 3)}"
-            goal(f"{size}: at most 1 times with moments and curvature in int8", value, ratio <= 1)
+            goal(f"{size}: at most 1 times with momentum in int8", value, ratio <= 1)
     return table(["aim", "found", "reached"], rows) if rows else None
 
 

@@ -27,7 +27,7 @@ from runs import Setting, best_lr, loss_of, means, optimizer_seconds, reversed_p
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PAGES = ("index", "benchmarks", "costs", "moe", "records", "published-experiments", "survival")
+PAGES = ("index", "benchmarks", "choosing", "costs", "moe", "records", "published-experiments", "survival")
 READMES = (ROOT / "README.md", HERE / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES))
 MARKER = re.compile(r"(<!-- benchmark:(\S+) -->\n)(.*?)(<!-- /benchmark -->)", re.DOTALL)
 

@@ -23,15 +23,22 @@ def rule_of(group: dict[str, Any], matrix: bool, shape: Sequence[int] = ()) -> R
     """The rule that steps a group's matrices, or (``matrix`` False) its other parameters.
 
     Args:
-        group: the parameter group. ``rule="auto"`` takes the eigenbasis where one side is small, as in LoRA factors, and
-            the orthogonal rule where both are larger than ``max_precond_dim``.
+        group: the parameter group. ``rule="auto"`` takes the orthogonal rule where both sides are larger than
+            ``max_precond_dim`` and training starts ``from_scratch``, and the eigenbasis for all other matrices.
         matrix: whether it is one.
         shape: its two sides, in any order; without them the rule of matrices with a small side.
     """
     name = group["rule"] if matrix else "adamw"
     if name == "auto":
-        name = "orthogonal" if shape and min(shape) > group["max_precond_dim"] else "eigenbasis"
+        large = bool(shape) and min(shape) > group["max_precond_dim"]
+        name = "orthogonal" if large and group.get("from_scratch") else "eigenbasis"
     return _RULES[name]
 
 
-__all__ = ["COUNTERS", "Rule", "Step", "idle_experts_kept", "rule_of"]
+def is_entrywise(group: dict[str, Any]) -> bool:
+    """Whether AdamW steps a whole group: where that is its rule, and embeddings and heads instead of the orthogonal rule."""
+    orthogonal = group["rule"] == "orthogonal" or (group["rule"] == "auto" and group.get("from_scratch"))
+    return group["rule"] == "adamw" or bool(orthogonal and group.get("vocabulary"))
+
+
+__all__ = ["COUNTERS", "Rule", "Step", "idle_experts_kept", "is_entrywise", "rule_of"]

@@ -63,7 +63,7 @@ REFUSED = {
 LESS = frozenset(
     """
     activation_offloading dpo_padding_free dpo_use_liger_kernel layer_offloading liger_fused_linear_cross_entropy
-    lora_embedding_kernel lora_mlp_kernel lora_o_kernel lora_qkv_kernel ple_cpu_offload tiled_mlp
+    lora_embedding_kernel lora_mlp_kernel lora_o_kernel lora_qkv_kernel ple_cpu_offload reinit_weights tiled_mlp
     """.split()
 )
 
@@ -121,7 +121,7 @@ OTHER = frozenset(
     processor_kwargs profiler_steps profiler_steps_start push_dataset_to_hub qgalore_cos_threshold qgalore_gamma_proj
     qgalore_proj_bits qgalore_proj_group_size qgalore_proj_quant qgalore_proj_type qgalore_queue_size qgalore_rank
     qgalore_scale qgalore_update_proj_gap qlora_sharded_model_loading quantization ray_num_workers ray_run_name
-    reinit_weights relora relora_cpu_offload relora_prune_method relora_prune_ratio remove_unused_columns
+    relora relora_cpu_offload relora_prune_method relora_prune_ratio remove_unused_columns
     resize_token_embeddings_to_32x resources_per_worker resume_from_checkpoint ring_attn_func rl_beta role_boundaries
     rope_scaling rpo_alpha s2_attention sample_packing sample_packing_bin_size sample_packing_eff_est
     sample_packing_group_size sample_packing_mp_start_method sample_packing_sequentially save_first_step save_only_model
