@@ -59,6 +59,17 @@ extern "C" int scao_cuda_eigenbasis(const View* grads, const View* params, int m
   return 0;
 }
 
+extern "C" int scao_cuda_probe() {
+#ifdef SCAO_EMULATE
+  return 0;
+#else
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, cuda::int8_ema);
+  cudaGetLastError();  // it is not the next launch's
+  return static_cast<int>(error);
+#endif
+}
+
 extern "C" int scao_cuda_int8_ema(signed char* codes, float* scales, const float* values, const float* weights,
                                   long numel, long blocks_per_matrix, long blocks, unsigned seed_key, void* stream) {
   if (blocks == 0) return 0;

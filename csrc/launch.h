@@ -32,6 +32,8 @@ extern "C" {
 long scao_cuda_scratch(int r, int l, int k);
 int scao_cuda_eigenbasis(const scao::View* grads, const scao::View* params, int matrices, scao::cuda::State state,
                          scao::Numbers numbers, void* stream);
+// Whether the current device's driver can load these kernels: 0 or a CUDA error, found without a launch.
+int scao_cuda_probe();
 int scao_cuda_int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,
                        long blocks_per_matrix, long blocks, unsigned seed_key, void* stream);
 }

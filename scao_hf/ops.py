@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,11 @@ def _refusal(device: str, path: Path) -> str | None:
     if version < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
     if device == "cuda":
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device"
+        # No question to a device: after one, a process that is forked could not use CUDA.
         if torch.version.hip is not None:
             return "there is no device code for ROCm"
-        capability = min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-        if capability < OLDEST_CUDA:
-            return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
+        if torch.version.cuda is None:
+            return "torch is built without CUDA"
     return None
 
 
@@ -135,30 +134,55 @@ _CUDA, _CUDA_REASON = _load("cuda")
 if _CPU is not None:
     _CPU.scao_cpu_isa.restype = ctypes.c_char_p
 
-#: Devices whose kernels are native; settled when this module is imported.
+#: Kinds of devices whose kernels are loaded; settled when this module is imported.
 NATIVE = frozenset(name for name, library in (("cpu", _CPU), ("cuda", _CUDA)) if library is not None)
+
+
+@cache
+def _refused_by(index: int) -> str | None:
+    """Why a CUDA device does not run the native kernels, or None; asked once it is in use."""
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST_CUDA:
+        return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
+    with torch.cuda.device(index):
+        error = _CUDA.scao_cuda_probe() if _CUDA is not None else 0
+    return f"its driver does not load them (CUDA error {error}): build them with an older toolkit" if error else None
+
+
+def _is_native(device: torch.device) -> bool:
+    return device.type in NATIVE and (device.type != "cuda" or _refused_by(device.index) is None)
+
+
+def backend() -> dict[str, str]:
+    """Which kernels are in use on each kind of device, and why where they are PyTorch's.
+
+    Returns:
+        For "cpu" and "cuda" either "native" (on the CPU with the instruction set; with several GPUs those that are not) or
+        "pytorch: " and the reason.
+    """
+    cuda = "native" if _CUDA is not None else f"pytorch: {_CUDA_REASON}"
+    if _CUDA is not None and not torch.cuda.is_available():
+        cuda = "pytorch: torch sees no CUDA device"
+    elif _CUDA is not None:
+        asked = {index: _refused_by(index) for index in range(torch.cuda.device_count())}
+        refused = {index: reason for index, reason in asked.items() if reason}
+        if len(refused) == len(asked):
+            cuda = f"pytorch: {refused[0]}"
+        elif refused:
+            cuda = "native: not on " + ", ".join(f"cuda:{index} ({reason})" for index, reason in refused.items())
+    return {
+        "cpu": f"native ({_CPU.scao_cpu_isa().decode()})" if _CPU is not None else f"pytorch: {_CPU_REASON}",
+        "cuda": cuda,
+    }
+
 
 _REQUIRED = os.environ.get("SCAO_REQUIRE_EXT", "")
 for _device in filter(None, _REQUIRED.split(",")):
     if _device not in ("cpu", "cuda"):
         raise ValueError(f"SCAO_REQUIRE_EXT={_REQUIRED!r} is not valid: it must be cpu, cuda or cpu,cuda")
-    if _device not in NATIVE:
-        raise ImportError(
-            f"SCAO_REQUIRE_EXT={_REQUIRED}: no native {_device} kernels: "
-            f"{_CPU_REASON if _device == 'cpu' else _CUDA_REASON}"
-        )
-
-
-def backend() -> dict[str, str]:
-    """Which kernels are in use on each device, and why where they are PyTorch's.
-
-    Returns:
-        For "cpu" and "cuda" either "native" (on the CPU with the instruction set) or "pytorch: " and the reason.
-    """
-    return {
-        "cpu": f"native ({_CPU.scao_cpu_isa().decode()})" if _CPU is not None else f"pytorch: {_CPU_REASON}",
-        "cuda": "native" if _CUDA is not None else f"pytorch: {_CUDA_REASON}",
-    }
+    _kernels, _, _reason = backend()[_device].partition(": ")
+    if _kernels == "pytorch":
+        raise ImportError(f"SCAO_REQUIRE_EXT={_REQUIRED}: no native {_device} kernels: {_reason}")
 
 
 def numbers(group: dict[str, Any]) -> list[float]:
@@ -169,7 +193,7 @@ def numbers(group: dict[str, Any]) -> list[float]:
 def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> bool:
     """Whether the native kernels can step these parameters (device, dtype, size, layout); settled when a plan is made."""
     first = params[0]
-    if first.device.type not in NATIVE or first.dtype not in DTYPES:
+    if not _is_native(first.device) or first.dtype not in DTYPES:
         return False
     if not matrix:
         return all(param.is_contiguous() for param in params)
@@ -179,7 +203,7 @@ def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> 
 def has(name: str, moments: Tensor, long_basis: Tensor | None = None) -> bool:
     """Whether the operation has a native kernel for such moments ``[N, r, l]`` and a long basis ``[N, k, l]``."""
     device = moments.device.type
-    if device not in NATIVE or name not in KERNELS[device] or moments.dtype != torch.float32:
+    if not _is_native(moments.device) or name not in KERNELS[device] or moments.dtype != torch.float32:
         return False
     if long_basis is None:
         return True

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -631,6 +634,47 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
     )
+
+
+def test_each_gpu_is_judged_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is too old, the driver of another does not load the kernels: the first has them all the same."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        current[0] = index
+        yield
+
+    monkeypatch.setattr(ops, "_CUDA", SimpleNamespace(scao_cuda_probe=lambda: 209 if current[0] == 2 else 0))
+    monkeypatch.setattr(ops, "NATIVE", frozenset({"cuda"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((8, 9), (6, 1), (9, 0))[index])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    ops._refused_by.cache_clear()
+    try:
+        said = ops.backend()["cuda"]
+        natives = [ops._is_native(torch.device("cuda", index)) for index in range(3)]
+    finally:
+        ops._refused_by.cache_clear()
+    assert natives == [True, False, False]
+    assert said.startswith("native: not on cuda:1 (compute capability 6.1 is below 7.5), cuda:2 (") and "209" in said
+
+
+def test_importing_asks_no_gpu_anything() -> None:
+    """A process that is forked afterwards could not use CUDA, and CUDA_VISIBLE_DEVICES would come too late."""
+    code = """
+import pathlib, torch
+def refuse(*_): raise AssertionError("CUDA was asked")
+for name in ("is_available", "device_count", "get_device_capability", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, refuse)
+torch.version.cuda, pathlib.Path.exists = "13.0", lambda path: True
+torch.ops.load_library = lambda path: (_ for _ in ()).throw(OSError("a built extension"))
+from scao_hf import ops
+print(ops._CUDA_REASON)
+"""
+    done = python(code)
+    assert done.stdout == "_C_cuda.so could not be loaded: a built extension\n", done.stderr[-1000:]
 
 
 def test_kernels_can_be_switched_off_and_required() -> None:
