@@ -108,7 +108,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        """That of ``tensor``."""
+        """Of ``tensor``, without keeping it alive."""
         return cls(tensor.shape, tensor.stride(), tensor.dtype)
 
 

@@ -23,11 +23,11 @@ class AdamW(Rule):
     }
 
     def step(self, step: Step) -> None:
-        """(U4), then (U6)."""
+        """Moments (U4) and their quotient (U6)."""
         step_adamw(step)
 
     def phase1_steps(self, group: dict[str, Any]) -> int:
-        """Never leaves phase 1."""
+        """All of them: there is no curvature to change to."""
         return sys.maxsize
 
     def figures(self, bucket: Bucket) -> dict[str, Tensor]:

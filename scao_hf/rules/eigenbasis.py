@@ -164,7 +164,7 @@ class Eigenbasis(Rule):
         return {"rank": state["mask"].sum((1, 2)), "captured_mass": mass, "curvature_norm": norm, "damped": damped}
 
     def phase1_steps(self, group: dict[str, Any]) -> int:
-        """(U1)."""
+        """(U1) The warm-up, or what it takes until ``min_precond_updates`` refreshes were possible."""
         return curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
 
 

@@ -95,7 +95,7 @@ class Published(Rule):
         step.write(adam_direction(state["exp_avg"], state["exp_avg_sq"], step.bias, group["eps"]))
 
     def phase1_steps(self, group: dict[str, Any]) -> int:
-        """(U1)."""
+        """(U1) The warm-up, or what it takes until ``min_precond_updates`` refreshes were possible."""
         return curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
 
     def figures(self, bucket: Bucket) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ def group_added(subject: Subject) -> None:
     require(loss <= 1.5 * clean_loss(subject), f"loss {loss:.3g}")
 
 
-@fault("lifecycle", "two adapters trained in turns")
+@fault("lifecycle", "two adapters trained alternately")
 def adapters_in_turns(subject: Subject) -> None:
     first, second = Task(subject), Task(subject)
     optimizer = subject.build([*first.params, *second.params], LR)
@@ -183,12 +183,12 @@ def grad_scaler(subject: Subject) -> None:
     task.train(20, 25)
 
 
-@fault("lifecycle", "a deep copy goes on alike")
+@fault("lifecycle", "a deep copy trains on as the original does")
 def deep_copy(subject: Subject) -> None:
     clone_goes_on(subject, copy.deepcopy)
 
 
-@fault("lifecycle", "a pickled copy goes on alike")
+@fault("lifecycle", "a pickled copy trains on as the original does")
 def pickled(subject: Subject) -> None:
     clone_goes_on(subject, lambda optimizer: pickle.loads(pickle.dumps(optimizer)))
 

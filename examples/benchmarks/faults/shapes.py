@@ -96,7 +96,7 @@ def _shape(name: str, title: str, *shapes: tuple[int, ...]) -> None:
 
 _shape("scalar", "a scalar", ())
 _shape("one_element", "one element", (1,), (1, 1))
-_shape("empty", "an empty parameter beside others", (0,), (0, 4), (6, 10))
+_shape("empty", "an empty parameter among others", (0,), (0, 4), (6, 10))
 _shape("one_row", "a matrix of one row", (1, 9))
 _shape("one_column", "a matrix of one column", (9, 1))
 _shape("conv_4d", "a convolution's four dimensions", (4, 3, 3, 3))
