@@ -19,7 +19,7 @@ from scao_hf.rules.base import COUNTERS, Rule
 #: At most so many fields of a rule are encoded (``Field.levels``): each has noise of its own in every step.
 MOST = 5
 #: Entries of a bucket with encoded moments on a CPU and elsewhere, give or take a matrix.
-CHUNK, CHUNK_ELSEWHERE = 2**20, 2**24
+CHUNK, CHUNK_ELSEWHERE = 2**20, 2**25
 
 
 def chunk(device: torch.device) -> int:
@@ -113,5 +113,5 @@ def _encode(bucket: Bucket, rule: Rule, state: dict[str, Tensor], changed: Tenso
             if old is None:
                 kept[key] = value
             else:
-                kept[key] = old.copy_(torch.where(changed.view(-1, *[1] * (old.ndim - 1)), value, old))
+                kept[key] = torch.where(changed.view(-1, *[1] * (old.ndim - 1)), value, old, out=old)
     bucket.state = kept

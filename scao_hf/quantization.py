@@ -22,10 +22,13 @@ def encoded_shapes(batch: int, numel: int) -> tuple[tuple[int, int], tuple[int, 
 
 
 def _mix(x: Any) -> Any:
-    """Bijective mixing of 32 bits held in int64, or in a Python number (lowbias32 by Chris Wellons, public domain)."""
+    """Bijective mixing of 32 bits in int64, in place, or of a Python number (lowbias32 by Chris Wellons, public domain)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * factor & 0xFFFFFFFF
-    return x ^ (x >> 16)
+        x ^= x >> shift
+        x *= factor
+        x &= 0xFFFFFFFF
+    x ^= x >> 16
+    return x
 
 
 def uniform_noise(blocks: int, seed: int, device: torch.device) -> Tensor:
@@ -60,11 +63,13 @@ def encode(values: Tensor, seed: int, power: int = 1) -> tuple[Tensor, Tensor]:
     """
     flat = values.reshape(values.shape[0], -1).to(torch.float32)
     (_, padded), (_, blocks) = encoded_shapes(*flat.shape)
-    flat = torch.nn.functional.pad(flat, (0, padded - flat.shape[1])).view(-1, blocks, BLOCK)
+    if flat.shape[1] < padded:
+        flat = torch.nn.functional.pad(flat, (0, padded - flat.shape[1]))
+    flat = flat.reshape(-1, blocks, BLOCK)
     scales = flat.abs().amax(-1) / LEVELS
     noise = uniform_noise(scales.numel(), seed, flat.device).view_as(flat)
     # The reciprocal of a denormal scale overflows: such a block holds nothing that a float32 square root would see.
-    inverse = torch.where(scales > torch.finfo(torch.float32).tiny, 1 / scales, 0.0)[..., None]
+    inverse = (1 / scales).masked_fill_(scales <= torch.finfo(torch.float32).tiny, 0.0)[..., None]
     codes = (flat * inverse + noise).floor_() if power == 1 else _between(flat * inverse / LEVELS, noise, power)
     return codes.clamp_(-LEVELS, LEVELS).to(torch.int8).view(-1, padded), scales
 
@@ -77,7 +82,7 @@ def _between(values: Tensor, noise: Tensor, power: int) -> Tensor:
     codes += noise * (upper - lower) < size - lower
     if power == 4:
         codes = torch.maximum(codes, (size > 0).to(codes))
-    return codes * values.sign()
+    return codes.copysign_(values)
 
 
 def decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype, power: int = 1) -> Tensor:
@@ -87,7 +92,8 @@ def decode(codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.d
         numel *= side
     values = codes.view(*scales.shape, BLOCK).to(dtype)
     if power > 1:
-        values = values.sign().mul_((values.abs_() / LEVELS).pow_(power)).mul_(LEVELS)
+        size = values.abs().div_(LEVELS).pow_(power).mul_(LEVELS)
+        values = size.copysign_(values)
     values = values * scales[..., None].to(dtype)
     return values.view(codes.shape[0], -1)[:, :numel].reshape(-1, *shape)
 
