@@ -159,5 +159,5 @@ def test_the_script_for_unsloth_passes_the_class(tmp_path: Path, monkeypatch: py
 
 
 def test_the_page_names_every_file_and_no_other() -> None:
-    named = set(re.findall(r"examples/frameworks/([\w.]+)", PAGE))
+    named = set(re.findall(r"`([\w.]+\.(?:py|sh|yaml))`", PAGE))
     assert named == {path.name for path in FOLDER.iterdir() if path.is_file()}

@@ -487,6 +487,7 @@ def test_a_script_is_compared_resumed_and_a_failed_arm_leaves_the_other(
     command = ("compare", "train.py", "--steps", 12, "--out", "out", "--", tiny_llama, "0.01")
     broken = run(*command)
     assert broken.exit_code == 1, broken.output
+    assert broken.output.count("Running adamw_torch") == broken.output.count("Running scao") == 1
     assert "scao failed: it stopped after step 8 of 12: RuntimeError: the power went out" in broken.output
     assert "adamw_torch" in broken.output and Path("out/comparison.png").is_file()
     Path("stop").unlink()

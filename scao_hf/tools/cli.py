@@ -238,6 +238,8 @@ def compare(
             def watch(arm: arms.Arm) -> Callable[[arms.Outcome], None]:
                 text = f"{escape(arm.optimizer)}{f', seed + {arm.seed}' if arm.seed else ''}"
                 task = bars.add_task(text, total=steps)
+                if bars.disable:
+                    print(f"Running {text}", flush=True)
 
                 def show(outcome: arms.Outcome) -> None:
                     nonlocal estimated
@@ -318,7 +320,8 @@ def _progress(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=console)
+    # A notebook's shell asks for colours without being a terminal: bars would be thousands of lines there.
+    return Progress(*columns, console=console, disable=not sys.stdout.isatty())
 
 
 @app.command()
