@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import costs
 import sweep_tables
@@ -169,6 +170,30 @@ def state(records: Iterable[costs.Record], figure: Figure) -> str:
     return "; ".join(f"{name} {held[name][0]:.2f}, peak {held[name][1]:.2f}" for name in shown)
 
 
+def ranks(found: dict[str, Any], figure: Figure) -> str:
+    """Directions in use and the share of the curvature that they hold, over a run: mean and range of the layers."""
+    axes = figure.subplots(1, 2)
+    said = []
+    for axis, (key, label) in zip(
+        axes, (("rank", "directions in use"), ("captured_mass", "captured mass")), strict=True
+    ):
+        for (side, layers), colour in zip(sorted(found[key].items()), COLOURS.values(), strict=True):
+            columns = list(zip(*layers, strict=True))
+            axis.fill_between(found["steps"], list(map(min, columns)), list(map(max, columns)), alpha=0.25)
+            axis.collections[-1].set(facecolor=colour, linewidth=0)
+            means = [statistics.mean(values) for values in columns]
+            axis.plot(found["steps"], means, color=colour, linewidth=1.8, label=f"LoRA {side}")
+            said.append(f"{label} of {side} {means[-1]:.2f}")
+        axis.set(xlabel="step", ylabel=label, xlim=(0, None), ylim=(0, None))
+    axes[0].axhline(found["k_max"], color=INK, linewidth=0.8, linestyle="--")
+    axes[0].text(1, found["k_max"], "k_max", va="bottom", fontsize=8, color=INK)
+    axes[0].set_ylim(0, 1.15 * found["k_max"])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    rate = found["run"]["learning rate"]
+    figure.suptitle(f"{found['title']}, rate {rate} (band: lowest to highest layer)", fontsize=10)
+    return f"At the end of {found['steps'][-1]} steps: {', '.join(said)}"
+
+
 def badge(label: str, value: str) -> str:
     """A word and its value on two fields; it needs no service."""
     left, right = (10 + 7 * len(text) for text in (label, value))
@@ -229,6 +254,10 @@ def draw(paths: Sequence[Path]) -> dict[str, str]:
         "loss.svg": ((9, 3.6), lambda figure: loss(claimed, figure)),
         "rates.svg": ((9, 5.2), lambda figure: rates(found, figure)),
         "state.svg": ((9, 4.2), lambda figure: state(measured, figure)),
+        "ranks.svg": (
+            (9, 3.4),
+            lambda figure: ranks(json.loads((HERE / "results" / "ranks.json").read_text()), figure),
+        ),
     }
     made = {}
     for name, (size, fill) in pictures.items():
