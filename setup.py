@@ -27,6 +27,7 @@ CSRC = Path("csrc")
 TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the oldest whose stable ABI has what the kernels use
 TOOLKIT = Path("/usr/local/cuda")  # as a rule off PATH
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")
+NEWER_ARCHITECTURES = ("100", "120")  # where the toolkit has them; elsewhere the PTX is compiled at the first use
 CPU_SOURCES = ("cpu_adamw", "cpu_eigenbasis", "cpu_refresh", "cpu_bases", "cpu_eigh", "cpu_int8", "cpu_kernels")
 CPU_LEVELS = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
 
@@ -152,7 +153,9 @@ def build_cuda(target: Path, folder: Path) -> None:
     """Device code for every architecture, and the glue. Links a stand-in for libtorch_cuda, which a CPU torch lacks."""
     include, lib = torch_paths()
     toolkit = toolkit_of(nvcc())
-    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
+    known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    newer = [arch for arch in NEWER_ARCHITECTURES if f"compute_{arch}" in known]
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (*CUDA_ARCHITECTURES, *newer)]
     gencode.append(f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
     device = folder / "launch.o"
     call(nvcc(), "-std=c++17", "-O3", "-Xcompiler", "-fPIC", *gencode, "-c", CSRC / "launch.cu", "-o", device)
