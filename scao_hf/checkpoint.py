@@ -206,7 +206,7 @@ def _check_groups(state_dict: dict[str, Any], groups: Groups) -> None:
             "delete 'param_names' from its groups"
         )
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        if saved["scao_version"] not in READABLE:
+        if not isinstance(saved["scao_version"], int) or saved["scao_version"] not in READABLE:
             raise ValueError(
                 f"the saved state has layout version {saved['scao_version']}, this scao_hf reads "
                 f"{' and '.join(map(str, READABLE))}: resume with the release that wrote it, or start from the weights alone"

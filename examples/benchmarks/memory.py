@@ -64,6 +64,7 @@ class OneMatrix(nn.Module):
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.register_parameter("lora_A", nn.Parameter(torch.randn(shape)))
+        loads.as_trained(self)
 
 
 def state_bytes(spec: str, model: nn.Module) -> int:
