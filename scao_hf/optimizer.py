@@ -22,7 +22,7 @@ from scao_hf.finite import Watch, check_finite
 from scao_hf.initial import is_untrained
 from scao_hf.low_bit import decoded
 from scao_hf.precision import full_precision
-from scao_hf.rules import Step, idle_experts_kept, rule_of
+from scao_hf.rules import Step, idle_experts_kept, is_large, rule_of
 from scao_hf.stacks import Stacks, publish
 from scao_hf.state import State
 
@@ -33,7 +33,8 @@ class SCAO(Optimizer):
     """Sparse Curvature-Aware Adaptive Optimizer.
 
     Matrices take AdamW steps while their curvature is gathered (phase 1), then steps in the eigenbasis of that
-    curvature (phase 2), with a linear ramp between the two. Everything else takes AdamW steps.
+    curvature (phase 2), with a linear ramp between the two. Random matrices with two large sides, as in training from
+    scratch, take orthogonalised steps from the first one on. Everything else takes AdamW steps.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or group dicts; a group may override every option below.
@@ -229,7 +230,7 @@ class SCAO(Optimizer):
                 param
                 for group in undecided
                 for param in group["params"]
-                if is_matrix(param) and min(param.shape) > group["max_precond_dim"] and not group.get("vocabulary")
+                if is_matrix(param) and is_large(param.shape, group) and not group.get("vocabulary")
             ]
             found = is_untrained(large)
             for group in undecided:

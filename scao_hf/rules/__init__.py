@@ -30,9 +30,13 @@ def rule_of(group: dict[str, Any], matrix: bool, shape: Sequence[int] = ()) -> R
     """
     name = group["rule"] if matrix else "adamw"
     if name == "auto":
-        large = bool(shape) and min(shape) > group["max_precond_dim"]
-        name = "orthogonal" if large and group.get("from_scratch") else "eigenbasis"
+        name = "orthogonal" if group.get("from_scratch") and is_large(shape, group) else "eigenbasis"
     return _RULES[name]
+
+
+def is_large(shape: Sequence[int], group: dict[str, Any]) -> bool:
+    """Whether both sides of a matrix are too large for a dense factor; False without a shape."""
+    return bool(shape) and min(shape) > group["max_precond_dim"]
 
 
 def is_entrywise(group: dict[str, Any]) -> bool:
@@ -41,4 +45,4 @@ def is_entrywise(group: dict[str, Any]) -> bool:
     return group["rule"] == "adamw" or bool(orthogonal and group.get("vocabulary"))
 
 
-__all__ = ["COUNTERS", "Rule", "Step", "idle_experts_kept", "is_entrywise", "rule_of"]
+__all__ = ["COUNTERS", "Rule", "Step", "idle_experts_kept", "is_entrywise", "is_large", "rule_of"]
