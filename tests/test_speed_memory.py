@@ -379,6 +379,20 @@ def test_what_cannot_be_measured_on_a_gpu_is_said_and_the_rest_measured(
     assert gpu.main(["--out", str(out)]) == 0 and measured()[3:] == ["load"]
 
 
+def test_a_wrong_kernel_fails_every_call_until_it_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdict = {"passed": False, "differences": {"int8_ema_": 0.5}, "calls": {"int8_ema_": 3}, "never_called": []}
+    monkeypatch.setattr(gpu, "require_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(ops, "NATIVE", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(gpu, "measure", lambda *_: verdict)
+    command = ["--parts", "kernels", "--out", str(tmp_path / "gpu.jsonl")]
+    for _ in range(2):
+        assert gpu.main(command) == 1
+        assert "int8_ema_: 3 calls, largest difference 0.5 of the largest entry" in capsys.readouterr().out
+
+
 @native
 def test_the_kernel_check_calls_every_kernel_and_notices_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU's kernels, which have the same twins."""
