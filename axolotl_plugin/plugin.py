@@ -86,6 +86,8 @@ class SCAOPlugin(BasePlugin):
             kwargs["experts"] = experts
             told += f", expert by expert in {len(experts)} packed LoRA factors"
         kwargs["vocabulary"] = find_vocabulary(trainer.model)
+        kwargs["names"] = {param: name for name, param in trainer.model.named_parameters()}
+        kwargs["partial_resume"] = bool(cfg.scao_partial_resume)
         trainer.optimizer_cls_and_kwargs = (kind, kwargs)
         trainer.args.optim = "scao"
         SCAOCallback.attach(trainer)

@@ -102,7 +102,7 @@ def read_raw(data: dict[str, Any], findings: Findings) -> dict[str, Any]:
         except ValueError as error:
             problems.append(str(error))
             del data[key]
-    named = [key for key in named if key.removeprefix(PREFIX) not in SWITCHES]
+    named = [key for key in named if key != "scao_fuse_moe"]  # which acts with any optimizer
     if data.get("scao") is not None:
         block = data["scao"]
         flat = ", ".join(f"{PREFIX}{key}: {value}" for key, value in block.items()) if isinstance(block, dict) else ""

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from copy import deepcopy
 from numbers import Integral, Real
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from scao_hf.distributed.serial import BYTES, from_bytes, size_of, to_bytes
 from scao_hf.distributed.shards import Shards
 from scao_hf.experts import packing_of
 from scao_hf.integrity import CHECKSUM, checksum
-from scao_hf.names import difference, in_order, labels
+from scao_hf.names import difference, few, in_order, labels, names_of
 from scao_hf.rules import COUNTERS
 from scao_hf.state import EARLIER, Groups, State, expected, only_foreign, pairs, rule_for
 
@@ -33,7 +34,8 @@ COUNT = "count"
 
 AS_SAVED = (
     "build the optimizer from the same model with the same trainable parameters and groups (adapter, decay) as in the run "
-    "that was saved, or start from the weights alone"
+    "that was saved, or start from the weights alone. SCAO(..., partial_resume=True) loads the rest (scao_partial_resume: true "
+    "in a YAML)"
 )
 
 
@@ -132,6 +134,94 @@ def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any]
     if shards is not None:
         fresh = shards.adopt(fresh)
     return state_dict, {param: fresh.get(param, {}) | foreign.get(param, {}) for param in fresh | foreign}
+
+
+def in_common(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """The part of a state dict that belongs to parameters of the same name and shape here, as one of the live groups.
+
+    A group has the saved options of the group that most of its parameters were in; a state that was laid out under others
+    is left out. A warning names what is left out and which parameters have no state.
+
+    Raises:
+        ValueError: names are missing, or no parameter is in both.
+    """
+    _check_structure(state_dict)
+    if not all("scao_version" in saved for saved in state_dict["param_groups"]):
+        return state_dict  # refused as a whole
+    saved_groups = _completed(state_dict, groups)["param_groups"]
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    for saved in saved_groups:
+        found |= {name: (key, saved) for name, key in zip(_known_names(saved), saved["params"], strict=True)}
+    common: dict[str, Any] = {**state_dict, "state": {}, "param_groups": []}
+    new, other, count = [], [], 0
+    for group in groups:
+        names = _known_names(group)
+        origins = [found[name][1] for name in names if name in found]
+        origin = max(origins, key=lambda each: sum(each is one for one in origins), default=group)
+        numbers = range(count, count + len(names))
+        common["param_groups"].append({**origin, "params": [*numbers], "param_names": group.get("param_names", [])})
+        count += len(names)
+        for number, name, param in zip(numbers, names, group["params"], strict=True):
+            key, saved = found.pop(name, (None, None))
+            entry = state_dict["state"].get(key)
+            if saved is None:
+                new.append(name)
+            elif entry is not None and _laid_out_alike(saved, origin) and _fits(entry, param, origin):
+                common["state"][number] = entry
+            elif entry is not None:
+                other.append(name)
+    if not common["state"] and state_dict["state"]:
+        raise ValueError(
+            f"partial_resume: no parameter of the saved state has the name and shape of one here: it has {few([*found])}, the "
+            f"optimizer {few(new)}: take the checkpoint of this model, or start from the weights alone"
+        )
+    told = [
+        f"{what} {few(names)}"
+        for what, names in (
+            ("new and without state:", new),
+            ("of another shape or other options, and without state:", other),
+            ("only in the saved state, frozen or removed since:", [*found]),
+        )
+        if names
+    ]
+    if told:
+        warn(
+            f"partial_resume: the state of {len(common['state'])} parameters is loaded; {'; '.join(told)}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return common
+
+
+def _known_names(group: dict[str, Any]) -> list[str]:
+    names = names_of(group) if group["params"] else []
+    if names is None:
+        raise ValueError(
+            "partial_resume goes by the names of the parameters, which the saved state or the optimizer does not have: build "
+            "both from model.named_parameters(), create_scao_optimizer or a Trainer"
+        )
+    return names
+
+
+def _laid_out_alike(saved: dict[str, Any], other: dict[str, Any]) -> bool:
+    return saved is other or (
+        packing_of(saved) == packing_of(other)
+        and all(saved.get(name) == other.get(name) for name in ("scao_version", *options.SHAPING))
+    )
+
+
+def _fits(entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> bool:
+    """Whether a saved entry has the shapes of the state of ``param``. What is damaged in another way is refused later."""
+    entry = _unflattened(entry)
+    if isinstance(vector := entry.get(BYTES), Tensor):
+        return tuple(vector.shape) == (size_of(param, group),)
+    step = entry.get("step")
+    if not isinstance(step, int) or only_foreign(entry, param, group):
+        return True
+    fields = expected(param, group, max(step, 0))
+    return all(
+        isinstance(entry.get(name), Tensor) and entry[name].shape == field.shape for name, field in fields.items()
+    )
 
 
 def _restored(state_dict: dict[str, Any], groups: Groups, elsewhere: Collection[Tensor]) -> tuple[State, State]:
@@ -276,12 +366,7 @@ def _named(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, An
     Raises:
         ValueError: bytes of another number, besides fields by name, or that do not fit their checksum.
     """
-    entry = {name: value for name, value in entry.items() if name != CHECKSUM}
-    below = entry.get("step")
-    if isinstance(below, dict) and below.keys() == {COUNT, BYTES}:
-        # Live keys without anything below them in the file have become empty dicts.
-        others = {name: value for name, value in entry.items() if not (isinstance(value, dict) and not value)}
-        entry = {**others, "step": below[COUNT], BYTES: below[BYTES]}
+    entry = _unflattened({name: value for name, value in entry.items() if name != CHECKSUM})
     if BYTES not in entry:
         return entry
     _check_bytes(where, entry, param, group)
@@ -290,6 +375,16 @@ def _named(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, An
         vector = vector.full_tensor()
     others = {name: value for name, value in entry.items() if name != BYTES}
     return {**others, **from_bytes(where, vector, param, group, entry["step"])}
+
+
+def _unflattened(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry with its bytes by name where torch.distributed.checkpoint has had them below the step."""
+    below = entry.get("step")
+    if not isinstance(below, dict) or below.keys() != {COUNT, BYTES}:
+        return entry
+    # Live keys without anything below them in the file have become empty dicts.
+    others = {name: value for name, value in entry.items() if not (isinstance(value, dict) and not value)}
+    return {**others, "step": below[COUNT], BYTES: below[BYTES]}
 
 
 def _check_bytes(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:

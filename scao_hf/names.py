@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,22 @@ def labels(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict
         shown = zip(saved["params"], names if known else saved["params"], group["params"], strict=True)
         found |= {key: f"parameter {name!r} of shape {tuple(param.shape)}" for key, name, param in shown}
     return found
+
+
+def with_names(params: Any, names: Mapping[Tensor, str]) -> Any:
+    """Parameters or groups of them as (name, parameter) pairs, where ``names`` has all of them; otherwise as they are."""
+    if isinstance(params, Tensor):
+        return params
+    given = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    groups = [{**group, "params": listed(group["params"])} for group in groups]
+    if not all(isinstance(param, Tensor) and param in names for group in groups for param in group["params"]):
+        return given
+    return [{**group, "params": [(names[param], param) for param in group["params"]]} for group in groups]
+
+
+def listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def names_of(group: dict[str, Any]) -> list[str] | None:
@@ -68,8 +84,11 @@ def difference(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str
             return ""
     saved, live = sides
     parts = [
-        f"; only {who} has {_few([name for name in ours if name not in others])}"
-        for who, ours, others in (("the saved state", saved, live), ("the optimizer", live, saved))
+        f"; only {who} has {few([name for name in ours if name not in others])} ({why})"
+        for who, why, ours, others in (
+            ("the saved state", "frozen or removed since", saved, live),
+            ("the optimizer", "new", live, saved),
+        )
         if ours.keys() - others.keys()
     ]
     moved = [name for name in saved if name in live and saved[name] != live[name]]
@@ -78,5 +97,5 @@ def difference(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str
     return "".join(parts)
 
 
-def _few(names: list[str], most: int = 5) -> str:
+def few(names: list[str], most: int = 5) -> str:
     return f"{names[:most]}" + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -21,6 +21,7 @@ from scao_hf.experts import Packing, find_experts, find_vocabulary, split_group
 from scao_hf.finite import Watch, check_finite
 from scao_hf.initial import is_untrained
 from scao_hf.low_bit import decoded
+from scao_hf.names import with_names
 from scao_hf.precision import full_precision
 from scao_hf.rules import Step, idle_experts_kept, is_large, rule_of
 from scao_hf.stacks import Stacks, publish
@@ -51,6 +52,9 @@ class SCAO(Optimizer):
             then is a matrix of its own. They become parameter groups of their own.
         vocabulary: embeddings and heads, from ``scao_hf.experts.find_vocabulary(model)``. They become parameter groups of
             their own, and take AdamW steps where other large matrices take those of the orthogonal rule.
+        names: of parameters that are passed without theirs; used if it has all of them.
+        partial_resume: whether ``load_state_dict`` takes a state of other parameters: it restores those that have the same
+            name and shape here, warns of the others, and leaves the new ones without state, as at the start of a run.
 
     Raises:
         ValueError: an option outside its legal range, named with the value and the range.
@@ -82,10 +86,14 @@ class SCAO(Optimizer):
         on_nonfinite: str | None = None,
         experts: Mapping[Tensor, Packing] | None = None,
         vocabulary: Collection[Tensor] | None = None,
+        names: Mapping[Tensor, str] | None = None,
+        partial_resume: bool = False,
     ) -> None:
         passed = {name: value for name, value in locals().items() if name in opt.OPTIONS or name == "betas"}
         passed.pop("rule")
         _check_params(params)
+        opt.check("partial_resume", partial_resume, opt.SWITCHES["partial_resume"])
+        self._partial_resume = partial_resume
         defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, **opt.resolve(rule, passed)}
         defaults["scao_version"] = checkpoint.VERSION
         self._passed = {name: value for name, value in passed.items() if value is not None}
@@ -96,19 +104,21 @@ class SCAO(Optimizer):
         self._had_matrices: list[bool] = []
         self._vectors: set[int] = set()
         self._edits = Edits([])
-        super().__init__(params, defaults)
+        super().__init__(params if names is None else with_names(params, names), defaults)
         self._experts, self._vocabulary = {}, set()
         self._begin()
         notices.without_matrices(self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         state = defaultdict(dict, checkpoint.apart(self.state))
-        return {**super().__getstate__(), "state": state, "_passed": self._passed}
+        own = {"_passed": self._passed, "_partial_resume": self._partial_resume}
+        return {**super().__getstate__(), "state": state, **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "defaults" in state:  # a copy or an unpickled one; torch's load_state_dict calls this too, with less
             self._passed = dict(state.get("_passed", {}))
+            self._partial_resume = state.get("_partial_resume", False)
             self._sharing = None
             self._experts, self._vocabulary = {}, set()
             self._had_matrices, self._vectors = [], set()
@@ -301,7 +311,7 @@ class SCAO(Optimizer):
         return checkpoint.saved(super().state_dict(), self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state exactly: dtypes are kept, tensors are copied.
+        """Restore a state exactly: dtypes are kept, tensors are copied. Under ``partial_resume``, what there is of it.
 
         Raises:
             ValueError: another optimizer's or rule's state, a shape or key that does not fit, a non-finite value. The
@@ -310,6 +320,8 @@ class SCAO(Optimizer):
         fresh: State = {}
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            if self._partial_resume:
+                incoming = checkpoint.in_common(incoming, self.param_groups)
             incoming, state = checkpoint.restored(incoming, self.param_groups)
             fresh.update(state)
             return {**incoming, "state": {}}

@@ -162,8 +162,13 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 RULE_DEFAULTS |= dict.fromkeys(("auto", "orthogonal", "adamw"), RULE_DEFAULTS["eigenbasis"])
 
-#: Keys of a YAML besides the options: what the Axolotl plugin does with any optimizer.
-SWITCHES = {"fuse_moe": Option(bool, "compute LoRA on stacked experts next to their products (scao_hf.moe)")}
+#: Keys of a YAML besides the options of a parameter group.
+SWITCHES = {
+    "fuse_moe": Option(
+        bool, "compute LoRA on stacked experts next to their products (scao_hf.moe), with any optimizer"
+    ),
+    "partial_resume": Option(bool, "resume though other parameters are trained: the new ones start without state"),
+}
 
 TORCH_OPTIONS: dict[str, Option] = {
     "lr": Option(float, "learning rate", low=0),

@@ -22,7 +22,7 @@ from scao_hf.distributed.exchange import INSTEAD
 from scao_hf.experts import find_experts, find_vocabulary
 from scao_hf.namesake import foreign_option
 from scao_hf.optimizer import SCAO, trainable_parameters
-from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, did_you_mean, eight_bit_hint, resolve
+from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, SWITCHES, check, did_you_mean, eight_bit_hint, resolve
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.zero import ZeroSCAO, refused
 
@@ -56,10 +56,11 @@ def check_scao_kwargs(scao_kwargs: dict[str, Any]) -> None:
     for name in scao_kwargs:
         if name in TRAINING_ARGUMENTS:
             raise ValueError(f"scao_kwargs: {name!r} belongs to the training arguments: set {TRAINING_ARGUMENTS[name]}")
-        if name not in OPTIONS and name != "betas":
-            near = foreign_option(name) or did_you_mean(name, (*OPTIONS, "betas"))
+        if name not in OPTIONS and name not in ("betas", "partial_resume"):
+            near = foreign_option(name) or did_you_mean(name, (*OPTIONS, "betas", "partial_resume"))
             raise ValueError(f"scao_kwargs: {name!r} is not an option of SCAO{near}; they are: {', '.join(OPTIONS)}")
-    passed = {name: value for name, value in scao_kwargs.items() if name != "rule"}
+    check("partial_resume", scao_kwargs.get("partial_resume", False), SWITCHES["partial_resume"])
+    passed = {name: value for name, value in scao_kwargs.items() if name not in ("rule", "partial_resume")}
     resolve(scao_kwargs.get("rule") or RULES[0], passed)
 
 
@@ -127,6 +128,10 @@ class SCAOCallback(TrainerCallback):
         optimizer = unwrap(kwargs.get("optimizer"))
         if optimizer is None:
             return
+        # A partial resume may have brought the schedule of another number of groups.
+        schedule: Any = getattr(kwargs.get("lr_scheduler"), "scheduler", kwargs.get("lr_scheduler"))
+        if hasattr(schedule, "base_lrs") and len(schedule.base_lrs) != len(optimizer.param_groups):
+            schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         about = _about(args, kwargs["model"], optimizer)
         self._file = StatisticsFile(Path(args.output_dir) / STATISTICS_NAME, state.max_steps, about)
         self._start, self._ms, self._step_ms, self._stepped = state.global_step, [], [], False
@@ -273,7 +278,7 @@ class SCAOTrainerMixin(_AnyTrainer):
 
     Args:
         *args: positional arguments of the Trainer.
-        scao_kwargs: options of ``SCAO`` (``scao_hf.options.OPTIONS`` and ``betas``).
+        scao_kwargs: options of ``SCAO`` (``scao_hf.options.OPTIONS``, ``betas`` and ``partial_resume``).
         **kwargs: keyword arguments of the Trainer.
 
     Raises:

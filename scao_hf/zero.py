@@ -21,6 +21,7 @@ from scao_hf.distributed.exchange import Exchange, agreed_among
 from scao_hf.distributed.serial import as_bytes, size_of
 from scao_hf.distributed.shards import balance
 from scao_hf.experts import Packing
+from scao_hf.names import listed
 from scao_hf.optimizer import SCAO, Params
 
 #: Keys of a state dict: for each vector, the state dict of the SCAO that steps this process's matrices, and the number of its
@@ -73,10 +74,10 @@ class ZeroSCAO(Optimizer):
 
     Args:
         params: as for ``SCAO``.
-        experts, vocabulary, **options: as for ``SCAO``.
+        experts, vocabulary, names, **options: as for ``SCAO``.
 
     Raises:
-        ValueError: an option outside its legal range.
+        ValueError: an option outside its legal range; ``partial_resume``, as the parts of the vectors would be others.
     """
 
     def __init__(
@@ -85,8 +86,14 @@ class ZeroSCAO(Optimizer):
         *,
         experts: Mapping[Tensor, Packing] | None = None,
         vocabulary: Collection[Tensor] | None = None,
+        names: Mapping[Tensor, str] | None = None,
         **options: Any,
     ) -> None:
+        if options.get("partial_resume"):
+            raise ValueError(
+                "partial_resume=True under ZeRO: DeepSpeed's checkpoint has the state by place in flat vectors, not by "
+                "parameter: train with DDP or FSDP2, or start from the weights alone (load_optimizer_states=False)"
+            )
         origins: dict[Tensor, Tensor] = {}
         like: dict[Tensor, Tensor] = {}
 
@@ -100,7 +107,7 @@ class ZeroSCAO(Optimizer):
 
         groups: list[Any] = [params] if isinstance(params, Tensor) else list(params)
         if groups and isinstance(groups[0], dict):
-            groups = [{**group, "params": [replaced(param) for param in _listed(group["params"])]} for group in groups]
+            groups = [{**group, "params": [replaced(param) for param in listed(group["params"])]} for group in groups]
         else:
             groups = [replaced(param) for param in groups]
         # It checks the options and splits the groups; the shapes are enough for that.
@@ -108,6 +115,7 @@ class ZeroSCAO(Optimizer):
             groups,
             experts={replaced(param): packing for param, packing in (experts or {}).items()},
             vocabulary={replaced(param) for param in vocabulary or ()},
+            names=None if names is None else {replaced(param): name for param, name in names.items()},
             **options,
         )
         for group in built.param_groups:
@@ -333,10 +341,6 @@ def _device() -> torch.device:
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
-
-
-def _listed(params: Any) -> list[Any]:
-    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def _shape_of(param: Tensor) -> Tensor:

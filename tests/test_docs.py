@@ -123,7 +123,17 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
 
 def test_options_of_the_signature_are_all_documented() -> None:
     signature = inspect.signature(SCAO.__init__).parameters
-    assert set(signature) - {"self", "params", "lr", "eps", "weight_decay", "experts", "vocabulary"} == {
+    assert set(signature) - {
+        "self",
+        "params",
+        "lr",
+        "eps",
+        "weight_decay",
+        "experts",
+        "vocabulary",
+        "names",
+        *SWITCHES,
+    } == {
         "betas",
         *OPTIONS,
     }

@@ -692,7 +692,7 @@ ARROWS = {
     "ops": {"quantization"},
     "optimizer": {
         *("buckets", "checkpoint", "distributed", "edits", "experts", "finite", "initial", "low_bit", "notices"),
-        *("options", "precision", "report", "rules", "stacks", "state"),
+        *("names", "options", "precision", "report", "rules", "stacks", "state"),
     },
     "options": set(),
     "precision": set(),
@@ -709,7 +709,7 @@ ARROWS = {
     },
     "trainer": {"checks", "distributed", "experts", "optimizer", "options", "report", "rules", "zero"},
     "update": set(),
-    "zero": {"distributed", "experts", "optimizer", "report"},
+    "zero": {"distributed", "experts", "names", "optimizer", "report"},
 }
 
 

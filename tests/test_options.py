@@ -144,6 +144,8 @@ def test_every_option_of_the_table_is_an_argument_and_the_reverse() -> None:
         "weight_decay",
         "experts",
         "vocabulary",
+        "names",
+        "partial_resume",
     }
     assert arguments == set(options.OPTIONS)
     for rule in options.RULES:

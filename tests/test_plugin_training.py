@@ -140,6 +140,22 @@ def test_resume_gives_the_same_weights(
     assert distance(resumed, model) == 0.0
 
 
+def test_resume_with_another_layer_frozen(
+    tiny_llama: Path, tmp_path: Path, full_run: tuple[PreTrainedModel, Trainer, Path]
+) -> None:
+    _, _, checkpoint = full_run
+    changed = {"lora_target_linear": None, "lora_target_modules": ["q_proj", "v_proj"], "max_steps": 7}
+    changed["resume_from_checkpoint"] = str(checkpoint)
+    with pytest.raises(ValueError, match=r"only the saved state has \[.*k_proj.* \(frozen or removed since\)"):
+        run(tiny_llama, tmp_path, **changed)
+    with pytest.warns(
+        RuntimeWarning, match="partial_resume: the state of 8 parameters is loaded; only in the saved state"
+    ):
+        _, trainer = run(tiny_llama, tmp_path, **changed, scao_partial_resume=True)
+    optimizer = unwrap(trainer.optimizer)
+    assert isinstance(optimizer, SCAO) and {entry["step"] for entry in optimizer.state.values()} == {7}
+
+
 def test_resume_without_optimizer_state_warns(
     tiny_llama: Path,
     tmp_path: Path,

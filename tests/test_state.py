@@ -8,6 +8,7 @@ import io
 import pickle
 import random
 import tempfile
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -463,9 +464,9 @@ def test_a_state_goes_to_the_parameters_of_its_names(order: str, cut: int) -> No
 @pytest.mark.parametrize(
     ("order", "cut", "words"),
     [
-        ("abce", 0, "only the saved state has ['d']; only the optimizer has ['e']"),
-        ("abc", 0, "sizes [4], the optimizer has [3]; only the saved state has ['d']: build the optimizer from"),
-        ("abcdefghij", 0, "only the optimizer has ['e', 'f', 'g', 'h', 'i'] and 1 more"),
+        ("abce", 0, "only the saved state has ['d'] (frozen or removed since); only the optimizer has ['e'] (new)"),
+        ("abc", 0, "sizes [4], the optimizer has [3]; only the saved state has ['d'] (frozen or removed since): build"),
+        ("abcdefghij", 0, "only the optimizer has ['e', 'f', 'g', 'h', 'i'] and 1 more (new): build"),
         ("abcd", 2, "sizes [4], the optimizer has [2, 2]; 'c' is in group 0 there and in group 1 here"),
     ],
 )
@@ -482,6 +483,62 @@ def test_a_state_of_other_names_is_refused_with_these(order: str, cut: int, word
         for group in state["param_groups"]:
             del group["param_names"]
         other.load_state_dict(state)  # by position, as the message says
+
+
+@pytest.mark.parametrize("cut", [0, 1], ids=["one group", "two groups"])
+def test_a_partial_resume_loads_what_is_common(cut: int) -> None:
+    """``a`` is frozen, ``c`` has another shape, ``e`` is new: ``b`` and ``d`` have their state, the others none."""
+    weights = {name: torch.full((6, 30), float(index)) for index, name in enumerate("abcd")}
+    optimizer, params = named("abcd", weights)
+    stepped(optimizer, params, range(9))
+    saved = through_file(optimizer.state_dict())
+    shapes = {name: param.detach() for name, param in params.items()} | {"c": torch.ones(8, 30), "e": torch.ones(6, 30)}
+    refusing, _ = named("ebcd", shapes, cut)
+    with pytest.raises(
+        ValueError, match=r"\['a'\] \(frozen or removed since\); only the optimizer has \['e'\] \(new\)"
+    ):
+        refusing.load_state_dict(saved)
+    other, others = named("ebcd", shapes, cut, partial_resume=True)
+    with pytest.warns(RuntimeWarning) as caught:
+        copy.deepcopy(other).load_state_dict(saved)
+        other.load_state_dict(saved)
+    assert str(caught[1].message) == (
+        "partial_resume: the state of 2 parameters is loaded; new and without state: ['e']; of another shape or other "
+        "options, and without state: ['c']; only in the saved state, frozen or removed since: ['a']"
+    )
+    assert {name for name, param in others.items() if "step" in other.state.get(param, ())} == {"b", "d"}
+    for name in "bd":
+        entry, loaded = optimizer.state[params[name]], other.state[others[name]]
+        assert all(torch.equal(torch.as_tensor(entry[field]), torch.as_tensor(loaded[field])) for field in entry), name
+    stepped(other, others, range(9, 12))
+    assert [other.state[others[name]]["step"] for name in "bcde"] == [12, 3, 12, 3]
+    resumed, _ = named("ebcd", shapes, cut, partial_resume=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(through_file(other.state_dict()))
+
+
+def test_a_partial_resume_refuses_what_it_cannot_tell_apart() -> None:
+    weights = {name: torch.ones(6, 30) for name in "abcd"}
+    optimizer, params = named("ab", weights)
+    stepped(optimizer, params, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    other, _ = named("cd", weights, partial_resume=True)
+    with pytest.raises(
+        ValueError, match=r"no parameter of the saved state .* it has \['a', 'b'\], the optimizer \['c', 'd'\]"
+    ):
+        other.load_state_dict(state)
+    damaged, _ = named("bc", weights, partial_resume=True)
+    next(iter(reversed(state["state"].values())))["exp_avg" if "exp_avg" in state["state"][1] else "M"][0, 0] += 1
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="does not fit its checksum"):
+        damaged.load_state_dict(state)
+    for group in state["param_groups"]:
+        del group["param_names"]
+    with pytest.raises(ValueError, match="goes by the names of the parameters"):
+        damaged.load_state_dict(state)
+    with pytest.raises(ValueError, match="written by another optimizer"):
+        damaged.load_state_dict(torch.optim.AdamW(params.items()).state_dict())
+    assert not damaged.state
 
 
 NESTS = pytest.mark.skipif(
