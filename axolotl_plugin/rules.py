@@ -51,7 +51,8 @@ def check_config(get: Get, findings: Findings) -> None:
     _check_torch_options(get, findings)
     _check_parallelism(get, findings)
     _check_training_kind(get, options, findings)
-    _check_precision(get, get("fp16") is True, get("bf16") in (True, "full") or bool(get("bfloat16")), findings)
+    bf16 = get("bf16") in (True, "full") or bool(get("bfloat16"))
+    _check_precision(get, options, get("fp16") is True, bf16, findings)
     _check_learning_rates(get, findings)
     if get("save_only_model") and (get("resume_from_checkpoint") or get("auto_resume_from_checkpoints")):
         findings.warnings.append(
@@ -69,7 +70,7 @@ def check_config(get: Get, findings: Findings) -> None:
 
 def check_run(get: Get, args: TrainingArguments, options: dict[str, Any], findings: Findings) -> None:
     """Apply the rules that need what Axolotl knows only once the trainer is built: length and precision of the run."""
-    _check_precision(get, args.fp16, args.bf16, findings)
+    _check_precision(get, options, args.fp16, args.bf16, findings)
     if args.max_steps > 0 and args.max_steps != get("max_steps"):
         _check_length(options, args.max_steps, f"the run's {args.max_steps} steps", findings)
 
@@ -216,7 +217,7 @@ def _check_training_kind(get: Get, options: dict[str, Any], findings: Findings) 
         warn("GrokfastPlugin changes the gradients before SCAO sees them; the two have not been measured together")
 
 
-def _check_precision(get: Get, fp16: bool, bf16: bool, findings: Findings) -> None:
+def _check_precision(get: Get, options: dict[str, Any], fp16: bool, bf16: bool, findings: Findings) -> None:
     if get("peft_autocast_adapter_dtype") is not False:
         return
     if fp16:
@@ -224,9 +225,10 @@ def _check_precision(get: Get, fp16: bool, bf16: bool, findings: Findings) -> No
             "fp16 with peft_autocast_adapter_dtype: false leaves the adapter in float16, which the gradient scaler "
             "cannot train; remove peft_autocast_adapter_dtype or use bf16"
         )
-    elif bf16:
+    elif bf16 and not options.get("stochastic_rounding"):
         findings.warnings.append(
-            "peft_autocast_adapter_dtype: false leaves the adapter in bfloat16, whose 8 bits round small updates away"
+            "peft_autocast_adapter_dtype: false leaves the adapter in bfloat16, whose 8 bits round small updates away; "
+            "remove it, or set scao_stochastic_rounding: true"
         )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scao_hf.experts import Packing, unpack
+from scao_hf.quantization import to_bfloat16
 
 
 @dataclass(frozen=True)
@@ -215,12 +216,24 @@ class Bucket:
     def subtract(self, delta: Tensor, rate: Tensor, decay: float) -> None:
         """``w <- w - rate (delta + decay w)`` for the members' parameters, rounded to their dtype once.
 
+        To the nearest number, or under ``stochastic_rounding`` (Q2) to one of two.
+
         Args:
             delta: ``[N, r, l]`` in the arithmetic dtype, changed in place.
             rate: ``[N, 1, 1]``, zero for a matrix that stays as it is.
             decay: of the weights.
         """
         targets = self._targets()
+        if self.group["stochastic_rounding"] and targets[0].dtype == torch.bfloat16:
+            weights = torch.stack(
+                [target.reshape(delta.shape[1:]) if not self.packed else target for target in targets]
+            )
+            weights = weights.to(self.dtype).view_as(delta)
+            # Seeds of its own: those of the state are not negative.
+            fresh = to_bfloat16(weights - rate * (delta + decay * weights), ~self.step)
+            for target, piece in zip(targets, self.split(fresh), strict=True):
+                target.copy_(piece.view(target.shape))
+            return
         pieces = [piece.view(target.shape) for piece, target in zip(self.split(delta), targets, strict=True)]
         scaled = [(delta, rate)]
         tall = [index for index, member in enumerate(self.members) if member.block and member.block.transposed]

@@ -45,8 +45,8 @@ class SCAO(Optimizer):
         weight_decay: decoupled weight decay.
         rule: how matrices are stepped, one of ``scao_hf.options.RULES``.
         warmup_steps, blend_steps, min_precond_updates, precond_freq, rho, epsilon_sparse, k_min, k_max, tau,
-            max_precond_dim, use_int8_ema, cautious, moment_dtype, on_nonfinite: see ``scao_hf.options.OPTIONS``. None takes the
-            rule's default (``scao_hf.options.RULE_DEFAULTS``).
+            max_precond_dim, use_int8_ema, cautious, moment_dtype, stochastic_rounding, on_nonfinite: see
+            ``scao_hf.options.OPTIONS``. None takes the rule's default (``scao_hf.options.RULE_DEFAULTS``).
         from_scratch: whether the weights are random; None looks at them in the first step (``scao_hf.initial``).
         experts: the packed LoRA factors of stacked experts, from ``scao_hf.experts.find_experts(model)``: each expert
             then is a matrix of its own. They become parameter groups of their own.
@@ -83,6 +83,7 @@ class SCAO(Optimizer):
         use_int8_ema: bool | None = None,
         cautious: bool | None = None,
         moment_dtype: str | None = None,
+        stochastic_rounding: bool | None = None,
         on_nonfinite: str | None = None,
         experts: Mapping[Tensor, Packing] | None = None,
         vocabulary: Collection[Tensor] | None = None,

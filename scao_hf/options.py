@@ -113,6 +113,10 @@ OPTIONS: dict[str, Option] = {
         choices=("float32", "bfloat16", "int8"),
         edited=CONVERTS,
     ),
+    "stochastic_rounding": Option(
+        bool,
+        "round bfloat16 weights to one of the two nearest numbers, right on average: small steps and decay are not lost",
+    ),
     "on_nonfinite": Option(
         str,
         "a NaN or Inf gradient leaves its matrix as it is ('skip'; ten in a row are an error) or is an error ('raise')",
@@ -138,6 +142,7 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
         "use_int8_ema": False,
         "cautious": False,
         "moment_dtype": "float32",
+        "stochastic_rounding": False,
         "on_nonfinite": "skip",
     },
     "eigenbasis": {
@@ -156,6 +161,7 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
         "use_int8_ema": False,
         "cautious": True,
         "moment_dtype": "float32",
+        "stochastic_rounding": False,
         "on_nonfinite": "skip",
     },
 }

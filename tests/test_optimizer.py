@@ -661,6 +661,65 @@ def test_a_compiled_step_is_the_same_step_and_compiles_nothing() -> None:
     assert counters["stats"]["unique_graphs"] == 0 and counters["frames"]["total"] < 20
 
 
+def test_the_groups_are_told_in_full() -> None:
+    wide, tall, bias, frozen, large = fresh((4, 9), (9, 4), (5,), (6, 6), (80, 80))
+    frozen.requires_grad_(False)
+    head = {"params": [bias], "weight_decay": 0.0, "lr": torch.tensor(0.002)}
+    optimizer = SCAO([{"params": [wide, tall, frozen, large]}, head], lr=0.01)
+    assert optimizer.describe().splitlines() == [
+        "group 0: 2 parameters (72 entries) by eigenbasis, lr 0.01, weight decay 0.01",
+        "group 0: 1 parameter (36 entries) frozen",
+        "group 0: 1 parameter (6,400 entries) by auto, lr 0.01, weight decay 0.01",
+        "group 1: 1 parameter (5 entries) by adamw, lr 0.002, weight decay 0",
+    ]
+    optimizer.look_at_weights()
+    assert "1 parameter (6,400 entries) by orthogonal" in optimizer.describe()
+
+
+@pytest.mark.parametrize("rule", ["eigenbasis", "published"])
+@pytest.mark.parametrize(("lr", "decay", "gradient"), [(1e-3, 0.1, 0.0), (1e-4, 0.0, 1.0), (1e-4, 1.0, 1.0)])
+def test_bfloat16_weights_lose_neither_small_steps_nor_decay(
+    rule: str, lr: float, decay: float, gradient: float
+) -> None:
+    """Each step is below half the distance of two bfloat16 numbers at 1. On average weights go where those in float32 do."""
+    shapes = (8, 96), (96, 8), (300,), (3, 5, 20)
+    exact, lost, kept = (
+        [nn.Parameter(torch.ones(shape, dtype=dtype)) for shape in shapes]
+        for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+    )
+    optimizers = [
+        SCAO(params, lr=lr, weight_decay=decay, rule=rule, stochastic_rounding=rounding, cautious=False)
+        for params, rounding in ((exact, True), (lost, False), (kept, True))
+    ]
+    for _ in range(60):
+        for optimizer in optimizers:
+            for param in optimizer.param_groups[0]["params"]:
+                param.grad = torch.full_like(param, gradient)
+            optimizer.step()
+    for one, two, three in zip(exact, lost, kept, strict=True):
+        moved = 1 - float(one.detach().mean())
+        assert moved > 1e-3 and torch.equal(two, torch.ones_like(two))
+        # A weight is at one of two or three neighbours: five deviations of the mean.
+        bound = 5 * 2**-8 * (three.numel() * 0.5) ** 0.5 / three.numel() + 1e-5
+        assert abs(1 - float(three.detach().double().mean()) - moved) < bound, (tuple(one.shape), moved)
+
+
+def test_stochastic_rounding_skips_and_resumes_to_the_bit() -> None:
+    first, second = (fresh((8, 96), (96, 8), dtype=torch.bfloat16) for _ in range(2))
+    one, two = (SCAO(params, lr=1e-3, stochastic_rounding=True, **QUICK) for params in (first, second))
+    steps(one, 6)
+    steps(two, 6)
+    before = first[0].detach().clone()
+    first[0].grad, first[1].grad = torch.full_like(first[0], torch.nan), torch.ones_like(first[1])
+    state = copy.deepcopy(one.state_dict())
+    one.step()
+    assert torch.equal(first[0], before)
+    two.load_state_dict(state)
+    second[0].grad, second[1].grad = first[0].grad, first[1].grad
+    two.step()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 @RULES
 def test_a_step_inside_autocast_is_the_same_step(rule: str) -> None:
     plain, lowered = fresh((4, 9)), fresh((4, 9))
@@ -675,7 +734,7 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {
     "__init__": {"optimizer", "trainer", "ops"},
     "__main__": {"tools"},
-    "buckets": {"experts"},
+    "buckets": {"experts", "quantization"},
     "checkpoint": {"distributed", "experts", "integrity", "names", "options", "rules", "state"},
     "checks": {"experts", "optimizer", "rules", "state", "update", "zero"},
     "distributed": {"distributed", "buckets", "integrity", "names", "rules", "state"},

@@ -108,6 +108,7 @@ def test_published_defaults_are_the_published_table() -> None:
         "use_int8_ema": False,
         "cautious": False,
         "moment_dtype": "float32",
+        "stochastic_rounding": False,
         "on_nonfinite": None,
     }
 

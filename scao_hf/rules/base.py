@@ -134,6 +134,8 @@ class Step:
         lr = self.group["lr"]
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             return False
+        if self.group["stochastic_rounding"] and self.bucket.members[0].param.dtype == torch.bfloat16:
+            return False
         # The kernels' v += (1 - b2) (g^2 - v) loses all digits of a small g^2 where b2 is next to zero; lerp does not.
         if self.group["betas"][1] < 0.5 or not all(name in self.state for name in bases):
             return False
