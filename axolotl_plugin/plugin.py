@@ -90,7 +90,7 @@ class SCAOPlugin(BasePlugin):
         kwargs["partial_resume"] = bool(cfg.scao_partial_resume)
         trainer.optimizer_cls_and_kwargs = (kind, kwargs)
         trainer.args.optim = "scao"
-        SCAOCallback.attach(trainer)
+        SCAOCallback.attach(trainer).log = LOG
         _log_choice(trainer, kwargs, told)
 
 

@@ -373,6 +373,10 @@ class SCAO(Optimizer):
         finally:
             stacks.close()
 
+    def describe(self) -> str:
+        """The parameter groups in words, a line for each rule in them: parameters, learning rate, weight decay."""
+        return report.describe(self.param_groups)
+
     def memory_report(self) -> dict[str, int]:
         """Bytes of optimizer state by kind, for real and for meta parameters, whether or not a step was taken.
 

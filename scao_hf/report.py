@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scao_hf.buckets import Bucket
-from scao_hf.rules import COUNTERS, rule_of
+from scao_hf.rules import COUNTERS, is_large, rule_of
 from scao_hf.state import Groups, expected, rule_for
 from scao_hf.update import blend_weight
 
@@ -120,6 +120,35 @@ def memory_report(groups: Groups, counted: Collection[Tensor]) -> dict[str, int]
             sizes[kind] += field.nbytes
     total = sum(sizes.values())
     return {**sizes, "total": total, "peak": max(before, total), "parameters": sum(param.numel() for param, _ in owned)}
+
+
+def describe(groups: Groups) -> str:
+    """One line for each group and rule: how many parameters, with which rate and decay; frozen ones on a line of their own.
+
+    The rate is the group's own, whatever a schedule makes of it. Large matrices of ``rule="auto"`` are called auto until the
+    optimizer has looked at their weights.
+    """
+    lines: Counter[str] = Counter()
+    entries: Counter[str] = Counter()
+    for index, group in enumerate(groups):
+        rate = group["initial_lr" if "initial_lr" in group else "lr"]
+        rates = f"lr {float(rate):.4g}, weight decay {float(group['weight_decay']):.4g}"
+        for param in group["params"]:
+            rule = rule_for(param, group).name
+            if (
+                rule != "adamw"
+                and group["rule"] == "auto"
+                and group["from_scratch"] is None
+                and is_large(param.shape, group)
+            ):
+                rule = "auto"
+            line = f"group {index}: {{}} by {rule}, {rates}" if param.requires_grad else f"group {index}: {{}} frozen"
+            lines[line] += 1
+            entries[line] += param.numel()
+    return "\n".join(
+        line.format(f"{count} parameter{'s' * (count > 1)} ({entries[line]:,} entries)")
+        for line, count in lines.items()
+    )
 
 
 class StatisticsFile:

@@ -103,6 +103,8 @@ class SCAOCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        #: Where the parameter groups are told when training begins.
+        self.log: Any = logger
         self._file: StatisticsFile | None = None
         self._start, self._began, self._step_began = 0, 0.0, 0.0
         self._ms: list[float] = []
@@ -142,6 +144,8 @@ class SCAOCallback(TrainerCallback):
                 state.global_step,
             )
         checks.check_parameters(optimizer, kwargs["model"].named_parameters())
+        if state.is_world_process_zero:
+            self.log.info("SCAO's parameter groups:\n%s", optimizer.describe())
         checks.check_length(optimizer, (state.max_steps - state.global_step) * updates_per_step(args))
 
     def on_log(

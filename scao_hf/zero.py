@@ -212,6 +212,10 @@ class ZeroSCAO(Optimizer):
             for each in stacks:
                 each.close()
 
+    def describe(self) -> str:
+        """As ``SCAO.describe``, of the groups as they were given."""
+        return report.describe(self.shapes)
+
     def statistics(self, names: Mapping[Tensor, str] | None = None) -> list[dict[str, Any]]:
         """As ``SCAO.statistics``, of the matrices that this process owns."""
         known = names or {}

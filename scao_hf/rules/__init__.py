@@ -11,12 +11,7 @@ from scao_hf.rules.eigenbasis import Eigenbasis
 from scao_hf.rules.orthogonal import Orthogonal
 from scao_hf.rules.published import Published
 
-_RULES: dict[str, Rule] = {
-    "eigenbasis": Eigenbasis(),
-    "orthogonal": Orthogonal(),
-    "published": Published(),
-    "adamw": AdamW(),
-}
+_RULES: dict[str, Rule] = {rule.name: rule for rule in (Eigenbasis(), Orthogonal(), Published(), AdamW())}
 
 
 def rule_of(group: dict[str, Any], matrix: bool, shape: Sequence[int] = ()) -> Rule:

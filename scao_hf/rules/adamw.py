@@ -17,6 +17,7 @@ from scao_hf.update import accumulate, adam_direction, adam_moments
 class AdamW(Rule):
     """torch.optim.AdamW's step."""
 
+    name = "adamw"
     fields: ClassVar[Mapping[str, Field]] = {
         "exp_avg": Field("r l", levels=2),
         "exp_avg_sq": Field("r l", legal=NOT_NEGATIVE, levels=4),

@@ -199,6 +199,8 @@ class Step:
 class Rule(ABC):
     """An update rule on stacks of matrices ``[N, r, l]``."""
 
+    #: The option ``rule`` that it is.
+    name: ClassVar[str]
     #: The state. In this order native kernels take it, after the counters.
     fields: ClassVar[Mapping[str, Field]]
     #: How many sides have a dense factor, so that they are cut to max_precond_dim: none, the small one or both.

@@ -40,6 +40,7 @@ class Eigenbasis(Rule):
 
     cut_sides = 1
     staggered = True
+    name = "eigenbasis"
     fields: ClassVar[Mapping[str, Field]] = {
         "exp_avg": Field("r l", levels=2),  # momentum; in phase 2 the residual's
         "exp_avg_sq": Field("r l", legal=NOT_NEGATIVE, levels=4, phase=1),

@@ -59,6 +59,7 @@ def _product_dtype(matrix: Tensor) -> torch.dtype:
 class Orthogonal(Rule):
     """The momentum M, as large as the parameter, and the columns' second moment c."""
 
+    name = "orthogonal"
     fields: ClassVar[Mapping[str, Field]] = {
         "exp_avg": Field("r l", levels=2),
         "col": Field("1 l", legal=NOT_NEGATIVE, levels=4),

@@ -47,6 +47,7 @@ class Published(Rule):
     """AdamW's moments, of the preconditioned gradient; per side the factor (dense, or int8 codes and scales) and its basis."""
 
     cut_sides = 2
+    name = "published"
     fields: ClassVar[Mapping[str, Field]] = {
         "exp_avg": Field("r l", levels=2),
         "exp_avg_sq": Field("r l", legal=NOT_NEGATIVE, levels=4),
