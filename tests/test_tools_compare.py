@@ -137,6 +137,10 @@ def test_mistakes_of_compare(tmp_path: Path) -> None:
     assert "scao_kmax is not an option of SCAO (did you mean 'scao_k_max'?)" in said
     said = mistake("compare", path, "--set", "deepspeed=zero3.json", "--set", "rl=dpo", "--set", "scao_rho=x")
     assert "deepspeed: zero3.json: SCAO does not run" in said and "scao_rho='x' is not valid" in said
+    zero2 = tmp_path / "zero2.json"
+    zero2.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    said = mistake("compare", path, "--set", f"deepspeed={zero2}")
+    assert "compare trains in one process" in said and "add --set deepspeed=null" in said
     said = mistake("compare", path, "--set", "base_model=./nowhere", "--set", "datasets=[{path: data/rows.jsonl}]")
     assert "./nowhere does not exist, seen from " in said and "datasets: data/rows.jsonl does not exist" in said
     assert "scao_rho='x' is not valid: it must be a number in [0, 1)" in mistake("compare", path, "--set", "scao_rho=x")

@@ -125,6 +125,11 @@ class Job:
         passed = scao_options(raw, findings)
         if problems := findings.errors + missing_inputs(raw):
             raise ToolError(f"{self.source}: {'; '.join(problems)}")
+        if raw.get("deepspeed"):
+            raise ToolError(
+                f"{self.source}: deepspeed: {raw['deepspeed']}: compare trains in one process, without DeepSpeed's launcher, "
+                "where ZeRO has nothing to share out: add --set deepspeed=null"
+            )
         known = {name: value for name, value in passed.items() if name in OPTIONS and name != "rule"}
         options = resolve(passed.get("rule") or RULES[0], known)
         start = rule_of(options, matrix=True).phase1_steps(options)

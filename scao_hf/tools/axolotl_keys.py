@@ -17,12 +17,14 @@ READ = frozenset(
     """.split()
 )
 
+SPREAD = "weights and state are spread over several cards; without the key, one card that holds all of it is counted"
+
 #: Keys that change what a run holds in a way that is not counted, and why; refused wherever they are set.
 REFUSED = {
-    "deepspeed": "weights and state are spread over several cards",
-    "dp_shard_size": "weights and state are spread over several cards",
-    "fsdp": "weights and state are spread over several cards",
-    "fsdp_config": "weights and state are spread over several cards",
+    "deepspeed": SPREAD,
+    "dp_shard_size": SPREAD,
+    "fsdp": SPREAD,
+    "fsdp_config": SPREAD,
     "lora_target_parameters": "LoRA on stacked experts would not be counted; docs/moe.md has measured figures",
     "quantize_moe_experts": "stacked experts in 4 bit would not be counted; docs/moe.md has measured figures",
     "dense_mixer": "the routing of all experts would not be counted",
