@@ -22,7 +22,7 @@ from documents import DOCS, ROOT
 from formulas import FORMULAS
 
 import scao_hf
-from scao_hf import SCAO, ops
+from scao_hf import SCAO, create_scao_optimizer, ops
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, SWITCHES
 
 README = ROOT / "README.md"
@@ -209,6 +209,41 @@ def test_python_snippet_runs(index: int, tmp_path: Path) -> None:
         code += 'assert trainer.state.log_history[-2]["scao/phase"] == 2\n'
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_recipe_for_several_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the FAQ, with steps between its parts: an inactive adapter stays as it is, one that was reset starts."""
+    peft = pytest.importorskip("peft")
+    layers = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.Linear(16, 24))
+    config = peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False)
+    model = peft.get_peft_model(layers, config, adapter_name="first")
+    optimizer = create_scao_optimizer(model, warmup_steps=2, precond_freq=2, blend_steps=0)
+    names: dict[str, Any] = {"model": model, "config": config, "optimizer": optimizer}
+
+    def weights_after(count: int) -> dict[str, torch.Tensor]:
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(8, 24)).square().mean().backward()
+            optimizer.step()
+        return {name: param.detach().clone() for name, param in model.named_parameters() if "lora_" in name}
+
+    def steps() -> list[int]:
+        return [optimizer.state[param]["step"] for group in optimizer.param_groups for param in group["params"]]
+
+    code = (DOCS / "faq.md").read_text("utf-8").partition("reset adapters in a run?")[2].partition("```python\n")[2]
+    define, add, reset, delete = code.partition("```")[0].split("\n\n")
+    before = weights_after(4)
+    exec(f"{define}\n{add}", names)
+    after = weights_after(3)
+    assert steps() == [4] * 4 + [3] * 4 and all(torch.equal(after[name], weight) for name, weight in before.items())
+    exec(reset, names)
+    moved = weights_after(2)
+    assert steps() == [4] * 4 + [2] * 4 and all(
+        torch.equal(moved[name], after[name]) == (name in before) for name in after
+    )
+    exec(delete, names)
+    last = weights_after(1)
+    assert steps() == [5] * 4 and len(optimizer.state) == 4 and last.keys() == before.keys()
 
 
 def validated(config: dict[str, Any]) -> Any:

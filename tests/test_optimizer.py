@@ -650,12 +650,18 @@ def test_a_compiled_step_is_the_same_step_and_compiles_nothing() -> None:
     from torch._dynamo.utils import counters
 
     plain, compiled = fresh((4, 9), (9, 4), (5,)), fresh((4, 9), (9, 4), (5,))
-    steps(SCAO(plain, lr=0.1, **QUICK), 12)
-    optimizer = SCAO(compiled, lr=0.1, **QUICK)
+    reference, optimizer = SCAO(plain, lr=0.1, **QUICK), SCAO(compiled, lr=0.1, **QUICK)
+    steps(reference, 12)
     torch._dynamo.reset()
     counters.clear()
     optimizer.step = torch.compile(optimizer.step, backend="eager")  # type: ignore[method-assign]
     steps(optimizer, 12)
+    frames = counters["frames"]["total"]
+    for step in range(12, 24):  # a schedule sets another learning rate before every step
+        for each in (reference, optimizer):
+            each.param_groups[0]["lr"] = 0.1 / (step - 10)
+            steps(each, 1, first=step)
+    assert counters["frames"]["total"] == frames
     for a, b in zip(plain, compiled, strict=True):
         assert torch.equal(a, b)
     assert counters["stats"]["unique_graphs"] == 0 and counters["frames"]["total"] < 20
