@@ -10,7 +10,7 @@ from scao_hf.optimizer import SCAO, create_scao_optimizer
 if TYPE_CHECKING:
     from scao_hf.trainer import SCAOCallback, SCAOTrainer, SCAOTrainerMixin
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["SCAO", "SCAOCallback", "SCAOTrainer", "SCAOTrainerMixin", "__version__", "backend", "create_scao_optimizer"]
 
 _NEED_TRANSFORMERS = ("SCAOCallback", "SCAOTrainer", "SCAOTrainerMixin")
