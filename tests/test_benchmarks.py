@@ -284,6 +284,29 @@ def test_lora_loss_and_gradients_are_the_models_own(
         torch.testing.assert_close(task.loss(0), loss)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_answer_counts_where_greedy_decoding_gives_all_of_it(
+    padded: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    if padded:
+        monkeypatch.setattr(packed, "supports", lambda *_: False)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    rows = []
+    for at in range(100):
+        tokens = [5 + at % 7, 9, 3 + at % 11]
+        for _ in range(2 + at % 3):
+            tokens.append(int(base(torch.tensor([tokens])).logits[0, -1].argmax()))
+        prompt, answer = tokens[:3], tokens[3:]
+        answer[at % len(answer)] += at % 10 == 3  # one token of every tenth answer is wrong
+        rows.append((prompt, answer))
+    task = tasks.LoraTask(base, rows, rank=2, batch=3, length=16, definition={"task": "test"})
+    task.reset(0)
+    assert task.exact_match() == 0.9
+
+
 def test_nf4_values_are_those_of_a_4bit_layer() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float32).bfloat16()

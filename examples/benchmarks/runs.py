@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import data
 import sweep
 
 VARIES = ("optimizer", "options", "lr", "seed", "steps", "eval_steps")  # within one setting
@@ -28,12 +29,13 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What a README calls it: task, size, rank, batch and clipping if not the usual ones, schedule and steps."""
+        """What a README calls it: task, sums, size, rank, batch and clipping if not the usual ones, schedule and steps."""
         size = f"-{self.cell['size']}" if "size" in self.cell else ""
         clip = "" if self.cell["clip"] == sweep.CLIP else f"-clip{self.cell['clip']:g}"
         rank = f"-r{self.cell['rank']}" if "rank" in self.cell else ""
         batch = "" if self.cell["batch"] == sweep.BATCH[self.cell["task"]] else f"-b{self.cell['batch']}"
-        return f"{self.cell['task']}{size}{rank}{batch}{clip}-{self.cell['schedule']}-{self.steps}"
+        answers = f"-{data.SUMS}" if self.cell["data"] == data.SUMS else ""
+        return f"{self.cell['task']}{answers}{size}{rank}{batch}{clip}-{self.cell['schedule']}-{self.steps}"
 
     def at(self, optimizer: str, steps: int | None = None) -> dict[float, dict[int, Record]]:
         """An optimizer's runs of one length, by learning rate and seed."""

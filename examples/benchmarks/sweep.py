@@ -181,6 +181,7 @@ def run(task: tasks.Task, cell: dict[str, Any], bar: tqdm[Any]) -> dict[str, Any
         "fresh_loss": round(sum(third) / len(third), 5) if complete else None,
         "evals": evals,
         "eval_loss": evals[-1]["loss"] if complete else None,
+        "exact_match": task.exact_match() if complete else None,
         "diverged": not complete or evals[-1]["loss"] > task.untrained(),
         "failure": failure,
         "seconds": round(step_clock.wall, 3),
@@ -273,7 +274,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--held-out", type=at_least(1), default=tasks.EVAL_ROWS, help="rows of the held-out loss (default: %(default)s)"
     )
-    parser.add_argument("--data", help="a .jsonl or text file, or a hub name (default: the demo's docstrings)")
+    parser.add_argument("--data", help="a .jsonl or text file, a hub name, or 'sums' (default: the demo's docstrings)")
     parser.add_argument("--out", type=writable, required=True, help="result file, added to")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
     arguments = parser.parse_args(argv)

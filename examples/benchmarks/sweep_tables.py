@@ -98,6 +98,12 @@ def state(records: Iterable[Record]) -> str:
     return f"{max(record['state_bytes_per_parameter'] for record in records):.2f}"
 
 
+def right(records: Iterable[Record]) -> str:
+    """The share of held-out answers that are right in full, in per cent."""
+    found = [100 * record["exact_match"] for record in records if record.get("exact_match") is not None]
+    return spread(found, 1, " %") if found else ""
+
+
 def milliseconds(records: Iterable[Record]) -> str:
     """Of the optimizer's part of a step."""
     return f"{1000 * statistics.median(map(optimizer_seconds, records)):.1f}"
@@ -109,6 +115,7 @@ def comparison(setting: Setting) -> str:
     if not reference:
         return "(no AdamW runs of this length yet: nothing to compare with)\n"
     lines = []
+    answers = any(record.get("exact_match") for records in setting.runs.values() for record in records)
     for optimizer in list(setting.runs):
         by_lr = setting.at(optimizer)
         if not by_lr or of_subject(optimizer):
@@ -127,6 +134,7 @@ def comparison(setting: Setting) -> str:
             "" if usual else sooner(setting, optimizer, lr, reference),
             milliseconds(records.values()),
             state(records.values()),
+            *([right(records.values())] if answers else []),
         ]
         # By the difference on the same seeds: means over other seeds would not be comparable.
         lines.append(((not gains, statistics.mean(gains or losses)), row))
@@ -139,6 +147,7 @@ def comparison(setting: Setting) -> str:
         "speed-up to AdamW's loss: steps / seconds",
         "ms/step",
         "state, bytes/parameter",
+        *(["right answers"] if answers else []),
     ]
     rows = [row for _, row in sorted(lines, key=lambda line: line[0])]
     notes = [diverged(setting)]

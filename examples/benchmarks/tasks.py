@@ -48,6 +48,10 @@ class Task:
         """The mean loss per token on the held-out data."""
         raise NotImplementedError
 
+    def exact_match(self) -> float | None:
+        """The share of held-out answers that are right in full; None where there are no answers."""
+        return None
+
     def untrained(self) -> float:
         """The held-out loss before the first step, of seed 0; a run that ends above it has diverged."""
         if self._untrained is None:
@@ -96,33 +100,48 @@ class RowsTask(Task):
         parts = [self._summed(self.held_out[at : at + 4]) for at in range(0, len(self.held_out), 4)]
         return float(sum(total for total, _ in parts)) / sum(count for _, count in parts)
 
+    @torch.no_grad()
+    def exact_match(self) -> float:
+        """The share of held-out answers that greedy decoding gives in full, end token included."""
+        right = 0
+        for at in range(0, len(self.held_out), 4):
+            rows = self.held_out[at : at + 4]
+            hidden, labels = self._learned(rows)
+            with torch.autocast(device().type, torch.bfloat16, enabled=self.bf16):
+                found = self.head(hidden).argmax(-1) == labels
+            right += sum(bool(part.all()) for part in found.split([len(answer) for _, answer in rows]))
+        return right / len(self.held_out)
+
     def _summed(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
-        return self._summed_packed(rows) if self.packed else self._summed_padded(rows)
-
-    def _summed_packed(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
-        dtype = torch.bfloat16 if self.bf16 else None
-        hidden = packed.hidden(self.body, [torch.tensor(prompt + answer) for prompt, answer in rows], dtype)
-        labels = torch.tensor(
-            [label for prompt, answer in rows for label in [-100] * (len(prompt) - 1) + answer + [-100]]
-        )
-        learned = labels != -100
-        return packed.summed_loss(hidden[learned], self.head.weight, labels[learned]), int(learned.sum())
-
-    def _summed_padded(self, rows: list[data.Tokens]) -> tuple[Tensor, int]:
-        width = max(sum(map(len, row)) for row in rows)
-        tokens = torch.zeros(len(rows), width, dtype=torch.long)
-        labels = torch.full((len(rows), width), -100)
-        for at, (prompt, answer) in enumerate(rows):
-            whole = torch.tensor(prompt + answer)
-            tokens[at, : len(whole)] = whole
-            labels[at, len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
-        tokens, labels = tokens.to(device()), labels.to(device())
-        learned = labels != -100
+        hidden, labels = self._learned(rows)
+        if self.packed:
+            return packed.summed_loss(hidden, self.head.weight, labels), len(labels)
         with torch.autocast(device().type, torch.bfloat16, enabled=self.bf16):
-            # Padding is on the right, so that the causal mask alone keeps it out; logits are made where they are used.
-            hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
-            logits = self.head(hidden[learned])
-        return F.cross_entropy(logits.float(), labels[learned], reduction="sum"), int(learned.sum())
+            logits = self.head(hidden)
+        return F.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
+
+    def _learned(self, rows: list[data.Tokens]) -> tuple[Tensor, Tensor]:
+        """The last hidden states where a token of an answer is predicted, and these tokens, row after row."""
+        if self.packed:
+            dtype = torch.bfloat16 if self.bf16 else None
+            hidden = packed.hidden(self.body, [torch.tensor(prompt + answer) for prompt, answer in rows], dtype)
+            labels = torch.tensor(
+                [label for prompt, answer in rows for label in [-100] * (len(prompt) - 1) + answer + [-100]]
+            )
+        else:
+            width = max(sum(map(len, row)) for row in rows)
+            tokens = torch.zeros(len(rows), width, dtype=torch.long)
+            labels = torch.full((len(rows), width), -100)
+            for at, (prompt, answer) in enumerate(rows):
+                whole = torch.tensor(prompt + answer)
+                tokens[at, : len(whole)] = whole
+                labels[at, len(prompt) - 1 : len(whole) - 1] = whole[len(prompt) :]
+            tokens, labels = tokens.to(device()), labels.to(device())
+            with torch.autocast(device().type, torch.bfloat16, enabled=self.bf16):
+                # Padding is on the right, so that the causal mask alone keeps it out.
+                hidden = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        learned = labels != -100
+        return hidden[learned], labels[learned]
 
 
 class LoraTask(RowsTask):
