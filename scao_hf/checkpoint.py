@@ -19,13 +19,12 @@ from torch import Tensor
 
 from scao_hf import options
 from scao_hf.distributed.exchange import agreed, is_sharded
-from scao_hf.distributed.serial import BYTES, from_bytes, size_of, to_bytes
-from scao_hf.distributed.shards import Shards
+from scao_hf.distributed.shards import BYTES, EARLIER, Shards, from_bytes, size_of, to_bytes
 from scao_hf.experts import packing_of
 from scao_hf.integrity import CHECKSUM, checksum
-from scao_hf.names import difference, few, in_order, labels, names_of
-from scao_hf.rules import COUNTERS
-from scao_hf.state import EARLIER, Groups, State, expected, only_foreign, pairs, rule_for
+from scao_hf.names import difference, few, in_order, labels, names_of, pairs
+from scao_hf.rules import Groups, State, expected, only_foreign, rule_for
+from scao_hf.rules.base import COUNTERS
 
 #: Version of the state's layout, kept in every parameter group. Version 2 has no ``activity``, and is continued without.
 VERSION, READABLE = 3, (2, 3)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from scao_hf.experts import without_gradient
 from scao_hf.optimizer import SCAO
-from scao_hf.rules import rule_of
-from scao_hf.state import members
-from scao_hf.update import blend_weight
+from scao_hf.rules import members, rule_of
+from scao_hf.rules.base import blend_weight
 from scao_hf.zero import ZeroSCAO
 
 logger = logging.getLogger(__name__)

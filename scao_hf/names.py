@@ -17,6 +17,15 @@ def name_of(param: Tensor, group: dict[str, Any]) -> str:
     return next((f" {name!r}" for each, name in names if each is param), "")
 
 
+def pairs(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> list[tuple[Any, Tensor, dict[str, Any]]]:
+    """(saved id, live parameter, saved group) of every parameter."""
+    return [
+        (key, param, saved)
+        for saved, group in zip(state_dict["param_groups"], groups, strict=True)
+        for key, param in zip(saved["params"], group["params"], strict=True)
+    ]
+
+
 def labels(state_dict: dict[str, Any], groups: Sequence[dict[str, Any]]) -> dict[Any, str]:
     """What messages call each saved parameter: its name, or its number where it has none, and the live one's shape."""
     found: dict[Any, str] = {}

@@ -16,16 +16,14 @@ from scao_hf.buckets import Bucket, is_matrix
 from scao_hf.distributed.exchange import agreed, check_flattened, check_placement
 from scao_hf.distributed.shards import Shards
 from scao_hf.distributed.sharing import Sharing
-from scao_hf.edits import Edits, check_lr
 from scao_hf.experts import Packing, find_experts, find_vocabulary, split_group
-from scao_hf.finite import Watch, check_finite
 from scao_hf.initial import is_untrained
-from scao_hf.low_bit import decoded
+from scao_hf.linalg import full_precision
 from scao_hf.names import with_names
-from scao_hf.precision import full_precision
-from scao_hf.rules import Step, idle_experts_kept, is_large, rule_of
+from scao_hf.rules import State, is_large, rule_of
+from scao_hf.rules.base import Step, idle_experts_kept
+from scao_hf.rules.low_bit import decoded
 from scao_hf.stacks import Stacks, publish
-from scao_hf.state import State
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
 
@@ -104,7 +102,7 @@ class SCAO(Optimizer):
         #: would forbid torch.utils.swap_tensors, with which modules are moved and cast.
         self._had_matrices: list[bool] = []
         self._vectors: set[int] = set()
-        self._edits = Edits([])
+        self._edits = opt.Edits([])
         super().__init__(params if names is None else with_names(params, names), defaults)
         self._experts, self._vocabulary = {}, set()
         self._begin()
@@ -130,9 +128,9 @@ class SCAO(Optimizer):
     def _begin(self) -> None:
         """Forget what belonged to other parameter groups or another state."""
         self._stacks: Stacks | None = None
-        self._watch = Watch()
+        self._watch = notices.Watch()
         self._idleness = notices.Idleness()
-        self._edits = Edits(self.param_groups)
+        self._edits = opt.Edits(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not name are those that the optimizer was given, or its rule's defaults.
@@ -153,7 +151,7 @@ class SCAO(Optimizer):
         settings = {**self.defaults, **group}
         lr = settings["lr"]
         if isinstance(lr, Tensor):
-            check_lr(lr)
+            opt.check_lr(lr)
         opt.check_torch_options(
             float(lr) if isinstance(lr, Tensor) else lr, settings["betas"], settings["eps"], settings["weight_decay"]
         )
@@ -198,7 +196,7 @@ class SCAO(Optimizer):
             with agreed(self.param_groups):
                 self._follow_edits()
                 self.look_at_weights()
-                check_finite(self.param_groups)
+                notices.check_finite(self.param_groups)
                 stacks = self._current()
                 self._watch.check(stacks.buckets)
             self._step_stacks(stacks.buckets, stacks.shards)
@@ -304,7 +302,7 @@ class SCAO(Optimizer):
         ``copy.deepcopy``. Each parameter's entry has a checksum (``scao_hf.integrity``), which ``load_state_dict`` checks.
 
         With sharded parameters (FSDP2) all processes have to call it together: each parameter's state is then its step
-        and one DTensor of bytes (``scao_hf.distributed.serial``), which torch.distributed.checkpoint saves and reshards.
+        and one DTensor of bytes (``scao_hf.distributed.shards``), which torch.distributed.checkpoint saves and reshards.
         Through ``get_optimizer_state_dict`` so is every other parameter's, in an ordinary tensor.
         """
         with agreed(self.param_groups):

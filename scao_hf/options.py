@@ -1,4 +1,4 @@
-"""The options of SCAO: names, legal values and each rule's defaults, in one table.
+"""The options of SCAO: names, legal values and each rule's defaults, in one table; edits of them in a run.
 
 The optimizer validates against this table, the Axolotl plugin builds its ``scao_*`` fields from it and the
 README's option table is checked against it, so a name, a range or a default is written down once.
@@ -9,10 +9,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Real
+from operator import is_, itemgetter
 from typing import Any
+
+from torch import Tensor
 
 #: What an edit of an option in ``optimizer.param_groups`` does, from the next step on.
 AT_ONCE = "acts at once"
@@ -297,6 +301,73 @@ def check_foreign(group: dict[str, Any]) -> None:
     for name, instead in {"maximize": "negate the loss", "amsgrad": "leave it out"}.items():
         if group.get(name):
             raise ValueError(f"{name}={group[name]!r} in a parameter group is not an option of SCAO: {instead}")
+
+
+_NAMES = tuple(name for name in GROUP_KEYS if name != "lr")  # which schedules edit in every step
+_values = itemgetter(*_NAMES)
+_shaping = itemgetter(*map(_NAMES.index, SHAPING))
+
+
+class Edits:
+    """The options under which the state of each parameter group was laid out.
+
+    Args:
+        groups: the parameter groups.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._known = [tuple(map(group.get, _NAMES)) for group in groups]
+
+    def add(self, group: dict[str, Any]) -> None:
+        """Add a group whose options have been checked."""
+        self._known.append(_values(group))
+
+    def known(self) -> list[dict[str, Any]]:
+        """These options, by name."""
+        return [dict(zip(_NAMES, values, strict=True)) for values in self._known]
+
+    def shaping(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether options have been edited on which existing state depends; ``accept`` ends that.
+
+        Raises:
+            ValueError: an option is illegal or missing.
+        """
+        for group in groups:
+            check_foreign(group)
+            if "lr" in group:
+                check_lr(group["lr"])
+        try:
+            values = [*map(_values, groups)]
+        except KeyError:
+            values = []
+        if len(values) == len(self._known) and all(map(is_, chain(*values), chain(*self._known))):
+            return False
+        for group in groups:
+            check_group(group)
+        if [*map(_shaping, values)] != [*map(_shaping, self._known)]:
+            return True
+        self._known = values
+        return False
+
+    def own(self, groups: Sequence[dict[str, Any]], name: str) -> None:
+        """The optimizer itself has set the option ``name``."""
+        place = _NAMES.index(name)
+        self._known = [
+            (*values[:place], group[name], *values[place + 1 :])
+            for values, group in zip(self._known, groups, strict=False)
+        ]
+
+    def accept(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Their state has been laid out under the options that ``groups`` have now."""
+        self._known = [*map(_values, groups)]
+
+
+def check_lr(lr: Any) -> None:
+    """Raise ``ValueError`` for an illegal learning rate; the value of a tensor is not read, as a device would be waited for."""
+    if not isinstance(lr, Tensor):
+        check("lr", float(lr) if isinstance(lr, Real) else lr, TORCH_OPTIONS["lr"])
+    elif lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of {lr.numel()} elements: it must have one element")
 
 
 def eight_bit_hint(optim: str, options: str = "moment_dtype='int8' and use_int8_ema=True") -> str | None:

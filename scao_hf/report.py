@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from scao_hf.buckets import Bucket
-from scao_hf.rules import COUNTERS, is_large, rule_of
-from scao_hf.state import Groups, expected, rule_for
-from scao_hf.update import blend_weight
+from scao_hf.rules import Groups, expected, is_large, rule_for, rule_of
+from scao_hf.rules.base import COUNTERS, blend_weight
 
 METRICS = ("rank", "captured_mass", "curvature_norm", "damped")
 #: Next to a run's trainer_state.json: the figures of every matrix over time.

@@ -16,13 +16,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from scao_hf import low_bit, options
+from scao_hf import options
 from scao_hf.buckets import Bucket, Layout, arithmetic_dtype, offsets_of
-from scao_hf.distributed.serial import BYTES
-from scao_hf.distributed.shards import Shards
+from scao_hf.distributed.shards import BYTES, Shards
 from scao_hf.names import name_of
-from scao_hf.rules import rule_of
-from scao_hf.state import Groups, State, Wholes, create, members
+from scao_hf.rules import Groups, State, Wholes, create, low_bit, members, rule_of
 
 META = torch.device("meta")
 

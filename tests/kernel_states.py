@@ -13,7 +13,8 @@ from torch import Tensor
 
 from scao_hf import ops, options
 from scao_hf.buckets import Block, Bucket, Member
-from scao_hf.rules import Step, rule_of
+from scao_hf.rules import rule_of
+from scao_hf.rules.base import Step
 from scao_hf.rules.eigenbasis import Eigenbasis
 
 #: lr, betas, eps, weight decay and rho.

@@ -7,16 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scao_hf import linalg, ops, update
-from scao_hf.rules import eigenbasis_refresh, published
+from scao_hf import linalg, ops
+from scao_hf.rules import base, eigenbasis_refresh, published
 
 
 def test_accumulate_and_debias_recover_a_constant() -> None:
     outer = torch.tensor([[[4.0, 2.0], [2.0, 9.0]]])
     factor = torch.zeros_like(outer)
     for _ in range(3):
-        update.accumulate(factor, outer, torch.full((1, 1, 1), 0.25))
-    torch.testing.assert_close(update.debias(factor, 0.75, torch.full((1, 1, 1), 3.0)), outer)
+        base.accumulate(factor, outer, torch.full((1, 1, 1), 0.25))
+    torch.testing.assert_close(base.debias(factor, 0.75, torch.full((1, 1, 1), 3.0)), outer)
 
 
 @pytest.mark.parametrize("rank", [2, 6])
@@ -142,7 +142,7 @@ def test_sketch_is_the_top_of_the_dense_matrix_and_accounts_for_the_rest() -> No
 
 
 def test_schedule() -> None:
-    assert update.curvature_start(100, 10, 20) == 200
-    assert update.curvature_start(10, 1, 10) == 10
-    assert [update.blend_weight(step, 10, 3) for step in (10, 11, 12, 13, 14, 99)] == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert update.blend_weight(11, 10, 0) == 1
+    assert base.curvature_start(100, 10, 20) == 200
+    assert base.curvature_start(10, 1, 10) == 10
+    assert [base.blend_weight(step, 10, 3) for step in (10, 11, 12, 13, 14, 99)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert base.blend_weight(11, 10, 0) == 1

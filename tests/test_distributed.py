@@ -15,7 +15,7 @@ from distributed_worker import QUICK, SCENARIOS, STEPS, alone, build, counted, e
 from torch import Tensor
 
 from scao_hf import SCAO, create_scao_optimizer
-from scao_hf.distributed.serial import size_of
+from scao_hf.distributed.shards import size_of
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 from scaling import DOCUMENT, fsdp_step_bytes, renewed, shared_step_bytes, state_bytes

@@ -15,7 +15,8 @@ from torch import Tensor
 from scao_hf import SCAO, create_scao_optimizer, linalg, ops, options, reference
 from scao_hf.buckets import Bucket
 from scao_hf.experts import Packing, find_experts, unpack
-from scao_hf.rules import Step, eigenbasis_refresh
+from scao_hf.rules import eigenbasis_refresh
+from scao_hf.rules.base import Step
 from scao_hf.rules.eigenbasis_refresh import plain_row
 
 transformers = pytest.importorskip("transformers")

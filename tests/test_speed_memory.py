@@ -31,8 +31,8 @@ import speed  # noqa: E402
 import tables  # noqa: E402
 import test_emulator  # noqa: E402
 
-from scao_hf import SCAO, low_bit, ops, quantization  # noqa: E402
-from scao_hf.rules import eigenbasis_refresh  # noqa: E402
+from scao_hf import SCAO, ops, quantization  # noqa: E402
+from scao_hf.rules import eigenbasis_refresh, low_bit  # noqa: E402
 from scao_hf.rules.eigenbasis import Eigenbasis  # noqa: E402
 
 native = pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native CPU kernels: {ops.backend()['cpu']}")

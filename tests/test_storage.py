@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scao_hf import SCAO, low_bit, options, quantization
+from scao_hf import SCAO, options, quantization
 from scao_hf.experts import Packing
+from scao_hf.rules import low_bit
 
 KINDS = ("bfloat16", "int8")
 #: Sides at which int8 pays for an ``exp_avg``, for a ``col`` and for the small ``inside`` moments, blocks, and a vector.

@@ -36,8 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from scao_hf import SCAO, ops, quantization
-from scao_hf.rules import Step, rule_of
+from scao_hf.rules import rule_of
 from scao_hf.rules.adamw import step_adamw
+from scao_hf.rules.base import Step
 from scao_hf.rules.eigenbasis_refresh import gram, rotate
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # type: ignore[attr-defined, unused-ignore]
 
 from scao_hf import SCAO
-from scao_hf.update import curvature_start
+from scao_hf.rules.base import curvature_start
 
 DEVICE = "fictive"
 #: Operations that make a tensor or a view and launch nothing.

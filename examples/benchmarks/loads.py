@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scao_hf import ops
-from scao_hf.update import curvature_start
+from scao_hf.rules.base import curvature_start
 
 #: How many sets of gradients take turns: with one alone, momentum and gradient would be the same and residuals zero.
 GRADIENT_SETS = 3

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from scao_hf import SCAO, backend
 from scao_hf.distributed.exchange import chunks
-from scao_hf.distributed.serial import size_of
-from scao_hf.distributed.shards import balance
-from scao_hf.state import expected
+from scao_hf.distributed.shards import balance, size_of
+from scao_hf.rules import expected
 from scao_hf.tools.shapes import builtin
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "distributed.md"

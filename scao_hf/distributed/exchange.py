@@ -138,6 +138,11 @@ def chunks(length: int, world: int) -> list[tuple[int, int]]:
     return [(min(rank * size, length), min((rank + 1) * size, length)) for rank in range(world)]
 
 
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor's numbers as ``uint8[n]``, row by row; a view where its memory allows it."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
 class Exchange:
     """Vectors of bytes, each cut over all processes and owned by one: collects them with the owners and returns them.
 

@@ -2,22 +2,77 @@
 
 Each step sends the shards of a parameter and of its gradient to its owner and the new shards back: two exchanges,
 whatever the number of parameters. The state of a parameter lives with its owner alone. A state dict holds it as bytes
-in a DTensor that is cut like the parameter, so that checkpoints can be read by any number of processes.
+in a DTensor that is cut like the parameter, so that checkpoints can be read by any number of processes. For that the
+shapes must be known before it is read: the fields differ between the phases, the bytes are as many as the larger needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scao_hf.distributed import serial
-from scao_hf.distributed.exchange import Exchange, chunks, is_sharded, local_gradient, shard_dim
-from scao_hf.distributed.serial import BYTES, as_bytes
-from scao_hf.state import Groups, State, Wholes, only_foreign, pairs
+from scao_hf.distributed.exchange import Exchange, as_bytes, chunks, is_sharded, local_gradient, shard_dim
+from scao_hf.integrity import checksum
+from scao_hf.names import pairs
+from scao_hf.rules import Groups, State, Wholes, expected, only_foreign
+
+EARLIER = "take an earlier checkpoint, or start from the weights alone"
+
+#: The key under which a parameter's state holds its vector.
+BYTES = "bytes"
+#: Bytes of the checksum; every field begins at a multiple of as many, so that it can be read in its own dtype.
+ALIGNMENT = 8
+
+
+def _places(fields: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, slice]]:
+    """Name, field and place in the vector, in alphabetical order of the names; the checksum comes before the first."""
+    end = ALIGNMENT
+    for name in sorted(fields):
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + fields[name].numel() * fields[name].element_size()
+        yield name, fields[name], slice(start, end)
+
+
+def size_of(param: Tensor, group: dict[str, Any]) -> int:
+    """Bytes of the vector for ``param``: what the larger of the two phases needs."""
+    ends = (place.stop for step in (0, sys.maxsize) for *_, place in _places(expected(param, group, step)))
+    return max(ends, default=0)
+
+
+def to_bytes(fields: Mapping[str, Tensor], step: int, size: int) -> Tensor:
+    """A checksum and the fields after ``step`` steps as ``uint8[size]`` on their device; what they leave free is zero."""
+    device = next(iter(fields.values())).device
+    vector = torch.zeros(size, dtype=torch.uint8, device=device)
+    for _, field, place in _places(fields):
+        vector[place] = as_bytes(field)
+    vector[:ALIGNMENT] = as_bytes(torch.tensor(checksum({"step": step, **fields})))
+    return vector
+
+
+def from_bytes(where: str, vector: Tensor, param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
+    """Copies of the fields of ``param``'s state after ``step`` steps, from the ``uint8`` vector.
+
+    Args:
+        where: what messages call it.
+
+    Raises:
+        ValueError: they do not fit their checksum.
+    """
+    fields = {
+        name: vector[place].clone().view(field.dtype).view(field.shape)
+        for name, field, place in _places(expected(param, group, step))
+    }
+    if int(vector[:ALIGNMENT].clone().view(torch.int64)) != checksum({"step": step, **fields}):
+        raise ValueError(
+            f"{where}: the saved bytes do not fit their checksum: the file is damaged or was edited, or options in its groups "
+            f"were; {EARLIER}"
+        )
+    return fields
 
 
 def balance(costs: Sequence[int], loads: list[int], among: Sequence[Sequence[int]] | None = None) -> list[int]:
@@ -44,7 +99,7 @@ def owners_of(groups: Groups, world: int) -> dict[Tensor, int]:
     owners: dict[Tensor, int] = {}
     for group in groups:
         sharded = [param for param in group["params"] if is_sharded(param)]
-        ranks = balance([serial.size_of(param, group) for param in sharded], loads)
+        ranks = balance([size_of(param, group) for param in sharded], loads)
         owners |= dict(zip(sharded, ranks, strict=True))
     return owners
 
@@ -148,7 +203,7 @@ class Shards:
 
         entries = dict(state_dict["state"])
         found: list[tuple[Any, Any, int]] = [
-            (key, param, serial.size_of(param, group)) for key, param, group in self.saved(state_dict, groups)
+            (key, param, size_of(param, group)) for key, param, group in self.saved(state_dict, groups)
         ]
         if not found:
             return state_dict
@@ -157,7 +212,7 @@ class Shards:
         for key, param, size in found:
             if param not in self.elsewhere:
                 fields = {name: value for name, value in entries[key][BYTES].items() if name != "step"}
-                pieces.append(_cut(serial.to_bytes(fields, entries[key]["step"], size), self.world))
+                pieces.append(_cut(to_bytes(fields, entries[key]["step"], size), self.world))
         received = exchange.to_parts([piece[target] for target in range(self.world) for piece in pieces], self.device)
         for (key, param, size), local in zip(found, received, strict=True):
             vector = DTensor.from_local(

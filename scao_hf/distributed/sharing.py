@@ -12,10 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scao_hf.buckets import Bucket
-from scao_hf.distributed.exchange import is_sharded
-from scao_hf.distributed.serial import as_bytes
-from scao_hf.rules import rule_of
-from scao_hf.state import Groups
+from scao_hf.distributed.exchange import as_bytes, is_sharded
+from scao_hf.rules import Groups, rule_of
 
 
 class Sharing:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from scao_hf import ops
 from scao_hf.buckets import Bucket
-from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step
-from scao_hf.update import accumulate, adam_direction, adam_moments
+from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step, accumulate, adam_direction, adam_moments
 
 
 class AdamW(Rule):

@@ -18,7 +18,22 @@ from torch import Tensor
 from scao_hf import ops, quantization
 from scao_hf.buckets import Bucket
 from scao_hf.rules.adamw import step_adamw
-from scao_hf.rules.base import COUNTERS, FACTOR, NOT_NEGATIVE, SHARE, VECTORS, Field, Legal, Rule, Step
+from scao_hf.rules.base import (
+    COUNTERS,
+    FACTOR,
+    NOT_NEGATIVE,
+    SHARE,
+    VECTORS,
+    Field,
+    Legal,
+    Rule,
+    Step,
+    accumulate,
+    blend_weight,
+    clip_norm,
+    curvature_start,
+    mix,
+)
 from scao_hf.rules.eigenbasis_refresh import (
     MOST_GAIN,
     all_or_nothing,
@@ -28,7 +43,6 @@ from scao_hf.rules.eigenbasis_refresh import (
     rank_one_direction,
     refresh,
 )
-from scao_hf.update import accumulate, blend_weight, clip_norm, curvature_start, mix
 
 #: A step works on as many matrices at a time as have this many entries: its intermediates stay in a CPU's caches, and
 #: take little of a GPU's memory, which wants few and large operations.

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from scao_hf import ops
 from scao_hf.linalg import adaptive_rank, eigh
-from scao_hf.rules.base import Step
-from scao_hf.update import adam_direction, averaged, debias
+from scao_hf.rules.base import Step, adam_direction, averaged, debias
 
 #: (U14) What is added to estimated second moments, as a share of the energy of all rows, or of the mean of all columns.
 DAMPING = 1e-3

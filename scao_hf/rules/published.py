@@ -14,8 +14,15 @@ from torch import Tensor
 from scao_hf import ops, quantization
 from scao_hf.buckets import Bucket
 from scao_hf.linalg import adaptive_rank, eigh
-from scao_hf.rules.base import FACTOR, NOT_NEGATIVE, SHARE, VECTORS, Field, Legal, Rule, Step
-from scao_hf.update import (
+from scao_hf.rules.base import (
+    FACTOR,
+    NOT_NEGATIVE,
+    SHARE,
+    VECTORS,
+    Field,
+    Legal,
+    Rule,
+    Step,
     accumulate,
     adam_direction,
     adam_moments,

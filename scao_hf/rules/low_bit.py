@@ -45,7 +45,7 @@ def is_encoded(name: str, like: Tensor, rule: Rule, group: dict[str, Any]) -> bo
     return codes + 4 * scales < like[0].numel() * like.element_size()
 
 
-def zeros(fields: dict[str, Tensor], rule: Rule, group: dict[str, Any]) -> dict[str, Tensor]:
+def encoded_zeros(fields: dict[str, Tensor], rule: Rule, group: dict[str, Any]) -> dict[str, Tensor]:
     """The fields of a new state, all zero in those that are kept encoded, as they are kept."""
     kept: dict[str, Tensor] = {}
     for name, field in fields.items():
