@@ -18,7 +18,7 @@ REFERENCE = "adamw"
 SUBJECT = "scao"
 #: What the README rests on: the setting of its claim, and those of its table.
 CLAIM = "qlora-r16-cosine-300"
-EVIDENCE = (CLAIM, "qlora-r8-cosine-60", "gpt-cosine-500")
+EVIDENCE = (CLAIM, "qlora-r8-cosine-60", "full-cosine-60", "gpt-cosine-500")
 
 
 def of_subject(optimizer: str) -> bool:
@@ -333,7 +333,7 @@ def claim(setting: Setting) -> str:
 
 
 def evidence(found: Sequence[Setting]) -> str:
-    """The three settings of the README, and where other optimizers end lower than SCAO in any setting."""
+    """The settings of the README, and where other optimizers end lower than SCAO in any setting."""
     rows = []
     for setting in (setting for name in EVIDENCE for setting in found if setting.name == name):
         theirs, ours = same_rate(setting)
@@ -370,6 +370,7 @@ def title(setting: Setting) -> str:
     rank = f", LoRA r={cell['rank']}" if "rank" in cell else ""
     model = cell["model"].split(",")[0].split(" (")[0]
     model += f" of {cell.get('size', '838k').upper()} from scratch" if cell["task"] == "gpt" else ""
+    model += ", every weight" if cell["task"] == "full" else ""
     return f"{model}{rank}, {Path(cell['data']).stem}, {cell['schedule']}, {setting.steps} steps"
 
 
