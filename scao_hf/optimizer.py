@@ -320,7 +320,8 @@ class SCAO(Optimizer):
 
         def inspect(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             if self._partial_resume:
-                incoming = checkpoint.in_common(incoming, self.param_groups)
+                with agreed(self.param_groups):
+                    incoming = checkpoint.in_common(incoming, self.param_groups)
             incoming, state = checkpoint.restored(incoming, self.param_groups)
             fresh.update(state)
             return {**incoming, "state": {}}

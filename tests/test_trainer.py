@@ -14,7 +14,15 @@ pytest.importorskip("transformers", reason="needs transformers")
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from scao_hf import SCAO, SCAOCallback, SCAOTrainer, SCAOTrainerMixin
 from scao_hf.trainer import check_scao_kwargs, optimizer_class, unwrap
@@ -130,6 +138,23 @@ def test_callback_goes_first_and_only_once(tiny_llama: Path, tmp_path: Path) -> 
     assert trainer.callback_handler.callbacks[0] is callback
     assert SCAOCallback.attach(trainer) is callback
     assert [type(known) for known in trainer.callback_handler.callbacks].count(SCAOCallback) == 1
+
+
+def test_a_run_begins_with_its_groups_told_and_a_rate_for_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = torch.nn.Linear(8, 4)
+    optimizer = SCAO([{"params": [model.weight]}, {"params": [model.bias], "lr": 0.5}], lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    schedule.base_lrs = schedule.base_lrs[:1]  # that of a checkpoint with one group, after a partial resume
+    state, parts = TrainerState(max_steps=50), {"optimizer": optimizer, "model": model, "lr_scheduler": schedule}
+    with caplog.at_level(logging.INFO):
+        SCAOCallback().on_train_begin(arguments(tmp_path), state, TrainerControl(), **parts)
+    assert "group 0: 1 parameter (32 entries) by eigenbasis, lr 0.01, weight decay 0.01\ngroup 1: 1" in caplog.text
+    model.weight.grad = torch.ones(4, 8)
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.25]
 
 
 def test_callback_in_a_plain_trainer(tiny_llama: Path, tmp_path: Path) -> None:
