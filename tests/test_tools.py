@@ -128,7 +128,7 @@ def test_migrate_names_what_scao_refuses_and_never_overwrites(tmp_path: Path) ->
     assert "zero3.json: SCAO does not run" in result.output and "FSDP1 flattens" in result.output
     assert run("migrate", path).exit_code == 1  # the same again
     target.write_text("base_model: mine\n", encoding="utf-8")
-    assert "exists and says something else" in mistake("migrate", path)
+    assert "exists with other content" in mistake("migrate", path)
     assert target.read_text(encoding="utf-8") == "base_model: mine\n"
 
 
@@ -492,6 +492,7 @@ def test_plan_prints_a_table_and_json(tmp_path: Path) -> None:
         "fits",
         "SCAO: moments",
         "adamw_torch",
+        "TRL's SFTTrainer computes its loss in chunks",
     ):
         assert words in " ".join(result.output.split())
     text = GOOD.replace("Qwen/Qwen2.5-0.5B", str(tmp_path))

@@ -24,6 +24,11 @@ from scao_hf.tools import ToolError
 if TYPE_CHECKING:
     from scao_hf.tools.plan import Plan
 
+#: What a plan without a YAML does not know: who trains.
+TRAINER_LOGITS = (
+    "logits are counted as transformers.Trainer holds them; TRL's SFTTrainer computes its loss in chunks and needs less"
+)
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -46,7 +51,7 @@ def common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Plan, watch and check fine-tuning with SCAO."""
+    """Plan, compare, watch and check fine-tuning with SCAO."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold bytes that are not text
 
@@ -95,7 +100,7 @@ def plan(
 ) -> None:
     """Will it fit? Shows what fills the card's memory before anything is downloaded or trained.
 
-    CONFIG is an Axolotl YAML; without one, --model names a model. An option stands for the YAML's value.
+    CONFIG is an Axolotl YAML; without one, --model names a model. Options override the YAML.
     """
     with _mistakes_in_one_line():
         from scao_hf.tools import settings as asked
@@ -108,7 +113,7 @@ def plan(
         with _libraries_silent():
             from scao_hf.tools.axolotl_yaml import from_yaml
 
-            base = from_yaml(config) if config is not None else asked.Settings(model or "")
+            base = from_yaml(config) if config is not None else asked.Settings(model or "", notes=(TRAINER_LOGITS,))
         chosen = asked.with_overrides(
             base,
             model=model,
@@ -199,13 +204,13 @@ def compare(
         str,
         typer.Option(help="config: the configuration's own for all; auto: each optimizer's best; or a number."),
     ] = "config",
-    seeds: Annotated[int, typer.Option(help="Seeds for each optimizer; from 3 on, small gaps mean something.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Seeds for each optimizer; 3 or more to trust a small gap.")] = 1,
     against: Annotated[
         str | None,
         typer.Option(help="The other optimizers, with commas; adamw_torch, or the YAML's own, if not given."),
     ] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE: a key of the YAML set otherwise; may be repeated.")
+        list[str] | None, typer.Option("--set", help="KEY=VALUE: change a key of the YAML; may be repeated.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs/compare"),
 ) -> None:
@@ -289,7 +294,7 @@ def migrate(
         changed = result.after != result.before
         if changed:
             if target.exists() and target.read_text(encoding="utf-8", errors="replace") != result.after:
-                raise ToolError(f"{target} exists and says something else: remove it, or choose another with --out")
+                raise ToolError(f"{target} exists with other content: remove it, or choose another with --out")
             try:
                 target.write_text(result.after, encoding="utf-8")
             except OSError as error:

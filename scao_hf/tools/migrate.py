@@ -110,7 +110,7 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
         return chosen, reasons
     if hint := eight_bit_hint(own, "`scao_moment_dtype: int8` and `scao_use_int8_ema: true`"):
         chosen |= {"moment_dtype": "int8", "use_int8_ema": True}
-        reasons.append(f"int8 state: {own} keeps a small state; {hint}")
+        reasons.append(f"int8 state, as small as that of {own}: {hint}")
         rank = raw.get("lora_r") or 8
         if raw.get("adapter") and isinstance(rank, int) and rank < RULE_DEFAULTS[RULES[0]]["k_max"]:
             chosen["k_max"] = max(rank, RULE_DEFAULTS[RULES[0]]["k_min"])
@@ -149,7 +149,7 @@ def _notes(raw: dict[str, Any], own: str, options: dict[str, Any]) -> list[str]:
     if own in STATES:
         notes.append(_memory(raw, own, options))
     if folder := other_package():
-        notes.append(f"the PyPI package scao, another project's, is installed in {folder}: the plugin's line decides")
+        notes.append(f"the PyPI package scao, another project's, is installed in {folder}; the plugin's line decides")
     return notes + [f"Axolotl does not read `{key}`{near}" for key, near in unknown(raw).items()]
 
 
