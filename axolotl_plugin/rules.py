@@ -11,7 +11,7 @@ import torch
 
 from axolotl_plugin.values import MOMENT_KEYS, PREFIX, Findings, read_optim_args
 from scao_hf import SCAO
-from scao_hf.options import OPTIONS, RULES, TORCH_OPTIONS, resolve
+from scao_hf.options import OPTIONS, TORCH_OPTIONS, resolve_arguments
 from scao_hf.rules import rule_of
 from scao_hf.trainer import choose_betas
 from scao_hf.zero import refused
@@ -102,9 +102,8 @@ def merged_options(get: Get, errors: list[str]) -> dict[str, Any]:
     for name, keys in (("betas", ("adam_beta1", "adam_beta2")), ("eps", ("adam_epsilon",))):
         if name in options and any(get(key) is not None for key in keys):
             errors.append(f"optim_args: {name} is also set as {MOMENT_KEYS[name]}: keep one of the two")
-    passed = {name: value for name, value in options.items() if name not in ("rule", "eps")}
     try:
-        resolve(options.get("rule") or RULES[0], passed)
+        resolve_arguments(options)
     except ValueError as error:
         errors.append(str(error))
         return {}
@@ -250,8 +249,7 @@ def _check_learning_rates(get: Get, findings: Findings) -> None:
 
 
 def _check_length(options: dict[str, Any], steps: int, what: str, findings: Findings) -> None:
-    passed = {name: value for name, value in options.items() if name in OPTIONS and name != "rule"}
-    full = resolve(options.get("rule") or RULES[0], passed)
+    full = resolve_arguments(options)
     start = rule_of(full, matrix=True).phase1_steps(full)
     phase1 = (
         f"phase 1 (plain AdamW) lasts {start} steps: scao_warmup_steps is {full['warmup_steps']}, and "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from scao_hf.namesake import foreign_option
-from scao_hf.options import OPTIONS, SWITCHES, TORCH_OPTIONS, did_you_mean, read_value
+from scao_hf.options import OPTIONS, SWITCHES, TORCH_OPTIONS, about_unknown, did_you_mean, read_value
 
 PREFIX = "scao_"
 #: Keys that optim_args may hold besides SCAO's options, and the config key that says the same.
@@ -15,8 +13,6 @@ MOMENT_KEYS = {"betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon"}
 #: Keys of other optimizers that Axolotl accepts and SCAO does not read; ``optim`` is the Trainer's name for ``optimizer``.
 WITHOUT_EFFECT = ("adam_beta3", "adam_epsilon2", "optim", "optim_target_modules", "torchdistx_path")
 FOREIGN_PREFIXES = ("dion_", "qgalore_")
-#: What users of other low-rank methods look for, and SCAO's name for it.
-SYNONYMS = {"rank": "k_max"}
 
 
 @dataclass
@@ -32,18 +28,6 @@ class Findings:
             log.warning("SCAO: %s", warning)
         if self.errors:
             raise ValueError("\n".join(["this config does not work with SCAO:", *(f"  - {e}" for e in self.errors)]))
-
-
-def _suggest(word: str, known: Iterable[str], prefix: str = "") -> str:
-    if told := foreign_option(word, prefix):
-        return told
-    known = list(known)
-    near = did_you_mean(word, (*known, *SYNONYMS))
-    for synonym, name in SYNONYMS.items():
-        near = near.replace(repr(synonym), repr(name))
-    if near:
-        return near.replace("'", "'" + prefix, 1)
-    return f"; its options are: {', '.join(prefix + name for name in known)}"
 
 
 def read_optim_args(optim_args: str | dict[str, Any] | None, errors: list[str]) -> dict[str, Any]:
@@ -65,7 +49,7 @@ def read_optim_args(optim_args: str | dict[str, Any] | None, errors: list[str]) 
             errors.append(f"optim_args: {key}: set {'learning_rate' if key == 'lr' else key} in the config instead")
             continue
         if key not in OPTIONS and key not in MOMENT_KEYS:
-            near = _suggest(key.removeprefix(PREFIX), (*OPTIONS, *MOMENT_KEYS))
+            near = about_unknown(key.removeprefix(PREFIX), (*OPTIONS, *MOMENT_KEYS))
             errors.append(f"optim_args: {key} is not an option of SCAO{near}")
             continue
         try:
@@ -96,7 +80,7 @@ def read_raw(data: dict[str, Any], findings: Findings) -> dict[str, Any]:
         option = {**OPTIONS, **SWITCHES}.get(key.removeprefix(PREFIX))
         try:
             if option is None:
-                near = _suggest(key.removeprefix(PREFIX), (*OPTIONS, *SWITCHES), PREFIX)
+                near = about_unknown(key.removeprefix(PREFIX), (*OPTIONS, *SWITCHES), PREFIX)
                 raise ValueError(f"{key} is not an option of SCAO{near}")
             data[key] = read_value(key, data[key], option)
         except ValueError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Real
@@ -17,6 +17,8 @@ from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
+
+from scao_hf.namesake import foreign_option
 
 #: What an edit of an option in ``optimizer.param_groups`` does, from the next step on.
 AT_ONCE = "acts at once"
@@ -225,6 +227,35 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``" (did you mean 'k_max'?)"`` for the nearest known word, or an empty string where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+#: What users of other low-rank methods look for, and SCAO's name for it.
+SYNONYMS = {"rank": "k_max"}
+
+
+def about_unknown(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """What a message adds about a word that is not among the known options: whose it is, the nearest one, or all of them.
+
+    Args:
+        word: without the prefix.
+        known: the options that are read in this place.
+        prefix: what they are written with there.
+    """
+    if told := foreign_option(word, prefix):
+        return told
+    known = list(known)
+    near = did_you_mean(word, (*known, *SYNONYMS))
+    for synonym, name in SYNONYMS.items():
+        near = near.replace(repr(synonym), repr(name))
+    return near.replace("'", "'" + prefix, 1) or f"; its options are: {', '.join(prefix + name for name in known)}"
+
+
+def resolve_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``resolve`` of the options among arguments of ``SCAO`` (``scao_kwargs``, ``optim_args``), ``rule`` in them or not."""
+    passed = {
+        name: value for name, value in arguments.items() if name != "rule" and (name in OPTIONS or name == "betas")
+    }
+    return resolve(arguments.get("rule") or RULES[0], passed)
 
 
 def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:

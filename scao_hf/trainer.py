@@ -20,9 +20,17 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from scao_hf import __version__, checks
 from scao_hf.distributed.exchange import INSTEAD
 from scao_hf.experts import find_experts, find_vocabulary
-from scao_hf.namesake import foreign_option
 from scao_hf.optimizer import SCAO, trainable_parameters
-from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, SWITCHES, check, did_you_mean, eight_bit_hint, resolve
+from scao_hf.options import (
+    OPTIONS,
+    RULE_DEFAULTS,
+    RULES,
+    SWITCHES,
+    about_unknown,
+    check,
+    eight_bit_hint,
+    resolve_arguments,
+)
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
 from scao_hf.zero import ZeroSCAO, refused
 
@@ -57,11 +65,10 @@ def check_scao_kwargs(scao_kwargs: dict[str, Any]) -> None:
         if name in TRAINING_ARGUMENTS:
             raise ValueError(f"scao_kwargs: {name!r} belongs to the training arguments: set {TRAINING_ARGUMENTS[name]}")
         if name not in OPTIONS and name not in ("betas", "partial_resume"):
-            near = foreign_option(name) or did_you_mean(name, (*OPTIONS, "betas", "partial_resume"))
-            raise ValueError(f"scao_kwargs: {name!r} is not an option of SCAO{near}; they are: {', '.join(OPTIONS)}")
+            near = about_unknown(name, (*OPTIONS, "betas", "partial_resume"))
+            raise ValueError(f"scao_kwargs: {name!r} is not an option of SCAO{near}")
     check("partial_resume", scao_kwargs.get("partial_resume", False), SWITCHES["partial_resume"])
-    passed = {name: value for name, value in scao_kwargs.items() if name not in ("rule", "partial_resume")}
-    resolve(scao_kwargs.get("rule") or RULES[0], passed)
+    resolve_arguments(scao_kwargs)
 
 
 def optimizer_class(trainer: Trainer) -> type[SCAO] | type[ZeroSCAO]:

@@ -379,7 +379,8 @@ def test_the_model_card_names_the_optimizer(tiny_llama: Path, tmp_path: Path) ->
     ("own", "message"),
     [
         ({"k_mx": 4}, r"'k_mx' is not an option of SCAO \(did you mean 'k_max'\?\)"),
-        ({"zzz": 4}, r"'zzz' is not an option of SCAO; they are: rule, from_scratch"),
+        ({"rank": 4}, r"'rank' is not an option of SCAO \(did you mean 'k_max'\?\)"),
+        ({"zzz": 4}, r"'zzz' is not an option of SCAO; its options are: rule, from_scratch"),
         (
             {"sparsity": 0.3},
             r"not an option of SCAO \(it belongs to the PyPI package scao, another project's: remove it",

@@ -19,7 +19,7 @@ from statistics import fmean
 from typing import Any
 
 from axolotl_plugin.values import Findings
-from scao_hf.options import OPTIONS, RULES, did_you_mean, resolve
+from scao_hf.options import did_you_mean, resolve_arguments
 from scao_hf.rules import rule_of
 from scao_hf.tools import ToolError, logged
 from scao_hf.tools.axolotl_keys import unknown
@@ -130,8 +130,7 @@ class Job:
                 f"{self.source}: deepspeed: {raw['deepspeed']}: compare trains in one process, without DeepSpeed's launcher, "
                 "where ZeRO has nothing to share out: add --set deepspeed=null"
             )
-        known = {name: value for name, value in passed.items() if name in OPTIONS and name != "rule"}
-        options = resolve(passed.get("rule") or RULES[0], known)
+        options = resolve_arguments(passed)
         start = rule_of(options, matrix=True).phase1_steps(options)
         if self.steps <= start:
             raise ToolError(
