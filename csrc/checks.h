@@ -107,6 +107,21 @@ Fields<Index> fields_of(const std::vector<Tensor>& state) {
   return fields;
 }
 
+// The state of phase 1 and of vectors: taken, level, exp_avg, exp_avg_sq, and factor where there is one, else null.
+struct Adamw {
+  float *taken, *level, *exp_avg, *exp_avg_sq, *factor;
+};
+
+inline Adamw adamw_of(const std::vector<Tensor>& state) {
+  STD_TORCH_CHECK(state.size() == 4 || state.size() == 5, "scao: the state has ", state.size(), " fields");
+  const Tensor& exp_avg = state[2];
+  STD_TORCH_CHECK(exp_avg.dim() == 3, "scao: exp_avg must be [N, r, l]");
+  const int64_t matrices = exp_avg.size(0), r = exp_avg.size(1), l = exp_avg.size(2);
+  return {floats(state[0], "taken", exp_avg, {matrices}), floats(state[1], "level", exp_avg, {matrices}),
+          floats(exp_avg, "exp_avg", exp_avg, {matrices, r, l}), floats(state[3], "exp_avg_sq", exp_avg, {matrices, r, l}),
+          state.size() > 4 ? floats(state[4], "factor", exp_avg, {matrices, r, r}) : nullptr};
+}
+
 inline Numbers numbers_of(const std::vector<double>& numbers) {
   STD_TORCH_CHECK(numbers.size() == 6, "scao: there must be 6 numbers");
   return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};

@@ -49,20 +49,15 @@ void run(const std::vector<Task>& tasks, unsigned long bytes, Kernel kernel) {
   });
 }
 
-// In phase 1 and of vectors: taken, level, exp_avg, exp_avg_sq, and factor where there is one.
 void adamw_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state, std::vector<double> numbers) {
-  STD_TORCH_CHECK(state.size() == 4 || state.size() == 5, "scao: the state has ", state.size(), " fields");
+  const Adamw fields = adamw_of(state);
   const Tensor& exp_avg = state[2];
   const auto [matrices, r, l] = sizes_of(exp_avg, params, grads);
-  float* count = floats(state[0], "taken", exp_avg, {matrices});
-  float* largest = floats(state[1], "level", exp_avg, {matrices});
-  float* mean = floats(exp_avg, "exp_avg", exp_avg, {matrices, r, l});
-  float* square = floats(state[3], "exp_avg_sq", exp_avg, {matrices, r, l});
-  float* outer = state.size() > 4 ? floats(state[4], "factor", exp_avg, {matrices, r, r}) : nullptr;
   std::vector<AdamwTask> tasks;
   for (int64_t i = 0; i < matrices; i++) {
     tasks.push_back({view_of(grads[i], "grads", exp_avg, r, l), view_of(params[i], "params", exp_avg, r, l),
-                     mean + i * r * l, square + i * r * l, outer ? outer + i * r * r : nullptr, count + i, largest + i, r, l});
+                     fields.exp_avg + i * r * l, fields.exp_avg_sq + i * r * l,
+                     fields.factor ? fields.factor + i * r * r : nullptr, fields.taken + i, fields.level + i, r, l});
   }
   const Numbers n = numbers_of(numbers);
   run(tasks, chosen->adamw_scratch(r, l), [&](const AdamwTask& task, void* memory) { chosen->adamw(task, n, memory); });

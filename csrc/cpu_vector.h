@@ -32,7 +32,7 @@ constexpr int COL_BLOCK = 2;
 #endif
 constexpr int COLS = VL * COL_BLOCK;
 constexpr unsigned NOT_FINITE = 0x7f800000u;
-constexpr float LARGEST_GRADIENT = 1e15f, LARGEST_JUMP = 10.0f, LEVEL_DECAY = 0.95f;  // as in scao_hf/update.py
+constexpr float LARGEST_GRADIENT = 1e15f, LARGEST_JUMP = 10.0f, LEVEL_DECAY = 0.95f;  // as in scao_hf/rules/base.py
 constexpr float TINY = 1.17549435e-38f;
 constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis_refresh.py
 

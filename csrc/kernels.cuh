@@ -1,9 +1,11 @@
 // CUDA kernels: plain CUDA C++, no torch header, no CUDA library. The same text is compiled by nvcc and, through
 // emulator/cuda_emulator.h, by g++ for tests without a GPU.
 //
-// A step of a bucket in phase 2 is five launches; blocks work on one matrix and CHUNK of its columns:
+// A step of a bucket in phase 2 is five launches, one of phase 1 the first two and adamw. Blocks work on one matrix and
+// CHUNK of its columns:
 //   project   reads G and U, leaves per-chunk sums of G G^T and of Q^T G U and the largest magnitude
 //   settle    one block a matrix: (U3), (E1), the kept part's moments, Q and Q K scaled for the last launch
+//   adamw     phase 1: reads G, moments and the parameter and writes the latter two
 //   residual  reads G, U and the momentum: the residual, its momentum, col, per-chunk sums for row
 //   apply     reads the momentum and U, writes the parameter
 //   finish    stores row and the agreement
@@ -25,9 +27,50 @@
 namespace scao {
 namespace cuda {
 
+#ifdef SCAO_EMULATE
+using Floats = emulator::Shared;  // counts bank conflicts, and knows its end
+#define SCAO_SHARED const Floats shared = emulator::shared
+#define SCAO_BATCH const Batch&
+#else
+using Floats = float*;  // in shared memory
+#define SCAO_SHARED extern __shared__ float shared[]
+#define SCAO_BATCH const __grid_constant__ Batch
+#endif
+
 SCAO_HD inline long scratch_size(int r, int l, int k) {
   const int chunks = (l + CHUNK - 1) / CHUNK;
   return HEADER + 2 * r * k + r * r + static_cast<long>(chunks) * (r * r + r * k + 1) + chunks * (r + 3L);
+}
+
+SCAO_HD inline int threads_of(int r) { return r <= 16 ? 128 : 256; }
+
+// Rows in shared memory are padded so that a warp's accesses spread over the 32 banks: of a tile along columns, along rows,
+// and, for r below 32, along the columns of several rows; of what is walked along rows alone, an odd number.
+SCAO_HD inline int tile_row(int r) { return TILE + (r < TILE ? TILE / r : 1); }
+SCAO_HD inline int odd(int columns) { return columns | 1; }
+
+// Shared memory of a block, in floats; k is 0 in phase 1. Sums over threads take two floats each.
+SCAO_HD inline int shared_size(int r, int k) {
+  const int tile = r * tile_row(r), least = 2 * threads_of(r);
+  const int all = k ? 2 * tile + k * odd(TILE) + r * odd(r) + r * odd(k) : tile;
+  return all > least ? all : least;
+}
+
+struct Shared {
+  Floats tile, rotated;  // [r][tile_row]
+  Floats basis;          // [k][odd(TILE)]
+  Floats square;         // [r][odd(r)]
+  Floats kept;           // [r][odd(k)]
+};
+
+__device__ inline Shared parts_of(Floats shared, int r, int k) {
+  Shared x;
+  x.tile = shared;
+  x.rotated = x.tile + r * tile_row(r);
+  x.basis = x.rotated + r * tile_row(r);
+  x.square = x.basis + k * odd(TILE);
+  x.kept = x.square + r * odd(r);
+  return x;
 }
 
 // Where the parts of a matrix's scratch lie.
@@ -43,7 +86,7 @@ __device__ inline Scratch scratch_of(const State& s, int matrix) {
   x.mixed = x.kept + s.r * s.k;           // gain Q K, [r][k]
   x.scaled = x.mixed + s.r * s.k;         // gain Q, [r][r]
   x.partial = x.scaled + s.r * s.r;       // chunk after chunk: G G^T, then Q^T G U
-  x.largest = x.partial + static_cast<long>(s.chunks) * (s.r * s.r + s.r * s.k);
+  x.largest = x.partial + static_cast<long>(s.chunks) * (s.r * s.r + s.r * s.k);  // of the magnitudes, NaN above Inf
   x.rows = x.largest + s.chunks;          // [chunks][r]
   x.cols = x.rows + s.chunks * s.r;       // [chunks]
   x.agreed = x.cols + s.chunks;           // [chunks]: entries of the step that agree with the gradient (U16)
@@ -69,6 +112,9 @@ __device__ inline unsigned bits_of(float f) {
   return x.u;
 }
 
+// Of magnitudes, NaN being the largest.
+__device__ inline float larger(float a, float b) { return bits_of(a) > bits_of(b) ? a : b; }
+
 constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis_refresh.py
 
 // x within 1, (U10).
@@ -93,68 +139,63 @@ __device__ inline void write(void* data, Dtype dtype, long at, float x) {
   }
 }
 
-// One tile of G, [r][TILE], zero beyond the matrix; threads run along the contiguous side.
-__device__ inline void load_gradient(const View& g, int r, int first, int width, float scale, float* tile) {
-  for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
+// [rows][columns] into shared memory, `row` floats a row.
+__device__ inline void load(const float* from, int rows, int columns, int row, Floats to) {
+  for (int at = threadIdx.x; at < rows * columns; at += blockDim.x) to[at / columns * row + at % columns] = from[at];
+}
+
+// One tile of G, zero beyond the matrix; threads run along the contiguous side.
+__device__ inline void load_gradient(const View& g, int r, int first, int width, float scale, Floats tile) {
+  for (int at = threadIdx.x; at < r * TILE; at += blockDim.x) {
     const int i = g.col_stride == 1 ? at / TILE : at % r, c = g.col_stride == 1 ? at % TILE : at / r;
     const long from = i * g.row_stride + (first + c) * g.col_stride;
-    tile[i * TILE + c] = c < width ? read(g.data, g.dtype, from) * scale : 0.0f;
+    tile[i * tile_row(r) + c] = c < width ? read(g.data, g.dtype, from) * scale : 0.0f;
   }
 }
 
-// One tile of U, [TILE][k].
-__device__ inline void load_basis(const State& s, int matrix, int first, int width, float* tile) {
+// One tile of U^T, zero beyond the matrix.
+__device__ inline void load_basis(const State& s, int matrix, int first, int width, Floats tile) {
   const long from = static_cast<long>(matrix) * s.l * s.k + first;
-  for (int at = threadIdx.x; at < TILE * s.k; at += THREADS) {
+  for (int at = threadIdx.x; at < TILE * s.k; at += blockDim.x) {
     const int m = at / TILE, j = at % TILE;
-    tile[m * BASIS_ROW + j] = j < width ? read(s.long_vectors, s.long_dtype, from + static_cast<long>(m) * s.l + j) : 0.0f;
+    tile[m * odd(TILE) + j] = j < width ? read(s.long_vectors, s.long_dtype, from + static_cast<long>(m) * s.l + j) : 0.0f;
   }
 }
 
-// rotated = Q^T G for a tile.
-__device__ inline void rotate(const float* q, const float* tile, int r, float* rotated) {
-  for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
-    const int i = at / TILE, c = at % TILE;
-    float sum = 0;
-    for (int j = 0; j < r; j++) sum += q[j * r + i] * tile[j * TILE + c];
-    rotated[at] = sum;
+// Sums of one chunk; returns the largest magnitude that this thread has seen.
+__device__ inline float project_chunk(const State& s, const View& grad, int matrix, int chunk, float scale, const Shared& x,
+                                      float* partial) {
+  const int r = s.r, k = s.k, row = tile_row(r), start = chunk * CHUNK, end = start + CHUNK < s.l ? start + CHUNK : s.l;
+  float most = 0;
+  if (!s.factor) {  // a vector
+    for (int c = start + threadIdx.x; c < end; c += blockDim.x) most = larger(most, fabsf(read(grad.data, grad.dtype, c)));
+    return most;
   }
-}
-
-// Shared memory of the kernels below: 8 + 8 + 16 KB, and 8 KB more for `rotated` where it is needed.
-#define SCAO_SHARED                       \
-  __shared__ float tile[LARGEST * TILE];  \
-  __shared__ float basis[BASIS_ROW * LARGEST]; \
-  __shared__ float square[LARGEST * LARGEST]
-
-// Sums of one chunk; returns the largest magnitude that this thread has seen, as bits.
-__device__ inline unsigned project_chunk(const State& s, const View& grad, int matrix, int chunk, float scale, float* tile,
-                                     float* rotated, float* basis, const float* q, float* partial) {
-  const int r = s.r, k = s.k, start = chunk * CHUNK, end = start + CHUNK < s.l ? start + CHUNK : s.l;
   const int total = r * r + r * k;
   float* sums = partial + static_cast<long>(chunk) * total;
-  for (int at = threadIdx.x; at < total; at += THREADS) sums[at] = 0;
-  unsigned most = 0;
+  for (int at = threadIdx.x; at < total; at += blockDim.x) sums[at] = 0;
   for (int c = start; c < end; c += TILE) {
     const int width = c + TILE < end ? TILE : end - c;
-    load_gradient(grad, r, c, width, scale, tile);
-    load_basis(s, matrix, c, width, basis);
+    load_gradient(grad, r, c, width, scale, x.tile);
+    load_basis(s, matrix, c, width, x.basis);
     SCAO_SYNC(1);
-    rotate(q, tile, r, rotated);
-    for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
-      const unsigned magnitude = bits_of(tile[at]) & 0x7fffffffu;
-      most = magnitude > most ? magnitude : most;
+    for (int at = threadIdx.x; at < r * TILE; at += blockDim.x) {
+      const int i = at / TILE, j = at % TILE;
+      most = larger(most, fabsf(x.tile[i * row + j]));
+      if (k) {
+        float sum = 0;
+        for (int d = 0; d < r; d++) sum += x.square[d * odd(r) + i] * x.tile[d * row + j];
+        x.rotated[i * row + j] = sum;  // Q^T G
+      }
     }
     SCAO_SYNC(2);
-    for (int at = threadIdx.x; at < total; at += THREADS) {
+    for (int at = threadIdx.x; at < total; at += blockDim.x) {
+      const bool outer = at < r * r;
+      const int entry = outer ? at : at - r * r, i = entry / (outer ? r : k), m = entry % (outer ? r : k);
+      const Floats a = (outer ? x.tile : x.rotated) + i * row;
+      const Floats b = outer ? x.tile + m * row : x.basis + m * odd(TILE);
       float sum = sums[at];
-      if (at < r * r) {
-        const float *a = tile + at / r * TILE, *b = tile + at % r * TILE;
-        for (int j = 0; j < TILE; j++) sum += a[j] * b[j];
-      } else {
-        const int i = (at - r * r) / k, m = (at - r * r) % k;
-        for (int j = 0; j < TILE; j++) sum += rotated[i * TILE + j] * basis[m * BASIS_ROW + j];
-      }
+      for (int j = 0; j < TILE; j++) sum += a[j] * b[j];
       sums[at] = sum;
     }
     SCAO_SYNC(3);
@@ -162,50 +203,44 @@ __device__ inline unsigned project_chunk(const State& s, const View& grad, int m
   return most;
 }
 
-__global__ void project(Batch batch, State s) {
-  SCAO_SHARED;
-  __shared__ float rotated[LARGEST * TILE];
-  const int matrix = blockIdx.y, chunk = blockIdx.x;
-  const Scratch x = scratch_of(s, matrix);
-  for (int at = threadIdx.x; at < s.r * s.r; at += THREADS) square[at] = s.vectors[matrix * s.r * s.r + at];
-  // Q is first read behind a barrier of project_chunk.
-  unsigned most = project_chunk(s, batch.grad[matrix], matrix, chunk, 1.0f, tile, rotated, basis, square, x.partial);
-  unsigned* shared = reinterpret_cast<unsigned*>(tile);
+// The largest of a block's magnitudes, for thread 0.
+__device__ inline float largest_of(float most, Floats shared) {
   shared[threadIdx.x] = most;
   SCAO_SYNC(4);
-  if (threadIdx.x == 0) {
-    for (int i = 1; i < THREADS; i++) most = shared[i] > most ? shared[i] : most;
-    reinterpret_cast<unsigned*>(x.largest)[chunk] = most;
-  }
+  for (int i = 1; threadIdx.x == 0 && i < static_cast<int>(blockDim.x); i++) most = larger(most, shared[i]);
+  return most;
 }
 
-__global__ void settle(Batch batch, State s, Numbers n) {
+__global__ void project(SCAO_BATCH batch, State s) {
   SCAO_SHARED;
-  __shared__ float rotated[LARGEST * TILE];
+  const int matrix = blockIdx.y, chunk = blockIdx.x;
+  const Shared part = parts_of(shared, s.r, s.k);
+  const Scratch x = scratch_of(s, matrix);
+  // Q is first read behind a barrier of project_chunk.
+  if (s.k) load(s.vectors + matrix * s.r * s.r, s.r, s.r, odd(s.r), part.square);
+  const float most = largest_of(project_chunk(s, batch.grad[matrix], matrix, chunk, 1.0f, part, x.partial), shared);
+  if (threadIdx.x == 0) x.largest[chunk] = most;
+}
+
+__global__ void settle(SCAO_BATCH batch, State s, Numbers n) {
+  SCAO_SHARED;
   __shared__ float shared_scale;
   const int matrix = blockIdx.x, r = s.r, k = s.k, total = r * r + r * k;
+  const Shared part = parts_of(shared, r, k);
   const Scratch x = scratch_of(s, matrix);
-  for (int at = threadIdx.x; at < r * r; at += THREADS) square[at] = s.vectors[matrix * r * r + at];
+  float most = 0;
+  for (int c = threadIdx.x; c < s.chunks; c += blockDim.x) most = larger(most, x.largest[c]);
+  most = largest_of(most, shared);
   if (threadIdx.x == 0) {
-    unsigned most = 0;
-    for (int c = 0; c < s.chunks; c++) {
-      const unsigned one = reinterpret_cast<const unsigned*>(x.largest)[c];
-      most = one > most ? one : most;
-    }
-    const bool finite = most < 0x7f800000u;
-    union {
-      unsigned u;
-      float f;
-    } magnitude;
-    magnitude.u = most;
+    const bool finite = bits_of(most) < 0x7f800000u;
     // (U3), as in cpu_kernels.cpp
     float& level = s.level[matrix];
     const float limit = level > 0 && level * 10.0f < 1e15f ? level * 10.0f : 1e15f;
-    shared_scale = !finite ? 0.0f : magnitude.f > limit ? limit / magnitude.f : 1.0f;
+    shared_scale = !finite ? 0.0f : most > limit ? limit / most : 1.0f;
     x.header[0] = shared_scale;
     if (finite) {
-      const float bounded = magnitude.f > limit ? limit : magnitude.f, faded = level * 0.95f;
-      if (magnitude.f > 0) level = bounded > faded ? bounded : faded;
+      const float bounded = most > limit ? limit : most, faded = level * 0.95f;
+      if (most > 0) level = bounded > faded ? bounded : faded;
       const double count = static_cast<double>(s.taken[matrix]) + 1;
       s.taken[matrix] = static_cast<float>(count);
       x.header[1] = static_cast<float>(1 - pow(n.beta1, count));
@@ -218,164 +253,206 @@ __global__ void settle(Batch batch, State s, Numbers n) {
     }
   }
   SCAO_SYNC(5);
-  if (shared_scale == 0.0f) return;  // not finite: the whole block leaves, and so do the launches after this one
+  // Not finite: the whole block leaves, and so do the launches after this one.
+  if (shared_scale == 0.0f || !s.factor) return;
+  if (k) load(s.vectors + matrix * r * r, r, r, odd(r), part.square);  // first read behind a barrier below
   if (shared_scale != 1.0f) {
-    for (int c = 0; c < s.chunks; c++) {
-      project_chunk(s, batch.grad[matrix], matrix, c, shared_scale, tile, rotated, basis, square, x.partial);
-    }
+    for (int c = 0; c < s.chunks; c++) project_chunk(s, batch.grad[matrix], matrix, c, shared_scale, part, x.partial);
   }
-  const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
-  const float outer = static_cast<float>(1 - n.rho), eps = static_cast<float>(n.eps);
-  const float gain = s.gain[matrix];
-  const float bias1 = x.header[1], root2 = x.header[2];
+  const float outer = static_cast<float>(1 - n.rho);
   const auto total_of = [&](int at) {
     float sum = 0;
     for (int c = 0; c < s.chunks; c++) sum += x.partial[static_cast<long>(c) * total + at];
     return sum;
   };
-  for (int at = threadIdx.x; at < r * r; at += THREADS) {
+  for (int at = threadIdx.x; at < r * r; at += blockDim.x) {
     float& factor = s.factor[matrix * r * r + at];
     factor += outer * (total_of(at) - factor);
-    x.scaled[at] = gain * square[at];
   }
-  SCAO_SYNC(20);
+  if (!k) return;
+  SCAO_SYNC(6);
+  const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
+  const float bias1 = x.header[1], root2 = x.header[2], eps = static_cast<float>(n.eps), gain = s.gain[matrix];
   float trace = 0;
   for (int i = 0; i < r; i++) trace += s.factor[matrix * r * r + i * r + i];
   const float damping = x.header[3] * trace;
   if (threadIdx.x == 0) x.header[4] = damping;
-  for (int entry = threadIdx.x; entry < r * k; entry += THREADS) {
-    const float p = total_of(r * r + entry) * s.mask[matrix * k + entry % k];
+  for (int entry = threadIdx.x; entry < r * k; entry += blockDim.x) {
+    const int i = entry / k, m = entry % k;
+    const float p = total_of(r * r + entry) * s.mask[matrix * k + m];
     float &mean = s.inside_avg[matrix * r * k + entry], &variance = s.inside_sq[matrix * r * k + entry];
     mean += first * (p - mean);
     variance += second * (p * p - variance);
     x.kept[entry] = p;
-    x.mixed[entry] = bounded(mean / bias1 / (sqrtf(variance + damping) / root2 + eps));  // K, still without Q
+    part.kept[i * odd(k) + m] = bounded(mean / bias1 / (sqrtf(variance + damping) / root2 + eps));  // K
   }
-  SCAO_SYNC(6);
-  // Q K needs every row of K: through shared memory, a tile of columns of K at a time.
-  for (int m = 0; m < k; m += TILE) {
-    const int width = m + TILE < k ? TILE : k - m;
-    for (int at = threadIdx.x; at < r * width; at += THREADS) tile[at / width * TILE + at % width] = x.mixed[at / width * k + m + at % width];
-    SCAO_SYNC(7);
-    for (int at = threadIdx.x; at < r * width; at += THREADS) {
-      const int i = at / width, c = at % width;
-      float sum = 0;
-      for (int j = 0; j < r; j++) sum += square[i * r + j] * tile[j * TILE + c];
-      x.mixed[i * k + m + c] = gain * sum;
-    }
-    SCAO_SYNC(8);
+  SCAO_SYNC(7);
+  for (int at = threadIdx.x; at < r * r; at += blockDim.x) x.scaled[at] = gain * part.square[at / r * odd(r) + at % r];
+  for (int entry = threadIdx.x; entry < r * k; entry += blockDim.x) {
+    const int i = entry / k, m = entry % k;
+    float sum = 0;
+    for (int j = 0; j < r; j++) sum += part.square[i * odd(r) + j] * part.kept[j * odd(k) + m];
+    x.mixed[entry] = gain * sum;
   }
 }
 
-__global__ void residual(Batch batch, State s, Numbers n) {
+// AdamW's step (U4, U6) of entries [i][j] of a matrix, which changes their moments.
+struct Adam {
+  float *means, *squares;  // [r][l]
+  float first, second, mean_scale, root_scale, eps, keep, lr;
+
+  __device__ float direction(long at, float grad) const {
+    float &mean = means[at], &square = squares[at];
+    mean += first * (grad - mean);
+    square += second * (grad * grad - square);
+    return mean * mean_scale / (sqrtf(square) * root_scale + eps);
+  }
+
+  __device__ void apply(const View& w, long to, float delta) const {
+    write(w.data, w.dtype, to, read(w.data, w.dtype, to) * keep - lr * delta);
+  }
+};
+
+__global__ void adamw(SCAO_BATCH batch, State s, Numbers n) {
   SCAO_SHARED;
-  __shared__ float rotated[LARGEST * TILE];
-  __shared__ float col_total[TILE];
-  const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, k = s.k;
+  const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, row = tile_row(r);
+  const Scratch x = scratch_of(s, matrix);
+  const float scale = x.header[0];
+  if (scale == 0.0f) return;
+  const int start = chunk * CHUNK, end = start + CHUNK < s.l ? start + CHUNK : s.l;
+  const View &w = batch.param[matrix], &g = batch.grad[matrix];
+  const long before = static_cast<long>(matrix) * r * s.l;
+  const Adam adam{s.exp_avg + before, s.exp_avg_sq + before, static_cast<float>(1 - n.beta1),
+                  static_cast<float>(1 - n.beta2), 1 / x.header[1], 1 / x.header[2], static_cast<float>(n.eps),
+                  static_cast<float>(1 - n.lr * n.weight_decay), static_cast<float>(n.lr)};
+  if (!s.factor) {  // a vector
+    for (int c = start + threadIdx.x; c < end; c += blockDim.x) {
+      adam.apply(w, c, adam.direction(c, read(g.data, g.dtype, c) * scale));
+    }
+    return;
+  }
+  for (int c = start; c < end; c += TILE) {
+    const int width = c + TILE < end ? TILE : end - c;
+    load_gradient(g, r, c, width, scale, shared);
+    SCAO_SYNC(8);
+    for (int at = threadIdx.x; at < r * width; at += blockDim.x) {
+      const int i = at / width, j = at % width;
+      const float grad = shared[i * row + j];
+      shared[i * row + j] = adam.direction(static_cast<long>(i) * s.l + c + j, grad);
+    }
+    SCAO_SYNC(9);
+    for (int at = threadIdx.x; at < r * width; at += blockDim.x) {
+      const int i = w.col_stride == 1 ? at / width : at % r, j = w.col_stride == 1 ? at % width : at / r;
+      adam.apply(w, i * w.row_stride + (c + j) * w.col_stride, shared[i * row + j]);
+    }
+    SCAO_SYNC(10);
+  }
+}
+
+__global__ void residual(SCAO_BATCH batch, State s, Numbers n) {
+  SCAO_SHARED;
+  const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, k = s.k, row = tile_row(r), thread = threadIdx.x;
+  const Shared part = parts_of(shared, r, k);
   const Scratch x = scratch_of(s, matrix);
   const float scale = x.header[0];
   if (scale == 0.0f) return;
   const int start = chunk * CHUNK, end = start + CHUNK < s.l ? start + CHUNK : s.l;
   const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
-  for (int at = threadIdx.x; at < r * r; at += THREADS) square[at] = s.vectors[matrix * r * r + at];
-  if (threadIdx.x < TILE) col_total[threadIdx.x] = 0;
-  float row_sum = 0;  // of row threadIdx.x
+  load(s.vectors + matrix * r * r, r, r, odd(r), part.square);
+  load(x.kept, r, k, odd(k), part.kept);
+  float row_sum = 0, col_sum = 0;  // of row `thread`; of every TILE-th column
   for (int c = start; c < end; c += TILE) {
     const int width = c + TILE < end ? TILE : end - c;
-    load_gradient(batch.grad[matrix], r, c, width, scale, tile);
-    load_basis(s, matrix, c, width, basis);
-    SCAO_SYNC(9);
-    rotate(square, tile, r, rotated);
-    // P U^T in pieces of TILE columns of P; every thread subtracts from entries that it wrote itself.
-    float* kept = tile;  // G is no longer needed once it is rotated
-    SCAO_SYNC(18);
-    for (int m = 0; m < k; m += TILE) {
-      const int depth = m + TILE < k ? TILE : k - m;
-      for (int at = threadIdx.x; at < r * depth; at += THREADS) kept[at / depth * TILE + at % depth] = x.kept[at / depth * k + m + at % depth];
-      SCAO_SYNC(10);
-      for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
-        const int i = at / TILE, j = at % TILE;
-        float sum = 0;
-        for (int d = 0; d < depth; d++) sum += kept[i * TILE + d] * basis[(m + d) * BASIS_ROW + j];
-        rotated[at] -= sum;
+    load_gradient(batch.grad[matrix], r, c, width, scale, part.tile);
+    load_basis(s, matrix, c, width, part.basis);
+    SCAO_SYNC(11);
+    for (int at = thread; at < r * TILE; at += blockDim.x) {
+      const int i = at / TILE, j = at % TILE;
+      float sum = 0, inside = 0;
+      for (int d = 0; d < r; d++) sum += part.square[d * odd(r) + i] * part.tile[d * row + j];
+      for (int d = 0; d < k; d++) inside += part.kept[i * odd(k) + d] * part.basis[d * odd(TILE) + j];
+      part.rotated[i * row + j] = sum - inside;
+      if (j < width) {
+        float& mean = s.exp_avg[(static_cast<long>(matrix) * r + i) * s.l + c + j];
+        mean += first * (sum - inside - mean);
       }
-      SCAO_SYNC(11);
-    }
-    for (int at = threadIdx.x; at < r * width; at += THREADS) {
-      const int i = at / width, j = at % width;
-      float& mean = s.exp_avg[(static_cast<long>(matrix) * r + i) * s.l + c + j];
-      mean += first * (rotated[i * TILE + j] - mean);
-    }
-    if (static_cast<int>(threadIdx.x) < r) {
-      for (int j = 0; j < width; j++) row_sum += rotated[threadIdx.x * TILE + j] * rotated[threadIdx.x * TILE + j];
-    } else if (static_cast<int>(threadIdx.x) - LARGEST >= 0 && static_cast<int>(threadIdx.x) - LARGEST < width) {
-      const int j = threadIdx.x - LARGEST;
-      float sum = 0;
-      for (int i = 0; i < r; i++) sum += rotated[i * TILE + j] * rotated[i * TILE + j];
-      float& col = s.col[static_cast<long>(matrix) * s.l + c + j];
-      col += second * (sum / r - col);
-      col_total[j] += col;
     }
     SCAO_SYNC(12);
+    // The next tile is loaded meanwhile; `rotated` is written behind the barrier after that.
+    if (thread < r) {
+      for (int j = 0; j < TILE; j++) {
+        const float entry = part.rotated[thread * row + j];
+        row_sum += entry * entry;
+      }
+    } else if (thread - LARGEST >= 0 && thread - LARGEST < width) {
+      const int j = thread - LARGEST;
+      float sum = 0;
+      for (int i = 0; i < r; i++) {
+        const float entry = part.rotated[i * row + j];
+        sum += entry * entry;
+      }
+      float& col = s.col[static_cast<long>(matrix) * s.l + c + j];
+      col += second * (sum / r - col);
+      col_sum += col;
+    }
   }
-  if (static_cast<int>(threadIdx.x) < r) x.rows[chunk * r + threadIdx.x] = row_sum;
-  if (threadIdx.x == 0) {
+  if (thread < r) x.rows[chunk * r + thread] = row_sum;
+  if (thread >= LARGEST && thread < LARGEST + TILE) part.tile[thread - LARGEST] = col_sum;
+  SCAO_SYNC(13);
+  if (thread == 0) {
     float sum = 0;
-    for (int j = 0; j < TILE; j++) sum += col_total[j];
+    for (int j = 0; j < TILE; j++) sum += part.tile[j];
     x.cols[chunk] = sum;
   }
 }
 
-__global__ void apply(Batch batch, State s, Numbers n) {
+__global__ void apply(SCAO_BATCH batch, State s, Numbers n) {
   SCAO_SHARED;
-  __shared__ float row_root[LARGEST];
   __shared__ float col_mean;
-  __shared__ int agreed[2 * THREADS];
-  const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, k = s.k;
+  const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, k = s.k, row = tile_row(r), thread = threadIdx.x;
+  const Shared part = parts_of(shared, r, k);
+  const Floats row_root = part.rotated;  // [r]
   const Scratch x = scratch_of(s, matrix);
   if (x.header[0] == 0.0f) return;
   const int start = chunk * CHUNK, end = start + CHUNK < s.l ? start + CHUNK : s.l;
   const float second = static_cast<float>(1 - n.beta2), eps = static_cast<float>(n.eps);
   const float mean_scale = 1 / x.header[1], root2 = x.header[2];
   const float keep = static_cast<float>(1 - n.lr * n.weight_decay);
-  if (static_cast<int>(threadIdx.x) < r) {
+  if (thread < r) {
     // Every block works the new row out for itself; `finish` stores it when all have read the old one.
     float sum = 0;
-    for (int c = 0; c < s.chunks; c++) sum += x.rows[c * r + threadIdx.x];
-    const float old = s.row[matrix * r + threadIdx.x];
-    row_root[threadIdx.x] = old + second * (sum / s.l - old) + x.header[4];
+    for (int c = 0; c < s.chunks; c++) sum += x.rows[c * r + thread];
+    const float old = s.row[matrix * r + thread];
+    row_root[thread] = sqrtf(old + second * (sum / s.l - old) + x.header[4]);
   }
-  if (threadIdx.x == 0) {
+  if (thread == 0) {
     float sum = 0;
     for (int c = 0; c < s.chunks; c++) sum += x.cols[c];
     sum /= s.l;
     col_mean = sum > 1.17549435e-38f ? sum : 1.17549435e-38f;
   }
-  for (int at = threadIdx.x; at < r * r; at += THREADS) square[at] = x.scaled[at];
-  SCAO_SYNC(13);
+  load(x.scaled, r, r, odd(r), part.square);
+  load(x.mixed, r, k, odd(k), part.kept);
+  SCAO_SYNC(14);
   const View &w = batch.param[matrix], &g = batch.grad[matrix];
   const float least = s.agreement[matrix] > 0.5f ? s.agreement[matrix] : 0.5f;
   const float lr = static_cast<float>(n.lr) / (s.cautious ? least : 1.0f);
   int agrees = 0, counts = 0;
   for (int c = start; c < end; c += TILE) {
     const int width = c + TILE < end ? TILE : end - c;
-    load_basis(s, matrix, c, width, basis);
-    for (int at = threadIdx.x; at < r * TILE; at += THREADS) {
-      const int i = at / TILE, j = at % TILE;
-      if (j < width) {
-        const float mean = s.exp_avg[(static_cast<long>(matrix) * r + i) * s.l + c + j];
-        const float col = s.col[static_cast<long>(matrix) * s.l + c + j] / col_mean + DAMPING;
-        tile[at] = bounded(mean * mean_scale / (sqrtf(row_root[i]) * sqrtf(col) / root2 + eps));
-      } else {
-        tile[at] = 0;
-      }
+    load_basis(s, matrix, c, width, part.basis);
+    for (int at = thread; at < r * width; at += blockDim.x) {
+      const int i = at / width, j = at % width;
+      const float mean = s.exp_avg[(static_cast<long>(matrix) * r + i) * s.l + c + j];
+      const float col = s.col[static_cast<long>(matrix) * s.l + c + j] / col_mean + DAMPING;
+      part.tile[i * row + j] = bounded(mean * mean_scale / (row_root[i] * sqrtf(col) / root2 + eps));
     }
-    SCAO_SYNC(14);
-    for (int at = threadIdx.x; at < r * width; at += THREADS) {
+    SCAO_SYNC(15);
+    for (int at = thread; at < r * width; at += blockDim.x) {
       const int i = w.col_stride == 1 ? at / width : at % r, j = w.col_stride == 1 ? at % width : at / r;
       float delta = 0;
-      for (int d = 0; d < r; d++) delta += square[i * r + d] * tile[d * TILE + j];
-      for (int d = 0; d < k; d++) delta += x.mixed[i * k + d] * basis[d * BASIS_ROW + j];
+      for (int d = 0; d < r; d++) delta += part.square[i * odd(r) + d] * part.tile[d * row + j];
+      for (int d = 0; d < k; d++) delta += part.kept[i * odd(k) + d] * part.basis[d * odd(TILE) + j];
       if (s.cautious) {
         const float product = delta * read(g.data, g.dtype, i * g.row_stride + (c + j) * g.col_stride);
         const bool agree = product > 0;
@@ -385,14 +462,14 @@ __global__ void apply(Batch batch, State s, Numbers n) {
       const long to = i * w.row_stride + (c + j) * w.col_stride;
       write(w.data, w.dtype, to, read(w.data, w.dtype, to) * keep - lr * delta);
     }
-    SCAO_SYNC(15);
+    SCAO_SYNC(16);
   }
-  agreed[threadIdx.x] = agrees, agreed[THREADS + threadIdx.x] = counts;
-  SCAO_SYNC(19);
-  if (threadIdx.x < 2) {
+  shared[thread] = agrees, shared[blockDim.x + thread] = counts;
+  SCAO_SYNC(17);
+  if (thread < 2) {
     float sum = 0;
-    for (int i = 0; i < THREADS; i++) sum += agreed[threadIdx.x * THREADS + i];
-    (threadIdx.x ? x.counted : x.agreed)[chunk] = sum;
+    for (int i = 0; i < static_cast<int>(blockDim.x); i++) sum += shared[thread * blockDim.x + i];
+    (thread ? x.counted : x.agreed)[chunk] = sum;
   }
 }
 
@@ -430,10 +507,10 @@ __global__ void int8_ema(signed char* codes, float* scales, const float* values,
     x = weight < 0.5f ? x + weight * (value - x) : value - (value - x) * (1 - weight);
   }
   magnitude[j] = fabsf(x);
-  SCAO_SYNC(16);
+  SCAO_SYNC(18);
   for (int step = INT8_BLOCK / 2; step > 0; step /= 2) {
     if (j < step && magnitude[j + step] > magnitude[j]) magnitude[j] = magnitude[j + step];
-    SCAO_SYNC(17);
+    SCAO_SYNC(19);
   }
   const float fresh = magnitude[0] / INT8_LEVELS;
   const float inverse = fresh > 1.17549435e-38f ? 1 / fresh : 0.0f;

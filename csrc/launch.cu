@@ -20,13 +20,23 @@ inline unsigned short float_to_half(float f) {
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define SCAO_LAUNCH(kernel, grid, stream, ...) \
-  kernel<<<grid, scao::cuda::THREADS, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-#define SCAO_LAST_ERROR static_cast<int>(cudaGetLastError())
 namespace scao {
 namespace cuda {
 __device__ inline float half_to_float(unsigned short h) { return __half2float(__ushort_as_half(h)); }
 __device__ inline unsigned short float_to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }
+
+constexpr int PLAIN_SHARED = 48 * 1024;  // bytes that a kernel may take without asking
+
+template <class... Takes, class... Given>
+int launch(void (*kernel)(Takes...), dim3 grid, int threads, int floats, void* stream, const Given&... given) {
+  const int bytes = floats * static_cast<int>(sizeof(float));
+  if (bytes > PLAIN_SHARED) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  kernel<<<grid, threads, bytes, static_cast<cudaStream_t>(stream)>>>(given...);
+  return static_cast<int>(cudaGetLastError());
+}
 }  // namespace cuda
 }  // namespace scao
 #endif
@@ -35,26 +45,35 @@ __device__ inline unsigned short float_to_half(float f) { return __half_as_ushor
 
 using namespace scao;
 
-static_assert(sizeof(cuda::Batch) + sizeof(cuda::State) + sizeof(Numbers) <= 4096, "kernel arguments are at most 4 KB");
+static_assert(sizeof(cuda::Batch) + sizeof(cuda::State) + sizeof(Numbers) <= 32764, "arguments of a kernel");
 
 extern "C" long scao_cuda_scratch(int r, int l, int k) { return cuda::scratch_size(r, l, k); }
 
-extern "C" int scao_cuda_eigenbasis(const View* grads, const View* params, int matrices, cuda::State state,
-                                    Numbers numbers, void* stream) {
+extern "C" int scao_cuda_step(const View* grads, const View* params, int matrices, cuda::State state, Numbers numbers,
+                              void* stream) {
   state.chunks = (state.l + cuda::CHUNK - 1) / cuda::CHUNK;
+  const int threads = cuda::threads_of(state.r), floats = cuda::shared_size(state.r, state.k);
+  cuda::Batch batch{};
   for (int first = 0; first < matrices; first += cuda::BATCH) {
     const int count = matrices - first < cuda::BATCH ? matrices - first : cuda::BATCH;
-    cuda::Batch batch{};
     for (int i = 0; i < count; i++) batch.grad[i] = grads[first + i], batch.param[i] = params[first + i];
     cuda::State s = state;
     s.skip(first);
-    const dim3 grid(state.chunks, count);
-    SCAO_LAUNCH(cuda::project, grid, stream, batch, s);
-    SCAO_LAUNCH(cuda::settle, dim3(count), stream, batch, s, numbers);
-    SCAO_LAUNCH(cuda::residual, grid, stream, batch, s, numbers);
-    SCAO_LAUNCH(cuda::apply, grid, stream, batch, s, numbers);
-    SCAO_LAUNCH(cuda::finish, dim3(count), stream, s, numbers);
-    if (const int error = SCAO_LAST_ERROR) return error;
+    if (s.exp_avg_sq) s.exp_avg_sq += static_cast<long>(first) * s.r * s.l;
+    const dim3 blocks(state.chunks, count), one(count);
+    const auto launch = [&](auto kernel, dim3 grid, const auto&... given) {
+      return cuda::launch(kernel, grid, threads, floats, stream, given...);
+    };
+    int error = launch(cuda::project, blocks, batch, s);
+    if (!error) error = launch(cuda::settle, one, batch, s, numbers);
+    if (s.k == 0) {
+      if (!error) error = launch(cuda::adamw, blocks, batch, s, numbers);
+    } else {
+      if (!error) error = launch(cuda::residual, blocks, batch, s, numbers);
+      if (!error) error = launch(cuda::apply, blocks, batch, s, numbers);
+      if (!error) error = launch(cuda::finish, one, s, numbers);
+    }
+    if (error) return error;
   }
   return 0;
 }
@@ -63,8 +82,11 @@ extern "C" int scao_cuda_probe() {
 #ifdef SCAO_EMULATE
   return 0;
 #else
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver < 12010) return static_cast<int>(cudaErrorInsufficientDriver);  // so many arguments came with CUDA 12.1
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, cuda::int8_ema);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, cuda::project);
   cudaGetLastError();  // it is not the next launch's
   return static_cast<int>(error);
 #endif
@@ -73,7 +95,6 @@ extern "C" int scao_cuda_probe() {
 extern "C" int scao_cuda_int8_ema(signed char* codes, float* scales, const float* values, const float* weights,
                                   long numel, long blocks_per_matrix, long blocks, unsigned seed_key, void* stream) {
   if (blocks == 0) return 0;
-  SCAO_LAUNCH(cuda::int8_ema, dim3(static_cast<unsigned>(blocks)), stream, codes, scales, values, weights, numel,
-              blocks_per_matrix, seed_key);
-  return SCAO_LAST_ERROR;
+  return cuda::launch(cuda::int8_ema, dim3(static_cast<unsigned>(blocks)), INT8_BLOCK, 0, stream, codes, scales, values,
+                      weights, numel, blocks_per_matrix, seed_key);
 }

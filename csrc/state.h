@@ -26,13 +26,13 @@ struct Fields {
   Dtype long_dtype;
   Index r, l, k;
 
-  // Moves on by so many matrices.
+  // Moves on by so many matrices; what is null stays so.
   void skip(long matrices) {
     const long r = this->r, l = this->l, k = this->k;
-#define SCAO_SKIP(name, entries) name += matrices * (entries);
+#define SCAO_SKIP(name, entries) if (name) name += matrices * (entries);
     SCAO_FIELDS(SCAO_SKIP)
 #undef SCAO_SKIP
-    long_vectors = static_cast<char*>(long_vectors) + matrices * k * l * (long_dtype == F32 ? 4 : 2);
+    if (long_vectors) long_vectors = static_cast<char*>(long_vectors) + matrices * k * l * (long_dtype == F32 ? 4 : 2);
     if (activity) activity += 2 * matrices;
   }
 };

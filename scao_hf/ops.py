@@ -72,6 +72,8 @@ symmetric_eigh = torch.ops.scao.symmetric_eigh
 
 #: Largest r and k that the native kernels take: beyond it the library's products are faster, or shared memory ends.
 LARGEST_SIDE = {"cpu": 128, "cuda": 64}
+#: Long sides, and vectors, that the CUDA kernels do not count in their integers.
+LONGEST_CUDA = 2**30
 #: The operations that have a native kernel.
 KERNELS = {
     "cpu": (
@@ -83,7 +85,7 @@ KERNELS = {
         "symmetric_eigh",
         "int8_ema_",
     ),
-    "cuda": ("eigenbasis_step_", "int8_ema_"),
+    "cuda": ("adamw_step_", "eigenbasis_step_", "int8_ema_"),
 }
 #: Largest side of matrices that are decomposed natively.
 LARGEST_DECOMPOSED = 64
@@ -146,7 +148,8 @@ def _refused_by(index: int) -> str | None:
         return f"compute capability {capability[0]}.{capability[1]} is below {OLDEST_CUDA[0]}.{OLDEST_CUDA[1]}"
     with torch.cuda.device(index):
         error = _CUDA.scao_cuda_probe() if _CUDA is not None else 0
-    return f"its driver does not load them (CUDA error {error}): build them with an older toolkit" if error else None
+    advice = "update it (530 or later), or build them with an older toolkit"
+    return f"its driver does not load them (CUDA error {error}): {advice}" if error else None
 
 
 def _is_native(device: torch.device) -> bool:
@@ -193,7 +196,11 @@ def numbers(group: dict[str, Any]) -> list[float]:
 def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> bool:
     """Whether the native kernels can step these parameters (device, dtype, size, layout); settled when a plan is made."""
     first = params[0]
-    if not _is_native(first.device) or first.dtype not in DTYPES:
+    if (
+        not _is_native(first.device)
+        or first.dtype not in DTYPES
+        or (first.device.type == "cuda" and shape[1] >= LONGEST_CUDA)
+    ):
         return False
     if not matrix:
         return all(param.is_contiguous() for param in params)

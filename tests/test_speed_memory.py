@@ -26,12 +26,12 @@ import costs  # noqa: E402
 import gpu  # noqa: E402
 import loads  # noqa: E402
 import memory  # noqa: E402
+import occupancy  # noqa: E402
 import peers  # noqa: E402
 import speed  # noqa: E402
 import tables  # noqa: E402
-import test_emulator  # noqa: E402
 
-from scao_hf import SCAO, ops, quantization  # noqa: E402
+from scao_hf import SCAO, ops  # noqa: E402
 from scao_hf.rules import eigenbasis_refresh, low_bit  # noqa: E402
 from scao_hf.rules.eigenbasis import Eigenbasis  # noqa: E402
 
@@ -423,25 +423,14 @@ def test_the_kernel_check_calls_every_kernel_and_notices_a_wrong_one(monkeypatch
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the emulator needs it")
-def test_the_verdict_of_a_gpu_record_on_right_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole check, in more matrices than one launch takes, with the CUDA kernels in the place of the CPU's."""
-    kernels = test_emulator.compile_kernels(tmp_path, "-O2")
-
-    def stepped(params: list[Tensor], grads: list[Tensor], fields: list[Tensor], numbers: Any, cautious: bool) -> None:
-        state = dict(zip(test_emulator.POINTERS, fields, strict=False))
-        activity = state.pop("activity", None)
-        assert test_emulator.step(kernels, params, grads, state, cautious, activity, numbers) == 0
-
-    def averaged(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
-        numel, key = values.numel() // len(values), quantization._mix(seed & 0xFFFFFFFF)
-        arguments = (tensor.data_ptr() for tensor in (codes, scales, values, weights))
-        assert kernels.scao_cuda_int8_ema(*arguments, numel, scales.shape[1], scales.numel(), key, None) == 0
-
+def test_the_verdict_of_a_gpu_record_on_right_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole check, with the CUDA kernels and their glue, emulated, in the place of the CPU's."""
+    occupancy.emulator()
     monkeypatch.setattr(ops, "NATIVE", frozenset({"cpu"}))
     monkeypatch.setitem(ops.KERNELS, "cpu", ops.KERNELS["cuda"])
-    monkeypatch.setattr(ops, "eigenbasis_step_", stepped)
-    monkeypatch.setattr(ops, "int8_ema_", averaged)
-    monkeypatch.setattr(gpu, "SHAPES", ((4, 20), (20, 4)) * 25)
+    for name in ("adamw_step_", "eigenbasis_step_", "int8_ema_"):
+        monkeypatch.setattr(ops, name, getattr(torch.ops.scao_emulated, name))
+    monkeypatch.setattr(gpu, "SHAPES", (*((4, 20), (20, 4)) * 6, (300,)))
     monkeypatch.setattr(gpu, "SCENARIOS", gpu.SCENARIOS[::2])
     found = gpu.kernels("cpu")
     assert found["passed"], found

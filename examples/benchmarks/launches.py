@@ -5,6 +5,7 @@ How many kernels CUDA takes for an operation is modelled in ``_launches``; a ste
 
     python examples/benchmarks/launches.py                            # the reference load, some minutes
     python examples/benchmarks/launches.py --layers 2 moment_dtype=int8 use_int8_ema=true
+    python examples/benchmarks/launches.py --native                   # as if the CUDA kernels were built
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import loads
 import torch
@@ -24,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # type: ignore[attr-defined, unused-ignore]
 
-from scao_hf import SCAO
+from scao_hf import SCAO, ops
 from scao_hf.rules.base import curvature_start
 
 DEVICE = "fictive"
@@ -34,6 +36,9 @@ FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fre
 TWICE = ("addmm", "baddbmm", "count_nonzero", "eye")
 #: Tensors for which one kernel of a foreach operation has room, by the number of its lists.
 ROOM = {1: 110, 2: 64, 3: 48, 4: 36}
+#: Launches of a native operation, and how many matrices they take at most (csrc/launch.cu, tests/test_emulator.py).
+NATIVE = {"adamw_step_": 3, "eigenbasis_step_": 5, "int8_ema_": 1}
+BATCH = 504
 
 
 def _launches(name: str, args: Sequence[Any], outputs: list[Tensor]) -> int:
@@ -51,6 +56,8 @@ def _launches(name: str, args: Sequence[Any], outputs: list[Tensor]) -> int:
         if len({piece.dtype for piece in pieces}) > 1:
             return len(pieces)
         return -(-len(pieces) // (128 if all(piece.is_contiguous() for piece in pieces) else 64))
+    if name in NATIVE:
+        return NATIVE[name] * (-(-len(args[0]) // BATCH) if isinstance(args[0], list) else 1)
     if name in FREE or not outputs:
         return 0
     return 2 if name in TWICE else 1
@@ -121,13 +128,21 @@ class Accelerator(TorchDispatchMode):
         return outcome
 
 
-def counted(layers: int, rank: int = 16, weight_decay: float = 0.01, **options: Any) -> dict[str, Count]:
+def counted(
+    layers: int, rank: int = 16, weight_decay: float = 0.01, native: bool = False, **options: Any
+) -> dict[str, Count]:
     """Steps with LoRA on ``layers`` layers of Qwen2.5-3B: one of phase 1, the one that enters phase 2, a mean one of phase 2.
 
     The last is of a whole cycle of refreshes after the ramp.
     """
     model = loads.qwen(layers, rank).to("meta")
-    with FakeTensorMode(allow_non_fake_inputs=True), loads.without_native():
+    kernels = mock.patch.multiple(
+        ops,
+        NATIVE=frozenset({DEVICE} if native else ()),
+        KERNELS=ops.KERNELS | {DEVICE: ops.KERNELS["cuda"]},
+        LARGEST_SIDE=ops.LARGEST_SIDE | {DEVICE: ops.LARGEST_SIDE["cuda"]},
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True), kernels:
         params = [torch.nn.Parameter(torch.empty(each.shape, device=DEVICE)) for each in model.parameters()]
         for param in params:
             param.grad = torch.empty_like(param)
@@ -164,6 +179,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--native", action="store_true", help="with the CUDA kernels")
     parser.add_argument("--names", action="store_true", help="launches by operation, too")
     parser.add_argument("options", nargs="*", metavar="option=value")
     args = parser.parse_args()
@@ -174,7 +190,7 @@ def main() -> None:
             options[name] = json.loads(value)
         except json.JSONDecodeError:
             options[name] = value
-    rows = counted(args.layers, args.rank, args.weight_decay, **options)
+    rows = counted(args.layers, args.rank, args.weight_decay, args.native, **options)
     print(table(rows))
     for name, count in rows.items() if args.names else ():
         print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in count.names.most_common(25) if value))
