@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,13 @@ def test_every_cell_runs(chat_model: Path, tmp_path: Path) -> None:  # noqa: F81
     printed = "".join(
         output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
     )
-    assert "16 GB (yours)" in printed and "64 rows" in printed
+    assert "16 GB (yours)" in printed and "58 rows, 6 held out" in printed
     assert "minutes for 12 steps with AdamW, and as long with SCAO" in printed
-    losses = re.findall(r"(?:AdamW|SCAO ) +loss ([\d.]+) over the last 4 steps, [\d.]+ minutes, peak", printed)
-    assert len(losses) == 2 and losses[0] != losses[1]
+    losses = re.findall(
+        r"(?:AdamW|SCAO ) +loss ([\d.]+) over the last 4 steps, held-out ([\d.]+), [\d.]+ minutes, peak", printed
+    )
+    assert len(losses) == 2 and losses[0][0] != losses[1][0] and losses[0][1] != losses[1][1]
+    assert re.search(r"The held-out loss was [\d.]+ at step 12", printed)
     assert re.search(r"SCAO's loss is [\d.]+% (lower|higher), and lower on \d of 4 batches\.", printed)
     assert "first logged at step 4 and is in full effect from step 6" in printed
     shown = [
@@ -142,6 +146,8 @@ def test_every_cell_runs(chat_model: Path, tmp_path: Path) -> None:  # noqa: F81
     assert any("image/png" in output["data"] for output in shown)
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "run" / "scao-report.html").is_file()
+    with zipfile.ZipFile(tmp_path / "run-adapter.zip") as archive:
+        assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(archive.namelist())
 
 
 @pytest.mark.long
@@ -176,4 +182,5 @@ def test_the_notebook_of_axolotl_migrates_compares_and_trains(
     assert len(printed.splitlines()) < 1000, "the progress of compare fills the notebook"
     assert "+optimizer: scao" in printed and "scao against adamw_torch: loss" in printed
     assert "first logged at step 6" in printed  # migrate has shortened phase 1 for a run of 14 steps
-    assert (tmp_path / "runs/axolotl/adapter_model.safetensors").is_file()
+    with zipfile.ZipFile(tmp_path / "runs/axolotl-adapter.zip") as archive:
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= set(archive.namelist())
