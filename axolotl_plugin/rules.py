@@ -150,8 +150,10 @@ def _check_deepspeed(get: Get, findings: Findings) -> None:
     try:
         config = dict(json.loads(Path(given).read_text(encoding="utf-8")) if isinstance(given, str) else given)
         reason = refused(config)
+    except FileNotFoundError:
+        reason = "there is no such file here; `axolotl fetch deepspeed_configs` brings Axolotl's own"
     except (OSError, ValueError) as error:
-        reason = f"it cannot be read ({error}); `axolotl fetch deepspeed_configs` brings Axolotl's own"
+        reason = f"it cannot be read ({error})"
     if reason is not None:
         findings.errors.append(f"deepspeed: {given}: SCAO does not run under this configuration: {reason}")
     elif config["zero_optimization"]["stage"] == 3 and (get("load_in_4bit") or get("load_in_8bit")):

@@ -182,8 +182,9 @@ ERRORS = {
     "epsilon": ({"adam_epsilon": 0.0}, "adam_epsilon: 0.0 must be a number in [1e-30, inf)"),
     "DeepSpeed without its file": (
         {"deepspeed": "x.json"},
-        "deepspeed: x.json: SCAO does not run under this configuration: it cannot be read",
+        "deepspeed: x.json: SCAO does not run under this configuration: there is no such file here",
     ),
+    "DeepSpeed from a folder": ({"deepspeed": "."}, "it cannot be read ([Errno 21] Is a directory: '.')"),
     "DeepSpeed without ZeRO": ({"deepspeed": {"bf16": {"enabled": True}}}, "zero_optimization.stage is 0"),
     "DeepSpeed's own Adam": (
         {"deepspeed": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}},

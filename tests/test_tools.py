@@ -136,6 +136,7 @@ def test_migrate_names_what_scao_refuses_and_never_overwrites(tmp_path: Path) ->
     ("text", "said"),
     [
         (None, "there is no file"),
+        ("base_model: m\noptimizer: scaoo\n", "optimizer: 'scaoo' is unknown (did you mean 'scao'?)"),
         ("base_model: [", "is not a YAML file"),
         ("learning_rate: 1", "has no base_model"),
         ("{base_model: a/b, adapter: lora}", "written in braces"),
