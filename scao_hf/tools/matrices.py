@@ -206,6 +206,10 @@ def draw_map(figure: Figure, found: Matrices, chosen: Map, ink: str) -> None:
     bar.outline.set_edgecolor(ink)
 
 
+def _three_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def findings(found: Matrices, skipped: bool) -> list[str]:
     """What is out of the ordinary about single matrices, and when bases are refreshed, in plain sentences."""
     said = [_refreshes(found)]
@@ -218,8 +222,8 @@ def findings(found: Matrices, skipped: bool) -> list[str]:
             else ""
         )
         said.append(
-            f"An optimizer step took {usual:.3g} ms (median){share}; the slowest was step {slowest} with "
-            f"{found.milliseconds[slowest]:.3g} ms."
+            f"An optimizer step took {_three_digits(usual)} ms (median){share}; the slowest was step {slowest} with "
+            f"{_three_digits(found.milliseconds[slowest])} ms."
         )
     said += _limited(found)
     said += _damped(found)
