@@ -46,7 +46,9 @@ def with_names(params: Any, names: Mapping[Tensor, str]) -> Any:
     groups = [{**group, "params": listed(group["params"])} for group in groups]
     if not all(isinstance(param, Tensor) and param in names for group in groups for param in group["params"]):
         return given
-    return [{**group, "params": [(names[param], param) for param in group["params"]]} for group in groups]
+    named = [{**group, "params": [(names[param], param) for param in group["params"]]} for group in groups]
+    # torch finds no names in an empty group, and wants names in all groups or in none.
+    return [group if group["params"] else {**group, "param_names": []} for group in named]
 
 
 def listed(params: Any) -> list[Any]:

@@ -119,6 +119,7 @@ EDITS: dict[str, tuple[Any, Any]] = {
     "use_int8_ema": (None, True),
     "cautious": (False, None),
     "moment_dtype": ("int8", None),
+    "stochastic_rounding": (True, None),
     "on_nonfinite": ("raise", None),
 }
 
@@ -138,8 +139,9 @@ def test_the_edits_cover_every_option() -> None:
 @pytest.mark.parametrize("name", [name for name, (value, _) in EDITS.items() if value is not None])
 def test_an_edited_option_acts_at_once_and_can_be_resumed(name: str) -> None:
     settings = {"k_min": 1, "epsilon_sparse": 0.6}  # so that both bounds of the rank have an effect
-    params, optimizer = make(**settings)
-    plain, reference = make(**settings)
+    dtype = torch.bfloat16 if name == "stochastic_rounding" else torch.float32
+    params, optimizer = make(dtype, **settings)
+    plain, reference = make(dtype, **settings)
     train(params, optimizer, range(12))
     train(plain, reference, range(12))
     optimizer.param_groups[0][name] = EDITS[name][0]
@@ -149,7 +151,7 @@ def test_an_edited_option_acts_at_once_and_can_be_resumed(name: str) -> None:
         with pytest.raises(RuntimeError, match="holds NaN or Inf"):
             optimizer.step()
         return
-    others, resumed = make()
+    others, resumed = make(dtype)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # before a step as well as after one
     with torch.no_grad():
         for other, param in zip(others, params, strict=True):
