@@ -104,9 +104,16 @@ def read_raw(data: dict[str, Any], findings: Findings) -> dict[str, Any]:
     return data
 
 
+def misspelt(name: str) -> str | None:
+    """What is said of an optimizer that is nearly called scao, which none that Axolotl knows is; None for all others."""
+    word = name.strip().lower()
+    near = did_you_mean(word, ["scao"]) if word != "scao" else ""
+    return f"optimizer: {name!r} is unknown{near}" if near else None
+
+
 def _optimizer_name(name: str, findings: Findings) -> str:
     if name.strip().lower() == "scao":
         return "scao"
-    if near := did_you_mean(name.strip().lower(), ["scao"]):  # no optimizer that Axolotl knows is
-        findings.errors.append(f"optimizer: {name!r} is unknown{near}")
+    if said := misspelt(name):
+        findings.errors.append(said)
     return name

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from axolotl_plugin.values import FOREIGN_PREFIXES, PREFIX, WITHOUT_EFFECT, Findings
+from axolotl_plugin.values import FOREIGN_PREFIXES, PREFIX, WITHOUT_EFFECT, Findings, misspelt
 from scao_hf import SCAO
 from scao_hf.namesake import other_package
-from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, did_you_mean, eight_bit_hint
+from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, eight_bit_hint
 from scao_hf.tools import ToolError
 from scao_hf.tools.axolotl_keys import unknown
 from scao_hf.tools.axolotl_yaml import half_precision, optimizer_of, read_yaml, scao_options
@@ -65,8 +65,8 @@ def migrate(path: Path) -> Migration:
     raw = read_yaml(path)
     before = path.read_text(encoding="utf-8")
     own = optimizer_of(raw)
-    if own != "scao" and (near := did_you_mean(own, ["scao"])):  # no optimizer that Axolotl knows is
-        raise ToolError(f"{path}: optimizer: {own!r} is unknown{near}")
+    if said := misspelt(own):
+        raise ToolError(f"{path}: {said}")
     chosen, reasons = _options(raw, own)
     gone = [] if own == "scao" else _of_others(raw)
     reasons += [f"{key}: removed, it belongs to {own} and SCAO does not read it" for key in gone]
