@@ -322,6 +322,8 @@ def test_table_and_verdict_at_equal_steps_and_seconds(tmp_path: Path) -> None:
     paths = comparison.write(sides, tmp_path / "new")
     assert [path.name for path in paths] == ["comparison.json", "comparison.png", "comparison.html"]
     assert (tmp_path / "new/comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "new/comparison.html").read_text(encoding="utf-8")
+    assert "1,024&nbsp;MiB" in page, "a narrow screen must not part a number from its unit"
 
 
 def three_sides() -> list[Side]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -105,14 +106,18 @@ PHASES = (("first", "phase 1: AdamW steps"), ("ramp", "ramp"), ("second", "phase
 
 
 def table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table; without a head its values are text."""
+    """A table; without a head its values are text. A number stays in one line with its unit."""
     kind = ' class="number"' if head else ""
     top = "".join(f"<th{kind if index else ''}>{escape(text)}</th>" for index, text in enumerate(head))
     body = "".join(
-        f"<tr><td>{escape(name)}</td>{''.join(f'<td{kind}>{escape(value)}</td>' for value in values)}</tr>"
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td{kind}>{_whole(escape(value))}</td>' for value in values)}</tr>"
         for name, values in rows
     )
     return f'<div class="table"><table>{f"<tr>{top}</tr>" if top else ""}{body}</table></div>'
+
+
+def _whole(text: str) -> str:
+    return re.sub(r"(?<=\d) (?=(MiB|ms|s)\b)", "&nbsp;", text)
 
 
 def chart(title: str, picture: str, words: str) -> str:
