@@ -277,9 +277,11 @@ class SCAO(Optimizer):
         rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
         if due is None:
             due = bucket.due(bucket.step + 1, rule.phase1_steps(bucket.group))
-        with idle_experts_kept(bucket, rule), decoded(bucket, rule) as state:
-            rule.step(Step(bucket, state, bucket.step + 1, due))
-        publish(bucket)
+        try:
+            with idle_experts_kept(bucket, rule), decoded(bucket, rule) as state:
+                rule.step(Step(bucket, state, bucket.step + 1, due))
+        finally:
+            publish(bucket)
 
     def share_refresh(self, group: Any = None) -> None:
         """Share the refreshes out between the processes of a data-parallel run (DDP). Call it in all of them.

@@ -129,6 +129,11 @@ class Step:
         self.state["taken"] += self.finite[:, 0, 0]
         return grads
 
+    def uncount(self) -> None:
+        """As if the step, which has been taken, had not been counted."""
+        self.bucket.step -= 1
+        self.state["taken"] -= self.finite[:, 0, 0]
+
     def write(self, direction: Tensor) -> None:
         """Decoupled decay and the step, ``w <- w - lr (direction + decay w)``; a skipped matrix stays as it is."""
         lr = self.group["lr"]
@@ -419,7 +424,9 @@ def idle_experts_kept(bucket: Bucket, rule: Rule) -> Iterator[None]:
         count_activity(bucket.state["activity"], largest, bucket.group["betas"][1])
     names = [name for name in bucket.state if name not in COUNTERS and rule.field(name).kind == "curvature"]
     before = {name: bucket.state[name].clone() for name in names}
-    yield
-    for name, field in before.items():
-        kept = idle.view(-1, *[1] * (field.ndim - 1))
-        bucket.state[name].copy_(torch.where(kept, field, bucket.state[name]))
+    try:
+        yield
+    finally:
+        for name, field in before.items():
+            kept = idle.view(-1, *[1] * (field.ndim - 1))
+            bucket.state[name].copy_(torch.where(kept, field, bucket.state[name]))

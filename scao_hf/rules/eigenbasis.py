@@ -81,7 +81,11 @@ class Eigenbasis(Rule):
         if step.number <= start:
             step_adamw(step, refreshes=step.number == start)
             if step.number == start:
-                self._enter(step)
+                try:
+                    self._enter(step)
+                except BaseException:
+                    step.uncount()  # the last step of phase 1 is still to come
+                    raise
             return
         state, group, refreshes = step.state, step.group, step.due.start < step.due.stop
         blend = blend_weight(step.number, start, group["blend_steps"])
@@ -124,7 +128,7 @@ class Eigenbasis(Rule):
         whole = replace(step, state=fresh)
         for rows in _portions(momentum):
             self._refresh_portion(whole.part(rows), step.state["exp_avg_sq"][rows])
-        # Nothing of the state has been changed so far: what raises leaves the optimizer in phase 1.
+        # No basis of the state has been changed so far: what raises leaves the optimizer in phase 1.
         momentum.copy_(fresh.pop("exp_avg"))
         del step.state["exp_avg_sq"]
         step.state |= fresh

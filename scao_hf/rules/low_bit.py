@@ -70,8 +70,10 @@ def decoded(bucket: Bucket, rule: Rule) -> Iterator[dict[str, Tensor]]:
         return
     before = bucket.state["taken"].clone()
     state = _decoded(bucket, rule)
-    yield state
-    _encode(bucket, rule, state, bucket.state["taken"] != before)
+    try:
+        yield state
+    finally:  # a step whose refresh has been ended is one without it
+        _encode(bucket, rule, state, bucket.state["taken"] != before)
 
 
 def convert(bucket: Bucket, rule: Rule) -> None:

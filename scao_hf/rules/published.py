@@ -33,6 +33,7 @@ from scao_hf.rules.base import (
     debias,
     mix,
 )
+from scao_hf.rules.eigenbasis_refresh import all_or_nothing
 
 SIDES = ("left", "right")
 
@@ -82,7 +83,7 @@ class Published(Rule):
         return state
 
     def step(self, step: Step) -> None:
-        """(E1) on both sides, a refresh when due, then (U7), (U8), (U9) and AdamW's (U4), (U6) on the result."""
+        """(E1) on both sides, a refresh when due, and the step; what ends the refresh leaves a whole step without it."""
         state, group, grads = step.state, step.group, step.gradients()
         weight = (1 - group["rho"]) * step.finite
         for index, side in enumerate(SIDES):
@@ -92,8 +93,21 @@ class Published(Rule):
             else:
                 codes, scales = state[f"{side}_codes"], state[f"{side}_scales"]
                 ops.int8_ema_(codes, scales, outer.float(), weight.float().flatten(), 2 * step.number + index)
+        try:
             if step.number % group["precond_freq"] == 0:
-                _refresh(step, side, _factor(state, side, grads.shape[1 + index], grads.dtype))
+                self._refresh(step)
+        finally:
+            self._move(step, grads)
+
+    def _refresh(self, step: Step) -> None:
+        """Both sides' bases, or neither's."""
+        with all_or_nothing({name: step.state[name] for name in _BASES}):
+            for side, dim in zip(SIDES, step.bucket.shape, strict=True):
+                _refresh_side(step, side, _factor(step.state, side, dim, step.bucket.dtype))
+
+    def _move(self, step: Step, grads: Tensor) -> None:
+        """(U7), (U8), (U9) and AdamW's (U4), (U6) on the result."""
+        state, group = step.state, step.group
         blend = blend_weight(step.number, self.phase1_steps(group), group["blend_steps"])
         if blend:
             bases = [tuple(state[f"{side}_{part}"] for part in ("vectors", "values", "tail")) for side in SIDES]
@@ -129,7 +143,7 @@ def _factor(state: dict[str, Tensor], side: str, dim: int, dtype: torch.dtype) -
     return quantization.decode(state[f"{side}_codes"], state[f"{side}_scales"], (dim, dim), dtype)
 
 
-def _refresh(step: Step, side: str, factor: Tensor) -> None:
+def _refresh_side(step: Step, side: str, factor: Tensor) -> None:
     """(E2), (E3), decomposition, (E4), (E5); a decomposition that fails leaves the last good basis in place."""
     group = step.group
     held, _ = averaged(step.state, step.count, step.bias[1])
@@ -159,6 +173,7 @@ class Basis(NamedTuple):
     mass: Tensor
 
 
+_BASES = tuple(f"{side}_{part}" for side in SIDES for part in Basis._fields)
 #: (E3) The damping's share of the mean eigenvalue.
 TIKHONOV = 1e-4
 
