@@ -7,8 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scao_hf.rules.eigenbasis import Eigenbasis
+
 OPTIONS = {"lr": 1e-2, "warmup_steps": 6, "blend_steps": 4, "precond_freq": 3, "min_precond_updates": 2, "k_max": 3}
 BATCH = 8
+#: The long basis as it is kept for float32 weights, and kept in their own precision.
+KEPT = Eigenbasis.fields["long_vectors"]
+EXACT = KEPT._replace(bfloat16=False)
 
 
 class Adapted(nn.Module):

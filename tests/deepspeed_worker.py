@@ -13,9 +13,10 @@ os.environ.update(DS_ACCELERATOR="cpu", GLOO_SOCKET_IFNAME="lo", DEEPSPEED_LOG_L
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed_model import BATCH, OPTIONS, batch, build, groups, loss_of
+from deepspeed_model import BATCH, EXACT, KEPT, OPTIONS, batch, build, groups, loss_of
 from torch import Tensor
 
+from scao_hf.rules.eigenbasis import Eigenbasis
 from scao_hf.zero import ZeroSCAO
 
 
@@ -38,6 +39,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     deepspeed.init_distributed("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     full, steps = settings.get("full", False), settings.get("steps", 30)
+    Eigenbasis.fields["long_vectors"] = EXACT if settings.get("exact") else KEPT
     config: dict[str, Any] = {
         "train_batch_size": BATCH,
         "gradient_accumulation_steps": settings.get("accumulation", 1),
