@@ -252,6 +252,33 @@ def tiny(family: str = "llama", **fields: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **{**sides, **heads, "tie_word_embeddings": False, **fields})
 
 
+@pytest.mark.parametrize("chosen", [{}, {"moment_dtype": "int8", "use_int8_ema": True}])
+def test_what_a_step_of_scao_takes_is_that_of_the_cpu_allocator(monkeypatch: Any, chosen: dict[str, Any]) -> None:
+    monkeypatch.setattr(ops, "NATIVE", frozenset())
+
+    def optimizer(device: str) -> SCAO:
+        params = [torch.ones(shape, device=device) for shape in 5 * [(16, 1024), (1024, 16)] + [(7,)]]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        return SCAO(params, warmup_steps=2, min_precond_updates=1, precond_freq=2, from_scratch=False, **chosen)
+
+    real = optimizer("cpu")
+    real.step()  # the first one makes the state, too
+    found = max(allocated(real.step, prepared=True) for _ in range(4))
+    assert abs(simulate.optimizer_peak(optimizer("meta")) / found - 1) < simulate.STATED_ERROR
+
+
+def test_a_step_of_scao_that_takes_more_than_activations_is_in_the_plan(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    short, long = (planning.make_plan(settings.Settings(str(tmp_path), sequence=length)) for length in (2, 2048))
+    rows = {row.name: row.size for row in short.rows}
+    peak = short.peaks["on"].peak
+    assert rows["a step of SCAO"] == short.temporary - peak > 0
+    assert (
+        "a step of SCAO" not in {row.name for row in long.rows} and long.to_dict()["scao_temporary"] == short.temporary
+    )
+
+
 @pytest.mark.parametrize("upcast", [False, True])
 @pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen2", True)])
 def test_plan_is_exact_to_the_byte(tmp_path: Path, family: str, tied: bool, upcast: bool) -> None:
@@ -363,9 +390,10 @@ def casts_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: asks(*device) if device else True)
 
 
-def allocated(step: Callable[[], object]) -> int:
-    """The most that a step has allocated at once, after another one."""
-    step()
+def allocated(step: Callable[[], object], prepared: bool = False) -> int:
+    """The most that a step has allocated at once, after another one where it is not ``prepared``."""
+    if not prepared:
+        step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from scao_hf.optimizer import SCAO
 from scao_hf.tools import ToolError
 from scao_hf.tools.rivals import STATES, state_bytes
 from scao_hf.tools.settings import Settings, load_config
-from scao_hf.tools.simulate import STATED_ERROR, AutocastLinear, Peaks, fused_attention, step_peaks
+from scao_hf.tools.simulate import STATED_ERROR, AutocastLinear, Peaks, fused_attention, optimizer_peak, step_peaks
 
 GIB = 2**30
 #: Nominal sizes that every plan answers for.
@@ -46,6 +46,7 @@ class Plan:
         adamw: AdamW's, in the precision of the parameters.
         rival: the optimizer that SCAO takes the place of, and its state.
         small: the peak of SCAO's state with its int8 options.
+        temporary: what SCAO's step takes at its peak besides the state, when activations, logits and loss are gone.
     """
 
     settings: Settings
@@ -58,6 +59,7 @@ class Plan:
     adamw: int
     rival: tuple[str, int]
     small: int
+    temporary: int
     peaks: dict[str, Peaks]
     notes: list[str] = field(default_factory=list)
 
@@ -89,6 +91,7 @@ class Plan:
             "adamw_state": self.adamw,
             "rival_state": {self.rival[0]: self.rival[1]},
             "scao_int8_state": self.small,
+            "scao_temporary": self.temporary,
             "activations": {
                 f"checkpointing_{name}": {**peaks._asdict(), "peak": peaks.peak} for name, peaks in self.peaks.items()
             },
@@ -125,8 +128,11 @@ def make_plan(settings: Settings) -> Plan:
     trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     words = find_vocabulary(model)
 
+    def optimizer(**options: Any) -> SCAO:
+        return SCAO(trainable, vocabulary=words, **{**settings.scao, **options})
+
     def memory(**options: Any) -> dict[str, int]:
-        return SCAO(trainable, vocabulary=words, **{**settings.scao, **options}).memory_report()
+        return optimizer(**options).memory_report()
 
     try:
         scao = memory()
@@ -160,13 +166,25 @@ def make_plan(settings: Settings) -> Plan:
             Row("reference model", copy, True, "the weights as they were; with an adapter it would need none")
         )
     rows = [*frozen, *_training_rows(settings, model, trainable, scao)]
-    rows += _step_rows(settings, peaks["on" if settings.checkpointing else "off"])
+    temporary = optimizer_peak(optimizer())
+    rows += _step_rows(settings, peaks["on" if settings.checkpointing else "off"], temporary)
     rows.append(Row("CUDA context, workspaces, allocator", OVERHEAD, False, "assumed"))
     count = sum(param.numel() for _, param in trainable)
     rival = settings.rival if settings.rival in states else "adamw_torch"
-    adamw = states["adamw_torch"]
     return Plan(
-        settings, source, rows, parameters, count, pairs, scao, adamw, (rival, states[rival]), small, peaks, notes
+        settings,
+        source,
+        rows,
+        parameters,
+        count,
+        pairs,
+        scao,
+        states["adamw_torch"],
+        (rival, states[rival]),
+        small,
+        temporary,
+        peaks,
+        notes,
     )
 
 
@@ -326,12 +344,12 @@ def _training_rows(
     return rows
 
 
-def _step_rows(settings: Settings, peaks: Peaks) -> list[Row]:
+def _step_rows(settings: Settings, peaks: Peaks, temporary: int) -> list[Row]:
     kept = "one input a layer" if settings.checkpointing else "no gradient checkpointing"
     head = Row("logits and loss", peaks.head, False, "batch x sequence x vocabulary, 16 and 32 bit")
     layer = Row("backward pass of a layer", peaks.layer - peaks.head, False, "beyond logits and loss, gone by then")
-    rows = [Row("activations", peaks.kept, False, kept), head]
-    return [*rows, layer] if peaks.layer > peaks.head else rows
+    step = Row("a step of SCAO", temporary - peaks.peak, False, "beyond all of these, gone by then")
+    return [Row("activations", peaks.kept, False, kept), head, *(row for row in (layer, step) if row.size > 0)]
 
 
 def advice(plan: Plan, card: float) -> list[tuple[str, int]]:

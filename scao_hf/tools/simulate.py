@@ -1,4 +1,4 @@
-"""Peak activation memory of a training step: it runs on the meta device, and every storage that it makes is counted."""
+"""Peak memory of a training step and of the optimizer's: they run on the meta device, and every storage is counted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from scao_hf.optimizer import SCAO
+from scao_hf.rules import create, rule_of
+from scao_hf.rules.base import Step
+from scao_hf.rules.low_bit import decoded
+from scao_hf.stacks import build_buckets
 
 #: Relative error to plan with. tests/test_tools.py holds the estimate to half of it against the CPU allocator's peak;
 #: the rest is for what a GPU's kernels and its allocator do otherwise.
@@ -50,6 +56,44 @@ class Meter(TorchDispatchMode):
         """The peak since the last call; the next one counts from here."""
         peak, self.peak = self.peak, self.live
         return peak
+
+
+class _Everywhere(Meter):
+    """Copies to the host are made on the device instead, and count there: the meta device has no numbers to copy."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs and "device" in kwargs and args and isinstance(args[0], Tensor):
+            kwargs = {**kwargs, "device": args[0].device}
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@torch.no_grad()
+def optimizer_peak(optimizer: SCAO) -> int:
+    """Bytes that a step of SCAO takes at most besides the state that it finds: temporary tensors, and new state.
+
+    The first step, the one that enters phase 2, the next one, and the one with most refreshes are taken without numbers.
+
+    Args:
+        optimizer: of parameters with gradients, on the meta device; its state is neither read nor changed.
+    """
+    peaks = [0]
+    for bucket in build_buckets(optimizer.param_groups, {}, lambda param: param.grad is not None):
+        rule, group = rule_of(bucket.group, bucket.matrix, bucket.shape), bucket.group
+        start, steps = rule.phase1_steps(group), {1}
+        if bucket.matrix:
+            cycle = range(start + 1, start + 1 + group["precond_freq"])
+            due = {number: bucket.due(number, start) for number in cycle}
+            most = max(cycle, key=lambda number: due[number].stop - due[number].start)
+            steps |= {max(1, start), start + 1, most, group["precond_freq"]}
+        for number in steps:
+            bucket.step = number - 1
+            bucket.state = create(bucket, torch.device("meta"))
+            members = [member.param for member in bucket.members]
+            grads = [param.grad for param in members if param.grad is not None]
+            with _Everywhere([*members, *grads, *bucket.state.values()]) as meter, decoded(bucket, rule) as state:
+                rule.step(Step(bucket, state, number, bucket.due(number, start)))
+            peaks.append(meter.peak)
+    return max(peaks)
 
 
 class _Frozen4bit(torch.autograd.Function):
