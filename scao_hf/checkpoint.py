@@ -22,7 +22,7 @@ from scao_hf.distributed.exchange import agreed, is_sharded
 from scao_hf.distributed.shards import BYTES, EARLIER, Shards, from_bytes, size_of, to_bytes
 from scao_hf.experts import packing_of
 from scao_hf.integrity import CHECKSUM, checksum
-from scao_hf.names import difference, few, in_order, labels, names_of, pairs
+from scao_hf.names import difference, few, in_order, labels, named_by_keys, names_of, pairs
 from scao_hf.rules import Groups, State, expected, only_foreign, rule_for
 from scao_hf.rules.base import COUNTERS
 
@@ -127,6 +127,9 @@ def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any]
         _check_groups(state_dict, groups)
         if shards is not None:
             _check_sharded(state_dict, groups, shards)
+    with agreed(groups):
+        if shards is not None:
+            shards.check_alike(state_dict, groups)
     whole = state_dict if shards is None else shards.collected(state_dict, groups)
     with agreed(groups):
         fresh, foreign = _restored(whole, groups, () if shards is None else shards.elsewhere)
@@ -163,11 +166,11 @@ def in_common(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
         for number, name, param in zip(numbers, names, group["params"], strict=True):
             key, saved = found.pop(name, (None, None))
             entry = state_dict["state"].get(key)
-            if saved is None:
+            if saved is None or entry is None:
                 new.append(name)
-            elif entry is not None and _laid_out_alike(saved, origin) and _fits(entry, param, origin):
+            elif _laid_out_alike(saved, origin) and _fits(entry, param, origin):
                 common["state"][number] = entry
-            elif entry is not None:
+            else:
                 other.append(name)
     if not common["state"] and state_dict["state"]:
         raise ValueError(
@@ -177,7 +180,7 @@ def in_common(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
     told = [
         f"{what} {few(names)}"
         for what, names in (
-            ("new and without state:", new),
+            ("new or never stepped, and without state:", new),
             ("of another shape or other options, and without state:", other),
             ("only in the saved state, frozen or removed since:", [*found]),
         )
@@ -252,7 +255,7 @@ def _completed(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
         defaults = options.RULE_DEFAULTS.get(str(saved.get("rule")), {})
         given = {name: value for name, value in saved.items() if value is not None or name not in defaults}
         complete.append({**defaults, **given})
-    return {**state_dict, "param_groups": in_order(complete, groups)}
+    return {**state_dict, "param_groups": in_order(named_by_keys(complete, groups), groups)}
 
 
 def _check_structure(state_dict: dict[str, Any]) -> None:

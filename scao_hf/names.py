@@ -66,6 +66,20 @@ def names_of(group: dict[str, Any]) -> list[str] | None:
     return names if len(set(names)) == len(names) == len(group["params"]) else None
 
 
+def named_by_keys(saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups; those whose keys are names of live parameters have the keys for names.
+
+    So torch.distributed.checkpoint makes them. It leaves the list of names as the saved run had it: of other parameters
+    where some have been frozen or added since, or in another order.
+    """
+    live = {name for group in groups for name in names_of(group) or ()}
+    named = [{**saved, "param_names": list(saved["params"])} for saved in saved_groups]
+    return [
+        by_keys if live.intersection(names_of(by_keys) or ()) else saved
+        for by_keys, saved in zip(named, saved_groups, strict=True)
+    ]
+
+
 def in_order(saved_groups: list[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The saved groups and their parameters in the live ones' order, where both have names and these are the same."""
     sets = {frozenset(names): saved for saved in saved_groups if (names := names_of(saved)) is not None}
@@ -78,8 +92,8 @@ def in_order(saved_groups: list[dict[str, Any]], groups: Sequence[dict[str, Any]
     for group, names in zip(groups, wanted, strict=True):
         saved = sets[frozenset(names)]
         places = dict(zip(names_of(saved) or (), saved["params"], strict=True))
-        # torch.distributed.checkpoint, whose keys are names, has put them into this order, and left the list of names.
-        arranged = all(isinstance(key, str) for key in saved["params"])
+        # torch.distributed.checkpoint, whose keys then are other names, has put them into this order, and left the list.
+        arranged = all(isinstance(key, str) and key not in places for key in saved["params"])
         keys = saved["params"] if arranged else [places[name] for name in names]
         ordered.append({**saved, "params": keys, "param_names": group["param_names"]})
     return ordered

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -578,6 +580,77 @@ def forms(rank: int, world: int, single: dict[str, Any]) -> dict[str, Any]:
     model.to(torch.float32).to(torch.float64)  # which swaps the tensors of the parameters
     train(model, optimizer, range(STEPS + 1, STEPS + 2), rank, world)
     results["kept"] = ["slow_param" in entry and entry["step"] for entry in optimizer.state.values()]
+    return results
+
+
+@scenario
+def partial(rank: int, world: int, saved_to: Path, single: dict[str, Any]) -> dict[str, Any]:
+    """The state of a run, in several forms, in one that trains other parameters of the same model.
+
+    ``single`` is the state dict of one process. Returns whole states by name, the numbers of steps after two more, the
+    warnings, and what is refused.
+    """
+    model, optimizer = sharded(lora=True, dtype=torch.float32)
+    train(model, optimizer, range(7), rank, world)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=saved_to)
+    if rank == 0:
+        dcp_to_torch_save(saved_to, saved_to / "whole.pt")
+    dist.barrier()
+    whole = StateDictOptions(full_state_dict=True)
+    forms: dict[str, Any] = {
+        "several": copy.deepcopy(optimizer.state_dict()),
+        "full": get_optimizer_state_dict(model, optimizer, options=whole),
+        "converted": torch.load(saved_to / "whole.pt", weights_only=True)["optimizer"],
+        "one": single,
+    }
+
+    def changed(more: bool = True) -> tuple[nn.Module, SCAO]:
+        """One matrix is frozen; one is new, and two have another shape."""
+        model = build(lora=True, dtype=torch.float32)
+        model[0].lora_A.requires_grad_(False)
+        if more:
+            model[2].base.weight.requires_grad_(True)
+            model[4].lora_A, model[4].lora_B = nn.Linear(10, 4, bias=False), nn.Linear(4, 2, bias=False)
+        shard(model)
+        return model, create_scao_optimizer(model, lr=0.02, partial_resume=more, **QUICK)
+
+    def states(optimizer: SCAO) -> dict[str, Tensor]:
+        names = optimizer.param_groups[0]["param_names"]
+        return {names[key]: entry["bytes"].full_tensor() for key, entry in optimizer.state_dict()["state"].items()}
+
+    results: dict[str, Any] = {"before": states(optimizer), "warnings": [], "refused": []}
+    for name, state in forms.items():
+        model, optimizer = changed()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.load_state_dict(state)
+        results["warnings"] += [str(each.message) for each in caught if "partial_resume" in str(each.message)]
+        loaded = states(optimizer)
+        train(model, optimizer, range(7, 9), rank, world)
+        results[name] = loaded, [optimizer.state[param]["step"] for param in optimizer.param_groups[0]["params"]]
+
+    model, optimizer = changed(more=False)
+    state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=saved_to)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    results["read"] = states(optimizer)
+
+    def renamed(state: dict[str, Any]) -> None:
+        state["param_groups"][0]["param_names"] = [f"other.{name}" for name in range(6)]
+
+    def shortened(state: dict[str, Any]) -> None:
+        del state["state"][1]
+
+    for spoil in (renamed, shortened):
+        state = copy.deepcopy(forms["several"])
+        if rank == world - 1:
+            spoil(state)
+        model, optimizer = changed()
+        try:
+            optimizer.load_state_dict(state)
+        except ValueError as error:
+            results["refused"].append(str(error))
+        assert not optimizer.state
     return results
 
 

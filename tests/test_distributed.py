@@ -268,3 +268,26 @@ def test_state_dicts_of_one_process_and_of_several(tmp_path: Path) -> None:
     merged.load_state_dict(first["full"])
     train_parts(model, merged, range(7, STEPS), 2)
     assert distance(dict(model.named_parameters()), expected) == 0
+
+
+def test_a_partial_resume_of_several_processes(tmp_path: Path) -> None:
+    """What is common is loaded from every form of state dict; what one process cannot load is refused in all."""
+    _, optimizer = alone(2, lora=True, dtype=torch.float32, steps=7)
+    first, second = launch("partial", 2, tmp_path, saved_to=tmp_path / "saved", single=optimizer.state_dict())
+    common = {"0.lora_B.weight", "2.lora_A.weight", "2.lora_B.weight"}
+    expected = {name: state for name, state in first["before"].items() if name in common}
+    for results in (first, second):
+        for form in ("several", "full", "converted", "one"):
+            loaded, steps = results[form]
+            assert distance(loaded, expected) == 0, form
+            assert steps == [9, 2, 9, 9, 2, 2]
+        assert distance(results["read"], {k: v for k, v in first["before"].items() if k != "0.lora_A.weight"}) == 0
+        assert len(results["warnings"]) == 4 and set(results["warnings"]) == {
+            "partial_resume: the state of 3 parameters is loaded; new or never stepped, and without state: "
+            "['2.base.weight']; of another shape or other options, and without state: ['4.lora_A.weight', "
+            "'4.lora_B.weight']; only in the saved state, frozen or removed since: ['0.lora_A.weight']"
+        }
+    assert "no parameter of the saved state has the name and shape of one here" in second["refused"][0]
+    assert first["refused"][0] == f"process 1: {second['refused'][0]}"
+    for results in (first, second):
+        assert "different states of [\"parameter '0.lora_B.weight' of shape (13, 3)\"]: give" in results["refused"][1]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scao_hf.distributed.exchange import Exchange, as_bytes, chunks, is_sharded, local_gradient, shard_dim
 from scao_hf.integrity import checksum
-from scao_hf.names import pairs
+from scao_hf.names import few, labels, pairs
 from scao_hf.rules import Groups, State, Wholes, expected, only_foreign
 
 EARLIER = "take an earlier checkpoint, or start from the weights alone"
@@ -225,6 +225,21 @@ class Shards:
             )
             entries[key] = {**entries[key], BYTES: vector}
         return {**state_dict, "state": entries}
+
+    def check_alike(self, state_dict: dict[str, Any], groups: Groups) -> None:
+        """Raise ``ValueError`` unless all processes have state of the same parameters, sizes and steps. Collective."""
+        names, entries = labels(state_dict, groups), state_dict["state"]
+        mine = {
+            names[key]: (entries[key]["step"], tuple(getattr(entries[key].get(BYTES), "shape", ())))
+            for key, *_ in self.saved(state_dict, groups)
+        }
+        everywhere: list[dict[str, Any]] = [{}] * self.world
+        dist.all_gather_object(everywhere, mine, group=self.group)
+        unlike = sorted({name for each in everywhere for name, _ in each.items() ^ mine.items()})
+        if unlike:
+            raise ValueError(
+                f"the processes have different states of {few(unlike)}: give load_state_dict the same checkpoint in all of them"
+            )
 
     def collected(self, state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
         """A checked ``state_dict`` with the whole bytes of the parameters that this process owns, of others the step alone.
