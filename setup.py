@@ -28,7 +28,7 @@ TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the oldest whose stable ABI h
 TOOLKIT = Path("/usr/local/cuda")  # as a rule off PATH
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")
 NEWER_ARCHITECTURES = ("100", "120")  # where the toolkit has them; elsewhere the PTX is compiled at the first use
-CPU_SOURCES = ("cpu_adamw", "cpu_eigenbasis", "cpu_refresh", "cpu_bases", "cpu_eigh", "cpu_int8", "cpu_kernels")
+CPU_SOURCES = ("cpu_adamw", "cpu_eigenbasis", "cpu_eigh", "cpu_int8", "cpu_kernels")
 CPU_LEVELS = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
 
 

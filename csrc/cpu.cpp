@@ -2,7 +2,6 @@
 // arguments, picks the instruction set and spreads matrices over torch's threads; a result depends on one matrix alone.
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -12,8 +11,6 @@
 
 namespace scao {
 namespace {
-
-constexpr float MOST_GAIN = 2.0f;  // as in scao_hf/rules/eigenbasis_refresh.py
 
 const Kernels* best() {
 #if defined(__x86_64__)
@@ -77,71 +74,6 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std
   run(tasks, chosen->eigenbasis_scratch(r, l, fields.k), [&](const EigenbasisTask& task, void* memory) { chosen->eigenbasis(task, n, memory); });
 }
 
-struct Bases {
-  int64_t matrices, r, l, k;
-  Dtype dtype;
-  char* data;
-  long bytes;  // of one matrix
-};
-
-Bases bases_of(const Tensor& exp_avg, const Tensor& long_vectors) {
-  STD_TORCH_CHECK(exp_avg.dim() == 3 && long_vectors.dim() == 3, "scao: exp_avg and long_vectors must be stacks");
-  const int64_t matrices = exp_avg.size(0), r = exp_avg.size(1), l = exp_avg.size(2), k = long_vectors.size(1);
-  const Dtype dtype = basis_dtype(long_vectors, exp_avg, {matrices, k, l});
-  return {matrices, r, l, k, dtype, static_cast<char*>(long_vectors.data_ptr()), k * l * (dtype == F32 ? 4 : 2)};
-}
-
-// (U13)
-float gain_of(float whole, float own) {
-  if (!(own > 0)) return 1;
-  const float gain = std::sqrt(whole / (own > 1.17549435e-38f ? own : 1.17549435e-38f));
-  return gain < 1 / MOST_GAIN ? 1 / MOST_GAIN : gain > MOST_GAIN ? MOST_GAIN : gain;
-}
-
-Tensor eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) {
-  const Bases b = bases_of(exp_avg, long_vectors);
-  const float* moments = floats(exp_avg, "exp_avg", exp_avg, {b.matrices, b.r, b.l});
-  const int64_t rows = b.k + b.r;
-  Tensor gram = torch::stable::new_empty(exp_avg, {b.matrices, rows, rows});
-  float* out = static_cast<float*>(gram.data_ptr());
-  std::vector<GramTask> tasks;
-  for (int64_t i = 0; i < b.matrices; i++) {
-    tasks.push_back({moments + i * b.r * b.l, b.data + i * b.bytes, b.dtype, out + i * rows * rows, b.r, b.l, b.k});
-  }
-  run(tasks, chosen->gram_scratch(b.r, b.l, b.k), chosen->gram);
-  return gram;
-}
-
-// `fixed`: row, col, coefficients, plain_row, inside_sq, bias1, bias2, finite, none of which changes.
-Tensor eigenbasis_rotate_(Tensor exp_avg, Tensor long_vectors, std::vector<Tensor> fixed, double eps) {
-  STD_TORCH_CHECK(fixed.size() == 8, "scao: there must be 8 fixed tensors");
-  const Bases b = bases_of(exp_avg, long_vectors);
-  const auto [n, r, l, k, dtype, data, bytes] = b;
-  Tensor norms = torch::stable::new_empty(exp_avg, {n, 2});
-  RotateTask task{};
-  task.exp_avg = floats(exp_avg, "exp_avg", exp_avg, {n, r, l});
-  task.row = floats(fixed[0], "row", exp_avg, {n, r, 1});
-  task.col = floats(fixed[1], "col", exp_avg, {n, 1, l});
-  task.coefficients = floats(fixed[2], "coefficients", exp_avg, {n, k + 2 * r, k + r});
-  task.plain_row = floats(fixed[3], "plain_row", exp_avg, {n, r, 1});
-  task.inside_sq = floats(fixed[4], "inside_sq", exp_avg, {n, 1, k});
-  task.bias1 = floats(fixed[5], "bias1", exp_avg, {n});
-  task.bias2 = floats(fixed[6], "bias2", exp_avg, {n});
-  task.finite = floats(fixed[7], "finite", exp_avg, {n});
-  task.norms = static_cast<float*>(norms.data_ptr());
-  task.long_vectors = data, task.long_dtype = dtype, task.eps = static_cast<float>(eps);
-  task.r = r, task.l = l, task.k = k;
-  std::vector<RotateTask> tasks;
-  for (int64_t i = 0; i < n; i++) {
-    tasks.push_back(task);
-    task.exp_avg += r * l, task.coefficients += (k + 2 * r) * (k + r), task.row += r, task.col += l;
-    task.plain_row += r, task.inside_sq += k, task.bias1 += 1, task.bias2 += 1, task.finite += 1, task.norms += 2;
-    task.long_vectors = data + (i + 1) * bytes;
-  }
-  run(tasks, chosen->rotate_scratch(r, l, k), chosen->rotate);
-  return norms;
-}
-
 std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
   STD_TORCH_CHECK(matrices.dim() == 3, "scao: matrices must be [N, n, n]");
   const int64_t count = matrices.size(0), n = matrices.size(1);
@@ -151,65 +83,11 @@ std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
   const int64_t lanes = chosen->lanes;
   torch::stable::parallel_for(0, (count + lanes - 1) / lanes, 1, [&](int64_t first, int64_t last) {
     const auto memory = scratch(chosen->eigh_scratch(n));
-    chosen->eigh(task, first * lanes, last * lanes < count ? last * lanes : count, memory.get());
+    for (int64_t from = first * lanes; from < last * lanes && from < count; from += lanes) {
+      chosen->eigh(task, from, from + lanes < count ? from + lanes : count, memory.get());
+    }
   });
   return {values, vectors};
-}
-
-// The matrices [first, last) of the stacks, which are passed whole. numbers: beta1, beta2, eps, rho, decay, epsilon_sparse.
-Tensor eigenbasis_refresh_(std::vector<Tensor> state, Tensor finite, int64_t first, int64_t last, std::vector<double> numbers,
-                           int64_t k_min, int64_t k_max) {
-  RefreshTask task{};
-  static_cast<Fields<long>&>(task) = fields_of<long>(state);
-  const Tensor& exp_avg = state[2];
-  const int64_t n = exp_avg.size(0), r = task.r, l = task.l, k = task.k, h = k + r, count = last - first;
-  STD_TORCH_CHECK(first >= 0 && first <= last && last <= n, "scao: first and last must be within the stack");
-  STD_TORCH_CHECK(numbers.size() == 6, "scao: there must be 6 numbers");
-  task.skip(first);
-  task.finite = floats(finite, "finite", exp_avg, {n}) + first;
-  Tensor failed = torch::stable::new_empty(exp_avg, {count});
-  task.failed = static_cast<float*>(failed.data_ptr());
-  const int64_t coefficients = (k + 2 * r) * h;
-  const auto between = scratch(4 * count * (h * h + coefficients + r + k + 6));
-  float* at = static_cast<float*>(between.get());
-  const auto take = [&](int64_t each) {
-    float* part = at;
-    at += count * each;
-    return part;
-  };
-  float* gram = take(h * h);
-  task.gram = gram, task.coefficients = take(coefficients), task.plain_row = take(r), task.mean_square = take(k);
-  task.bias1 = take(1), task.bias2 = take(1), task.refreshed = take(1), task.inside_norm = take(1);
-  float* norms = take(2);
-  task.beta1 = numbers[0], task.beta2 = numbers[1], task.eps = static_cast<float>(numbers[2]), task.rho = numbers[3];
-  task.decay = static_cast<float>(numbers[4]), task.epsilon_sparse = static_cast<float>(numbers[5]);
-  task.k_min = k_min, task.k_max = k_max;
-  char* basis = static_cast<char*>(task.long_vectors);
-  const long bytes = k * l * (task.long_dtype == F32 ? 4 : 2);
-  const auto each = [](int64_t from, int64_t to, unsigned long bytes, auto&& work) {
-    torch::stable::parallel_for(from, to, 1, [&](int64_t begin, int64_t end) {
-      const auto memory = scratch(bytes);
-      for (int64_t i = begin; i < end; i++) work(i, memory.get());
-    });
-  };
-  // A few matrices at a time, whose long sides stay in the caches.
-  const int64_t lanes = chosen->lanes, portion = lanes * torch::stable::get_num_threads();
-  for (int64_t from = 0; from < count; from += portion) {
-    const int64_t to = from + portion < count ? from + portion : count;
-    each(from, to, chosen->gram_scratch(r, l, k), [&](int64_t i, void* memory) {
-      if (task.finite[i] > 0) chosen->gram({task.exp_avg + i * r * l, basis + i * bytes, task.long_dtype, gram + i * h * h, r, l, k}, memory);
-    });
-    each(from / lanes, (to + lanes - 1) / lanes, chosen->bases_scratch(r, k), [&](int64_t group, void* memory) {
-      chosen->bases(task, group * lanes, (group + 1) * lanes < to ? (group + 1) * lanes : to, memory);
-    });
-    each(from, to, chosen->rotate_scratch(r, l, k), [&](int64_t i, void* memory) {
-      chosen->rotate({task.exp_avg + i * r * l, basis + i * bytes, task.long_dtype, task.row + i * r, task.col + i * l,
-                    task.coefficients + i * coefficients, task.plain_row + i * r, task.mean_square + i * k,
-                    task.bias1 + i, task.bias2 + i, task.refreshed + i, norms + 2 * i, task.eps, r, l, k}, memory);
-      if (task.refreshed[i] > 0) task.gain[i] = gain_of(norms[2 * i], norms[2 * i + 1] + task.inside_norm[i]);
-    });
-  }
-  return failed;
 }
 
 void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64_t seed) {
@@ -234,9 +112,6 @@ void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64
 STABLE_TORCH_LIBRARY_IMPL(scao, CPU, m) {
   m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
   m.impl("eigenbasis_step_", TORCH_BOX(&eigenbasis_step_));
-  m.impl("eigenbasis_gram", TORCH_BOX(&eigenbasis_gram));
-  m.impl("eigenbasis_rotate_", TORCH_BOX(&eigenbasis_rotate_));
-  m.impl("eigenbasis_refresh_", TORCH_BOX(&eigenbasis_refresh_));
   m.impl("symmetric_eigh", TORCH_BOX(&eigh));
   m.impl("int8_ema_", TORCH_BOX(&int8_ema_));
 }

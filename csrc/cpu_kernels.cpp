@@ -9,9 +9,7 @@ namespace scao {
 namespace SCAO_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels = {NAME(SCAO_ISA), adamw_scratch, adamw,        eigenbasis_scratch, eigenbasis, gram_scratch,
-                         gram_of,        rotate_scratch,  rotate,         VL,                 bases_scratch,
-                         bases,          eigh_scratch,  eigh,         int8_ema};
+const Kernels kernels = {NAME(SCAO_ISA), adamw_scratch, adamw, eigenbasis_scratch, eigenbasis, VL, eigh_scratch, eigh, int8_ema};
 
 }  // namespace SCAO_ISA
 }  // namespace scao

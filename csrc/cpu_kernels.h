@@ -33,38 +33,6 @@ struct EigenbasisTask : Fields<long> {
   bool cautious;
 };
 
-// Inner products of the rows of [U^T; M], both halves.
-struct GramTask {
-  const float* exp_avg;      // [r, l]
-  const void* long_vectors;  // [k, l]
-  Dtype long_dtype;
-  float* gram;  // [k + r, k + r]
-  long r, l, k;
-};
-
-// (U15) of scao_hf/rules/eigenbasis_refresh.py (`rotate`), where the names are explained.
-struct RotateTask {
-  float* exp_avg;      // [r, l]
-  void* long_vectors;  // [k, l]
-  Dtype long_dtype;
-  const float *row, *col, *coefficients, *plain_row, *inside_sq, *bias1, *bias2, *finite;
-  float* norms;  // [2]
-  float eps;
-  long r, l, k;
-};
-
-// A refresh but for the long side; names as in scao_hf/rules/eigenbasis_refresh.py, every field a stack. A matrix whose gradient
-// was not finite, or whose decompositions fail, stays as it is.
-struct RefreshTask : Fields<long> {
-  const float *gram, *finite;
-  // What rotate takes; of these `refreshed` is 1 for what is to be rotated. inside_norm: squared norm of the kept part's step.
-  float *coefficients, *plain_row, *mean_square, *bias1, *bias2, *refreshed, *inside_norm;
-  float* failed;  // 1 where the decompositions failed
-  double beta1, beta2, rho;
-  float eps, decay, epsilon_sparse;
-  long k_min, k_max;
-};
-
 // Eigendecompositions of symmetric matrices; NaN where one is not finite or does not converge.
 struct EighTask {
   const float* matrices;  // [N, n, n]
@@ -80,15 +48,9 @@ struct Kernels {
   void (*adamw)(const AdamwTask&, const Numbers&, void* scratch);
   unsigned long (*eigenbasis_scratch)(long r, long l, long k);
   void (*eigenbasis)(const EigenbasisTask&, const Numbers&, void* scratch);
-  unsigned long (*gram_scratch)(long r, long l, long k);
-  void (*gram)(const GramTask&, void* scratch);
-  unsigned long (*rotate_scratch)(long r, long l, long k);
-  void (*rotate)(const RotateTask&, void* scratch);
   long lanes;  // matrices that are decomposed together
-  unsigned long (*bases_scratch)(long r, long k);
-  void (*bases)(const RefreshTask&, long first, long last, void* scratch);  // of at most `lanes` matrices
   unsigned long (*eigh_scratch)(long n);
-  void (*eigh)(const EighTask&, long first, long last, void* scratch);  // of matrices [first, last)
+  void (*eigh)(const EighTask&, long first, long last, void* scratch);  // of matrices [first, last), `lanes` at most
   // Blocks [first, last) of an int8 EMA: see int8.h. values holds numel entries for each of the matrices.
   void (*int8_ema)(signed char* codes, float* scales, const float* values, const float* weights, long numel,
                    long blocks_per_matrix, unsigned seed_key, long first, long last);

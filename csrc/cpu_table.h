@@ -10,12 +10,6 @@ unsigned long adamw_scratch(long r, long l);
 void adamw(const AdamwTask&, const Numbers&, void* scratch);
 unsigned long eigenbasis_scratch(long r, long l, long k);
 void eigenbasis(const EigenbasisTask&, const Numbers&, void* scratch);
-unsigned long gram_scratch(long r, long l, long k);
-void gram_of(const GramTask&, void* scratch);
-unsigned long rotate_scratch(long r, long l, long k);
-void rotate(const RotateTask&, void* scratch);
-unsigned long bases_scratch(long r, long k);
-void bases(const RefreshTask&, long first, long last, void* scratch);
 unsigned long eigh_scratch(long n);
 void eigh(const EighTask&, long first, long last, void* scratch);
 void int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,

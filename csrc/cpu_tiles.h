@@ -106,22 +106,6 @@ inline void apply_tile(const View& view, long first, long rows, long width, cons
   }
 }
 
-// Store a tile in a matrix of rows.
-template <Dtype D>
-inline void put_tile_as(void* data, long row_stride, long rows, long width, const float* tile, long T) {
-  const long whole = width / VL * VL;
-  for (long i = 0; i < rows; i++) {
-    for (long c = 0; c < whole; c += VL) put_vector<D>(data, i * row_stride + c, load(tile + i * T + c));
-    for (long c = whole; c < width; c++) put<D>(data, i * row_stride + c, tile[i * T + c]);
-  }
-}
-
-inline void put_tile(const View& view, long first, long rows, long width, const float* tile, long T) {
-  void* data = const_cast<void*>(offset(view.data, view.dtype, first));
-  if (view.dtype == F32) return put_tile_as<F32>(data, view.row_stride, rows, width, tile, T);
-  put_tile_as<BF16>(data, view.row_stride, rows, width, tile, T);
-}
-
 // Largest magnitude as bits, lane by lane: as integers a NaN is above Inf and Inf above every number.
 INLINE vi largest_bits(const float* tile, long T, long rows, long width, vi largest) {
   vi other = largest;

@@ -2,7 +2,7 @@
 #pragma once
 
 // What the operations take; as in scao_hf/ops.py, which refuses a library that was built from other sources.
-#define SCAO_INTERFACE 3
+#define SCAO_INTERFACE 4
 
 namespace scao {
 
@@ -13,7 +13,7 @@ enum Dtype { F32, BF16, F16 };
 #define SCAO_FIELDS(FIELD)                                                                                             \
   FIELD(taken, 1) FIELD(level, 1) FIELD(exp_avg, r * l) FIELD(factor, r * r) FIELD(inside_avg, r * k)                  \
   FIELD(inside_sq, r * k) FIELD(row, r) FIELD(col, l) FIELD(vectors, r * r) FIELD(mask, k) FIELD(gain, 1)              \
-  FIELD(agreement, 1) FIELD(factor_values, r) FIELD(long_values, k) FIELD(long_tail, 1)
+  FIELD(agreement, 1)
 
 // `Index` is int where a device counts in it.
 template <class Index>

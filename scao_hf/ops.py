@@ -20,15 +20,11 @@ from scao_hf import quantization
 __all__ = [
     "adamw_step_",
     "backend",
-    "eigenbasis_gram",
-    "eigenbasis_refresh_",
-    "eigenbasis_rotate_",
     "eigenbasis_step_",
     "eigh",
     "has",
     "int8_ema_",
     "numbers",
-    "refreshes",
     "supports",
     "symmetric_eigh",
 ]
@@ -37,22 +33,14 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Each operation does what a rule's PyTorch code does, on one bucket, in place. ``state`` are stacked fields in the order of the
-# rule's table after the counters, ``numbers`` those of ``numbers(group)``, of a refresh beta1, beta2, eps, rho, what the old
-# long basis is worth, and epsilon_sparse. csrc checks what it is given.
+# rule's table after the counters, ``numbers`` those of ``numbers(group)``. csrc checks what it is
+# given.
 _LIBRARY = torch.library.Library("scao", "DEF")
 #: Schemas, and what an operation returns where tensors have no numbers (FakeTensorMode).
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, float[] numbers) -> ()": lambda *_: None,
     "eigenbasis_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state, float[] numbers, bool cautious) -> ()": (
         lambda *_: None
-    ),
-    "eigenbasis_refresh_(Tensor(a!)[] state, Tensor finite, int first, int last, float[] numbers, int k_min, int k_max) "
-    "-> Tensor": lambda state, finite, first, last, *_: finite.new_empty(last - first),
-    "eigenbasis_gram(Tensor exp_avg, Tensor long_vectors) -> Tensor": lambda moments, basis: moments.new_empty(
-        len(moments), *[basis.shape[1] + moments.shape[1]] * 2
-    ),
-    "eigenbasis_rotate_(Tensor(a!) exp_avg, Tensor(b!) long_vectors, Tensor[] fixed, float eps) -> Tensor": (
-        lambda moments, *_: moments.new_empty(len(moments), 2)
     ),
     "symmetric_eigh(Tensor matrices) -> (Tensor, Tensor)": (
         lambda matrices: (matrices.new_empty(matrices.shape[:2]), matrices.new_empty(matrices.shape))
@@ -65,9 +53,6 @@ for _schema, _fake in _OPERATIONS.items():
 
 adamw_step_ = torch.ops.scao.adamw_step_
 eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
-eigenbasis_refresh_ = torch.ops.scao.eigenbasis_refresh_
-eigenbasis_gram = torch.ops.scao.eigenbasis_gram
-eigenbasis_rotate_ = torch.ops.scao.eigenbasis_rotate_
 symmetric_eigh = torch.ops.scao.symmetric_eigh
 
 #: Largest r and k that the native kernels take: beyond it the library's products are faster, or shared memory ends.
@@ -76,22 +61,14 @@ LARGEST_SIDE = {"cpu": 128, "cuda": 64}
 LONGEST_CUDA = 2**30
 #: The operations that have a native kernel.
 KERNELS = {
-    "cpu": (
-        "adamw_step_",
-        "eigenbasis_step_",
-        "eigenbasis_refresh_",
-        "eigenbasis_gram",
-        "eigenbasis_rotate_",
-        "symmetric_eigh",
-        "int8_ema_",
-    ),
+    "cpu": ("adamw_step_", "eigenbasis_step_", "symmetric_eigh", "int8_ema_"),
     "cuda": ("adamw_step_", "eigenbasis_step_", "int8_ema_"),
 }
 #: Largest side of matrices that are decomposed natively.
 LARGEST_DECOMPOSED = 64
 OLDEST_TORCH = (2, 10)
 #: What the operations take; as in csrc/state.h.
-INTERFACE = 3
+INTERFACE = 4
 #: What builds the kernels for a device and installs them, in a clone of the repository.
 BUILD_COMMAND = "SCAO_BUILD_EXT={} pip install ."
 #: Compute capability below which there is no device code.
@@ -234,12 +211,6 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         message = "a matrix is not finite, or its decomposition does not converge"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
     return values, vectors
-
-
-def refreshes(moments: Tensor, long_basis: Tensor) -> bool:
-    """Whether the whole of a refresh has a native kernel for such moments ``[N, r, l]`` and long bases ``[N, k, l]``."""
-    sides = moments.shape[1] + long_basis.shape[1]
-    return has("eigenbasis_refresh_", moments, long_basis) and sides <= LARGEST_DECOMPOSED
 
 
 def int8_ema_(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:

@@ -195,7 +195,7 @@ def counted() -> Iterator[dict[str, int]]:
     """Counts, for this process, the bytes that SCAO's collectives send to others, and the decomposed matrices."""
     counts = {"sent": 0, "received": 0, "decomposed": 0}
     exchange, broadcast, eigh = dist.all_to_all_single, dist.broadcast, torch.linalg.eigh
-    natives = ops.symmetric_eigh, ops.eigenbasis_refresh_
+    eigh_natively = ops.symmetric_eigh
 
     def all_to_all(output: Tensor, input: Tensor, out: list[int], sent: list[int], group: Any = None) -> Any:
         rank = dist.get_rank(group)
@@ -214,20 +214,15 @@ def counted() -> Iterator[dict[str, int]]:
 
     def decompose_natively(matrices: Tensor) -> Any:
         counts["decomposed"] += len(matrices)
-        return natives[0](matrices)
-
-    def refresh(*args: Any) -> Any:
-        first, last = args[2:4]
-        counts["decomposed"] += 2 * (last - first)
-        return natives[1](*args)
+        return eigh_natively(matrices)
 
     dist.all_to_all_single, dist.broadcast, torch.linalg.eigh = all_to_all, broadcast_counted, decompose
-    ops.symmetric_eigh, ops.eigenbasis_refresh_ = decompose_natively, refresh
+    ops.symmetric_eigh = decompose_natively
     try:
         yield counts
     finally:
         dist.all_to_all_single, dist.broadcast, torch.linalg.eigh = exchange, broadcast, eigh
-        ops.symmetric_eigh, ops.eigenbasis_refresh_ = natives
+        ops.symmetric_eigh = eigh_natively
 
 
 def held(optimizer: SCAO) -> int:

@@ -47,25 +47,8 @@ def eigenbasis_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = tor
         "gain": torch.rand(size) + 0.5,
         "long_vectors": (torch.linalg.qr(torch.randn(size, l, k))[0] * mask).mT.to(dtype).contiguous(),
         "agreement": torch.linspace(0.3, 0.9, size),
-        "factor_values": torch.rand(size, r),
-        "long_values": torch.linspace(2, 0.1, k) * mask[:, 0],
-        "long_tail": 0.1 * torch.rand(size),
     }
     return {name: state[name] for name in Eigenbasis.native_fields}
-
-
-def refresh_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """The same for a refresh: eigenvalues fall, so that no two are the same."""
-    state = eigenbasis_state(size, r, l, k, dtype)
-    roots = torch.randn(size, r, 2 * r) * torch.linspace(1, 0.2, r)[:, None]
-    rows = state["long_vectors"].float()
-    # A momentum with something in the old directions, most of it outside.
-    state["exp_avg"] = state["exp_avg"] * torch.linspace(1, 0.2, r)[:, None]
-    state["exp_avg"] -= 0.9 * (state["exp_avg"] @ rows.mT) @ rows
-    state["inside_avg"] *= state["mask"] * torch.linspace(1, 0.2, r)[:, None]
-    # The adaptive rank has switched off some of the directions that the sketch holds.
-    state["mask"] = (torch.arange(k) < max(1, k // 2)).float().expand(size, 1, k).contiguous()
-    return state | {"factor": roots @ roots.mT}
 
 
 def take_step(
@@ -86,19 +69,3 @@ def take_step(
     with mock.patch.object(ops, name, kernel), kernels, torch.no_grad():
         rule_of(bucket.group, r > 1).step(Step(bucket, state, bucket.step + 1, slice(0, 0)))
     assert kernel.called == native
-
-
-def refresh(state: dict[str, Tensor], finite: Tensor, first: int, last: int, native: bool) -> None:
-    """A refresh of the matrices from ``first`` to ``last``, by the native kernel or by the rule's PyTorch code."""
-    bucket = Bucket(group(), (state["exp_avg"].shape[1], state["exp_avg"].shape[2]), LATE, torch.float32)
-    step = Step(bucket, state, LATE, slice(first, last), finite=finite.to(state["exp_avg"])[:, None, None])
-    with mock.patch.object(ops, "NATIVE", ops.NATIVE if native else frozenset()):
-        Eigenbasis()._refresh(step)
-
-
-def refresh_arguments(state: dict[str, Tensor], finite: Tensor, first: int, last: int) -> tuple[Any, ...]:
-    """What ``ops.eigenbasis_refresh_`` takes for the same."""
-    options = group()
-    decay = options["rho"] ** options["precond_freq"]
-    numbers = [*options["betas"], options["eps"], options["rho"], decay, options["epsilon_sparse"]]
-    return [*state.values()], finite, first, last, numbers, options["k_min"], options["k_max"]

@@ -17,13 +17,11 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_states import NUMBERS, eigenbasis_state, refresh, refresh_arguments, refresh_state, take_step
+from kernel_states import NUMBERS, eigenbasis_state, take_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scao_hf import SCAO, linalg, ops, quantization
-from scao_hf.rules import eigenbasis
 from scao_hf.rules.eigenbasis import Eigenbasis
-from scao_hf.rules.eigenbasis_refresh import gram, rotate
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -129,12 +127,6 @@ def test_experts_that_are_idle_in_some_steps_are_stepped_as_in_pytorch(level: st
     params, grads = members(3, 16, 70, torch.float32, False)
     activity = torch.tensor([[11.0, 1 - 0.99**11], [2.0, 0.02], [40.0, 1e-3]])
     compare(params, grads, eigenbasis_state(3, 16, 70, 16) | {"activity": activity})
-    state, gains = refresh_state(3, 16, 70, 16) | {"activity": activity}, []
-    for native in (True, False):
-        fields = {name: value.clone() for name, value in state.items()}
-        refresh(fields, torch.ones(3), 0, 3, native)
-        gains.append(fields["gain"])
-    close(*gains, 1e-4, "gain")
 
 
 @pytest.mark.parametrize("kernel", [pytest.param("native", marks=native), "pytorch"])
@@ -147,116 +139,6 @@ def test_a_step_without_gradient_keeps_the_share_that_agreed(kernel: str) -> Non
         before = state["agreement"].clone()
         take_step(params, grads, state, native=kernel == "native")
         assert (state["agreement"] == before).tolist() == [False, True, False]
-
-
-@native
-@pytest.mark.parametrize(("r", "l", "k"), SIZES)
-def test_refresh_kernels_equal_pytorch(level: str, r: int, l: int, k: int) -> None:
-    torch.manual_seed(r * l + k)
-    for dtype in (torch.bfloat16, torch.float32):
-        state = eigenbasis_state(3, r, l, k, dtype)
-        moments, basis = state["exp_avg"], state["long_vectors"]
-        grams = ops.eigenbasis_gram(moments, basis), gram(moments, basis)
-        close(grams[0], grams[1], 2e-6, "gram")
-        assert torch.equal(grams[0], grams[0].mT)
-        fields = [moments, basis, state["row"], state["col"]]
-        coefficients = torch.randn(3, k + 2 * r, k + r) / (k + r) ** 0.5
-        numbers = torch.rand(3, r, 1), torch.rand(3, 1, k), torch.rand(3) + 0.1, torch.rand(3) + 0.1
-        finite = torch.tensor([1.0, 0.0, 1.0])
-        found, expected = [field.clone() for field in fields], [field.clone() for field in fields]
-        norms = ops.eigenbasis_rotate_(*found[:2], [*found[2:], coefficients, *numbers, finite], 1e-8)
-        wanted = rotate(*expected[:2], [*expected[2:], coefficients, *numbers, finite], 1e-8)
-        close(norms[finite > 0], wanted[finite > 0], 1e-5, "norms")
-        for name, a, b, old in zip(("exp_avg", "long_vectors", "row", "col"), found, expected, fields, strict=True):
-            close(a, b, 2e-6 if a.dtype == torch.float32 else 2**-8, name)
-            kept = slice(1, 2) if name in ("exp_avg", "long_vectors") else slice(None)
-            assert torch.equal(a[kept], old[kept]), name
-
-
-def aligned(state: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same state with the signs of eigenvectors, which are the solver's choice, as in another."""
-    small = (state["vectors"] * like["vectors"]).sum(1).sign()
-    long = (state["long_vectors"].double() * like["long_vectors"].double()).sum(2).sign()
-    long = torch.where(long == 0, 1.0, long).to(small)
-    signs = {"vectors": small[:, None, :], "exp_avg": small[:, :, None], "long_vectors": long[:, :, None]}
-    signs["inside_avg"] = small[:, :, None] * long[:, None, :]
-    return {name: value.double() * signs[name] if name in signs else value for name, value in state.items()}
-
-
-@native
-@pytest.mark.parametrize(
-    ("r", "l", "k"), [(16, 200, 16), (16, 65, 40), (2, 3, 1), (3, 9, 9), (5, 37, 3), (20, 70, 20), (32, 90, 32)]
-)
-def test_a_refresh_equals_pytorch(level: str, r: int, l: int, k: int) -> None:
-    """Against the equations in float64: at most eight times as far from them as PyTorch's float32."""
-    torch.manual_seed(r * l + k)
-    for dtype in (torch.float32, torch.bfloat16):
-        size, first, last = 23, 2, 21  # more than a register holds, and not a multiple
-        state = refresh_state(size, r, l, k, dtype)
-        finite = torch.ones(size)
-        finite[5] = 0
-        results = []
-        for kernel in (True, False):
-            fields = {name: value.clone() for name, value in state.items()}
-            refresh(fields, finite, first, last, kernel)
-            results.append(fields)
-        exact = {name: value[first:last].double() for name, value in state.items()}
-        refresh(exact, finite[first:last], 0, last - first, native=False)
-        found, expected = (
-            aligned({name: value[first:last] for name, value in each.items()}, exact) for each in results
-        )
-        for name, value in exact.items():
-            scale = exact["long_values" if name == "long_tail" else name].abs().amax().clamp_min(1e-30)
-            errors = [
-                (each[name].double() - value).abs().reshape(len(value), -1).amax(1) / scale
-                for each in (found, expected)
-            ]
-            # The median: where two eigenvalues are next to each other, either may be far off.
-            middle, theirs = (error.median().item() for error in errors)
-            assert middle <= 8 * theirs + 3e-6, f"{name}: {middle:.2g}, PyTorch {theirs:.2g}"
-            assert errors[0].max() <= 2e-2, name
-            changed = [index for index in range(size) if not torch.equal(results[0][name][index], state[name][index])]
-            assert set(changed) <= set(range(first, last)) - {5}, name
-            if name not in ("factor", "taken", "level", "agreement", "mask", "gain", "col"):
-                assert len(changed) == last - first - 1, name
-
-
-@native
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_a_refresh_does_not_depend_on_neighbours_or_threads(level: str, threads: int) -> None:
-    torch.manual_seed(0)
-    state, before = refresh_state(37, 16, 70, 16), torch.get_num_threads()
-    finite = torch.ones(37)
-    whole = {name: value.clone() for name, value in state.items()}
-    torch.set_num_threads(1)
-    ops.eigenbasis_refresh_(*refresh_arguments(whole, finite, 0, 37))
-    torch.set_num_threads(threads)
-    for first, last in ((0, 1), (1, 4), (4, 21), (21, 37)):
-        ops.eigenbasis_refresh_(*refresh_arguments(state, finite, first, last))
-    torch.set_num_threads(before)
-    for name, value in state.items():
-        assert value.view(torch.uint8).numpy().tobytes() == whole[name].view(torch.uint8).numpy().tobytes(), name
-
-
-@native
-@pytest.mark.parametrize("field", ["factor", "long_values", "exp_avg"])
-def test_a_matrix_that_cannot_be_decomposed_is_left_to_pytorch(
-    level: str, field: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It stays as it was and is named; the optimizer then tries it as ever, and the others are refreshed."""
-    torch.manual_seed(0)
-    state = refresh_state(5, 16, 70, 16)
-    state[field][3] = float("inf")
-    before = {name: value.clone() for name, value in state.items()}
-    failed = ops.eigenbasis_refresh_(*refresh_arguments(state, torch.ones(5), 0, 5))
-    assert failed.tolist() == [0, 0, 0, 1, 0]
-    for name, value in state.items():
-        assert torch.equal(value[3], before[name][3]), name
-        assert value[[0, 1, 2, 4]].isfinite().all(), name
-    tried: list[list[float]] = []
-    monkeypatch.setattr(eigenbasis, "refresh", lambda step, *_: tried.append(step.count.flatten().tolist()))
-    refresh(before, torch.ones(5), 1, 5, native=True)
-    assert tried == [[float(before["taken"][3])]]
 
 
 def symmetric(kind: str, count: int, n: int) -> torch.Tensor:
@@ -478,13 +360,8 @@ def test_the_kernels_know_the_fields_of_the_rule() -> None:
 def test_opcheck(test: str) -> None:
     torch.manual_seed(0)
     params, grads = members(2, 4, 12, torch.float32, False)
-    moments, basis = torch.randn(2, 4, 12), torch.randn(2, 3, 12)
-    fixed = [torch.rand(2, 4, 1), torch.rand(2, 1, 12), torch.randn(2, 11, 7), torch.rand(2, 4, 1), torch.rand(2, 1, 3)]
     calls = [
-        (ops.eigenbasis_refresh_, refresh_arguments(refresh_state(2, 4, 12, 3), torch.ones(2), 0, 2)),
         (ops.symmetric_eigh, (torch.eye(5).repeat(2, 1, 1),)),
-        (ops.eigenbasis_gram, (moments, basis)),
-        (ops.eigenbasis_rotate_, (moments, basis, [*fixed, *(torch.rand(2) + 0.1 for _ in range(3))], 1e-8)),
         (ops.eigenbasis_step_, (params, grads, [*eigenbasis_state(2, 4, 12, 3).values()], NUMBERS, True)),
         (ops.adamw_step_, (params, grads, [*adamw_state(2, 4, 12, factor=True).values()], NUMBERS)),
         (ops.adamw_step_, (params, grads, [*adamw_state(2, 4, 12, factor=False).values()], NUMBERS)),
@@ -534,12 +411,11 @@ def test_the_optimizer_steps_the_same_with_and_without(rule: str, int8: bool, mo
     calls.clear()
     slow = run()
     if rule == "eigenbasis":
-        both = {"adamw_step_", "eigenbasis_gram", "eigenbasis_rotate_", "symmetric_eigh"}
-        assert used == (both if int8 else both | {"eigenbasis_step_", "eigenbasis_refresh_"})
+        assert used == {"adamw_step_", "symmetric_eigh"} | (set() if int8 else {"eigenbasis_step_"})
         assert not calls
         for a, b in zip(fast, slow, strict=True):
             # The signs of eigenvectors are the solver's choice, and -x is not rounded as x is.
-            torch.testing.assert_close(a, b, rtol=0, atol=5e-4 if int8 else 2e-5)
+            torch.testing.assert_close(a, b, rtol=0, atol=5e-4 if int8 else 1e-4)
     else:
         assert used == {"adamw_step_", "symmetric_eigh"} | ({"int8_ema_"} if int8 else set())
 
@@ -599,19 +475,6 @@ def test_an_ordinary_step_dispatches_as_much_for_many_matrices_as_for_few(
         counts.append(dispatched.count)
     assert counts[0] == counts[1]
     assert counts[0] <= (1 if path == "native" else 114)
-
-
-@native
-def test_a_step_that_refreshes_dispatches_four_operations_a_shape() -> None:
-    params = [torch.nn.Parameter(torch.randn(16, 64)) for _ in range(12)]
-    optimizer = SCAO(params, warmup_steps=2, blend_steps=0, precond_freq=2)
-    for _ in range(22):
-        for param in params:
-            param.grad = torch.randn(16, 64)
-        with Dispatched() as dispatched:
-            optimizer.step()
-    # The step, the refresh of half of the matrices, and of which of them the gradient was finite.
-    assert dispatched.count == 4
 
 
 @pytest.mark.parametrize("options", [{}, {"use_int8_ema": True, "moment_dtype": "int8"}, {"rule": "published"}])

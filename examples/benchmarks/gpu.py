@@ -39,7 +39,6 @@ from scao_hf import SCAO, ops, quantization
 from scao_hf.rules import rule_of
 from scao_hf.rules.adamw import step_adamw
 from scao_hf.rules.base import Step
-from scao_hf.rules.eigenbasis_refresh import gram, rotate
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 PARTS = ("kernels", "copy", "load", "gpt2", "qlora")
@@ -117,11 +116,7 @@ class Watch:
     def on(self, device: str) -> Iterator[None]:
         """Watch all operations that have a native kernel on ``device``."""
         kernels = {name: getattr(ops, name) for name in ops.KERNELS[device]}
-        twins: dict[str, Callable[..., Any]] = {
-            "eigenbasis_gram": gram,
-            "eigenbasis_rotate_": rotate,
-            "int8_ema_": quantization.ema_,
-        }
+        twins: dict[str, Callable[..., Any]] = {"int8_ema_": quantization.ema_}
         run = Step.run_native
 
         def step(own: Step, kernel: Callable[..., None], fields: list[Tensor], *options: bool, refreshes: bool) -> None:

@@ -73,7 +73,10 @@ class Eigenbasis(Rule):
         "long_vectors": Field("k l", "bases", VECTORS, phase=2, bfloat16=True, int8="long"),  # U^T
     }
     #: What the kernels of phase 2 take, in their order (csrc/state.h).
-    native_fields = ("taken", "level", *(name for name, field in fields.items() if field.phase != 1))
+    native_fields = (
+        "taken", "level", "exp_avg", "factor", "inside_avg", "inside_sq", "row", "col", "vectors", "mask", "gain", "agreement",
+        "long_vectors",
+    )  # fmt: skip
 
     def step(self, step: Step) -> None:
         """Phase 1: (E1) and AdamW. Phase 2: (E1), (U11), the ramp (U9), and then the refreshes that are due."""
@@ -90,7 +93,8 @@ class Eigenbasis(Rule):
         state, group, refreshes = step.state, step.group, step.due.start < step.due.stop
         blend = blend_weight(step.number, start, group["blend_steps"])
         if blend == 1.0 and group["tau"] is None and step.is_native("eigenbasis_step_", "long_vectors"):
-            step.run_native(ops.eigenbasis_step_, self._native_state(state), group["cautious"], refreshes=refreshes)
+            fields = [state[name] for name in (*self.native_fields, "activity") if name in state]
+            step.run_native(ops.eigenbasis_step_, fields, group["cautious"], refreshes=refreshes)
         else:
             grads = step.gradients()
             accumulate(state["factor"], grads @ grads.mT, (1 - group["rho"]) * step.finite)
@@ -135,16 +139,7 @@ class Eigenbasis(Rule):
 
     def _refresh(self, step: Step) -> None:
         """New bases for the matrices that are due, and the size of the steps that are taken in them."""
-        state, due, group = step.state, step.due, step.group
-        portions = _portions(state["exp_avg"], due)
-        if "long_vectors" in state and ops.refreshes(state["exp_avg"], state["long_vectors"]):
-            numbers = [*group["betas"], group["eps"], group["rho"], self._decay(step), group["epsilon_sparse"]]
-            limits = group["k_min"], group["k_max"]
-            fields, finite = self._native_state(state), step.finite[:, 0, 0]
-            failed = ops.eigenbasis_refresh_(fields, finite, due.start, due.stop, numbers, *limits)
-            # As a list, which costs no operation.
-            portions = (slice(row, row + 1) for row, bad in enumerate(failed.tolist(), due.start) if bad)
-        for rows in portions:
+        for rows in _portions(step.state["exp_avg"], step.due):
             part = step.part(rows)
             with all_or_nothing(part.state):
                 self._refresh_portion(part)
@@ -161,9 +156,6 @@ class Eigenbasis(Rule):
         """What the old long basis is worth. The first refresh (S1) comes after fewer steps than the others."""
         decay: float = step.group["rho"] ** min(step.group["precond_freq"], step.number - self.phase1_steps(step.group))
         return decay
-
-    def _native_state(self, state: dict[str, Tensor]) -> list[Tensor]:
-        return [state[name] for name in (*self.native_fields, "activity") if name in state]
 
     def figures(self, bucket: Bucket) -> dict[str, Tensor]:
         """Rank and captured mass of the long side; the curvature norm is that of the small side's factor.

@@ -6,14 +6,13 @@ First what estimates a second moment in a basis, then the refresh and its parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from scao_hf import ops
 from scao_hf.linalg import adaptive_rank, eigh
 from scao_hf.rules.base import Step, adam_direction, averaged, debias
 
@@ -100,18 +99,12 @@ def refresh(step: Step, long_basis: Tensor, decay: float, square: Tensor | None 
         decay: what the old long basis is worth.
         square: AdamW's second moment, for the first refresh.
     """
-    state, moments, eps = step.state, step.state["exp_avg"], step.group["eps"]
-    native = ops.has("eigenbasis_rotate_", moments, long_basis)
-    products = ops.eigenbasis_gram(moments, long_basis) if native else gram(moments, long_basis)
+    moments = step.state["exp_avg"]
+    products = gram(moments, long_basis)
     coefficients = (refresh_bases if moments.device.type == "cpu" else refresh_bases_on_host)(step, products, decay)
     if square is not None:
         first_squares(step, square)
-    plain, square_mean = plain_row(step), state["inside_sq"].mean(1, keepdim=True)
-    numbers = (each.flatten() for each in (*step.bias, step.finite))
-    fixed = [state["row"], state["col"], coefficients, plain, square_mean, *numbers]
-    norms = (ops.eigenbasis_rotate_ if native else rotate)(moments, long_basis, fixed, eps)
-    inside = bounded_direction(state["inside_avg"], state["inside_sq"], damping_of(plain), step.bias, eps)
-    step.update({"gain": graft_scale(norms[:, 0], norms[:, 1] + inside.square().sum((1, 2)))})
+    step.update({"gain": graft_scale(*rotate(step, long_basis, coefficients))})
 
 
 def graft_scale(adamw: Tensor, own: Tensor) -> Tensor:
@@ -274,37 +267,35 @@ def shares(values: Tensor, tail: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return share * ((1 - outside) / held.clamp_min(torch.finfo(held.dtype).tiny)), outside
 
 
-def rotate(moments: Tensor, long_basis: Tensor, fixed: Sequence[Tensor], eps: float) -> Tensor:
+def rotate(step: Step, long_basis: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
     """(U15) Move U and the residual's momentum to new bases in place; the squared norms of two steps in them.
 
     Of ``coefficients Z`` with ``Z = [U^T; M]``, ``[N, k + r, l]``, the first r rows are the new M, the next k the new U^T,
-    the last r the whole momentum in the parameter's own coordinates.
+    the last r the whole momentum in the parameter's own coordinates. A matrix whose gradient is not finite stays as it is.
 
     Args:
-        moments: M, ``[N, r, l]``.
+        step: ``refresh_bases`` has changed its state.
         long_basis: U^T, ``[N, k, l]``.
-        fixed: what does not change. ``row`` and ``col``: second moment of the residual in the new basis, as in (U10).
-            ``coefficients``, ``[N, r + k + r, k + r]``. ``plain_row``, ``[N, r, 1]``: what AdamW's second moment has in place
-            of ``row``. ``square_mean``, ``[N, 1, k]``: second moment of the kept part, mean over the rows; AdamW's moment has
-            ``col + square_mean (U^T)^2`` in place of ``col``. The two bias corrections, ``[N]``. ``finite``, ``[N]``: 0 for a
-            matrix that stays as it is.
-        eps: Adam's.
+        coefficients: ``[N, r + k + r, k + r]``.
 
     Returns:
-        ``[N, 2]``: of AdamW's step with the whole momentum, and of the residual's.
+        ``[N]`` each: of AdamW's step with the whole momentum, and of the rule's own.
     """
-    row, col, coefficients, plain_row, square_mean, *numbers = fixed
-    first, second, finite = (each[:, None, None] for each in numbers)
-    bias = first, second
+    state, moments, eps = step.state, step.state["exp_avg"], step.group["eps"]
     r, k = moments.shape[1], long_basis.shape[1]
     fresh = coefficients @ torch.cat([long_basis.to(moments.dtype), moments], 1)
     outside, basis, momentum = fresh.split([r, k, r], 1)
-    moments.copy_(torch.where(finite > 0, outside, moments))
-    long_basis.copy_(torch.where(finite > 0, basis.to(long_basis.dtype), long_basis))
-    plain_col, damping = col + square_mean @ long_basis.to(moments.dtype).square(), damping_of(plain_row)
-    plain = rank_one_direction(momentum, plain_row, plain_col, damping, bias, eps)
-    steps = plain, rank_one_direction(outside, row, col, damping, bias, eps)
-    return torch.stack([torch.linalg.vector_norm(step.flatten(1), dim=1).square() for step in steps], -1)
+    moments.copy_(torch.where(step.finite > 0, outside, moments))
+    long_basis.copy_(torch.where(step.finite > 0, basis.to(long_basis.dtype), long_basis))
+    # AdamW's second moment over the columns: the residual's, and the kept part's along each direction of U.
+    col = state["col"] + state["inside_sq"].mean(1, keepdim=True) @ long_basis.to(moments.dtype).square()
+    row = plain_row(step)
+    damping = damping_of(row)
+    adamw = rank_one_direction(momentum, row, col, damping, step.bias, eps)
+    own = rank_one_direction(outside, state["row"], state["col"], damping, step.bias, eps)
+    inside = bounded_direction(state["inside_avg"], state["inside_sq"], damping, step.bias, eps)
+    squares = [torch.linalg.vector_norm(part.flatten(1), dim=1).square() for part in (adamw, own)]
+    return squares[0], squares[1] + inside.square().sum((1, 2))
 
 
 def first_squares(step: Step, square: Tensor) -> None:
