@@ -28,8 +28,7 @@ TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the oldest whose stable ABI h
 TOOLKIT = Path("/usr/local/cuda")  # as a rule off PATH
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")
 NEWER_ARCHITECTURES = ("100", "120")  # where the toolkit has them; elsewhere the PTX is compiled at the first use
-CPU_SOURCES = ("cpu_adamw", "cpu_eigenbasis", "cpu_eigh", "cpu_int8", "cpu_kernels")
-CPU_LEVELS = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
+CPU_SOURCES = ("cpu", "cpu_adamw", "cpu_eigenbasis", "cpu_eigh", "cpu_int8")
 
 
 def choice() -> str:
@@ -115,7 +114,7 @@ class BuildKernels(build_ext):
         target = root / self.get_ext_filename(ext.name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            (build_cuda if ext.name.endswith("cuda") else build_cpu)(target, Path(folder))
+            build_cuda(target, Path(folder)) if ext.name.endswith("cuda") else build_cpu(target)
 
 
 def call(*command: str | Path) -> None:
@@ -124,29 +123,13 @@ def call(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True)
 
 
-def build_cpu(target: Path, folder: Path) -> None:
-    """One copy of the kernels for each instruction set, and the glue that chooses among them."""
+def build_cpu(target: Path) -> None:
+    """Kernels and glue. On x86-64 they need AVX2, as any processor since 2015 has: scao_hf/ops.py asks for it."""
     include, lib = torch_paths()
-    flags = [
-        "-std=c++17",
-        "-O3",
-        "-fPIC",
-        "-fno-math-errno",
-        "-fopenmp-simd",
-        "-Wall",
-        "-Wextra",
-        "-fvisibility=hidden",
-    ]
-    levels = CPU_LEVELS if platform.machine() in ("x86_64", "AMD64") else {"base": None}
-    objects = []
-    for name, march in levels.items():
-        options = [f"-march={march}"] if march else []
-        for source in CPU_SOURCES:
-            objects.append(folder / f"{source}_{name}.o")
-            call(compiler(), *flags, *options, f"-DSCAO_ISA={name}", "-c", CSRC / f"{source}.cpp", "-o", objects[-1])
-    define = f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"
-    call(compiler(), *flags, define, "-isystem", include, "-shared", CSRC / "cpu.cpp", *objects, "-o", target,
-         f"-L{lib}", "-ltorch_cpu")  # fmt: skip
+    machine = ["-march=x86-64-v3"] if platform.machine() in ("x86_64", "AMD64") else []
+    call(compiler(), "-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fopenmp-simd", "-Wall", "-Wextra",
+         "-fvisibility=hidden", *machine, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include, "-shared",
+         *(CSRC / f"{source}.cpp" for source in CPU_SOURCES), "-o", target, f"-L{lib}", "-ltorch_cpu")  # fmt: skip
 
 
 def build_cuda(target: Path, folder: Path) -> None:

@@ -1,9 +1,8 @@
 // CPU side of the native operations: LibTorch's stable ABI, so one binary serves every torch from 2.10 on. Checks the
-// arguments, picks the instruction set and spreads matrices over torch's threads; a result depends on one matrix alone.
+// arguments and spreads matrices over torch's threads; a result depends on one matrix alone.
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 
 #include "checks.h"
@@ -11,21 +10,6 @@
 
 namespace scao {
 namespace {
-
-const Kernels* best() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
-                  __builtin_cpu_supports("bmi2");
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (v4) return &v4::kernels;
-  if (v3) return &v3::kernels;
-#endif
-  return &base::kernels;
-}
-
-const Kernels* chosen = best();
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -57,7 +41,7 @@ void adamw_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
                      fields.factor ? fields.factor + i * r * r : nullptr, fields.taken + i, fields.level + i, r, l});
   }
   const Numbers n = numbers_of(numbers);
-  run(tasks, chosen->adamw_scratch(r, l), [&](const AdamwTask& task, void* memory) { chosen->adamw(task, n, memory); });
+  run(tasks, adamw_scratch(r, l), [&](const AdamwTask& task, void* memory) { adamw(task, n, memory); });
 }
 
 void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> state,
@@ -71,20 +55,19 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std
     tasks.back().skip(i);
   }
   const Numbers n = numbers_of(numbers);
-  run(tasks, chosen->eigenbasis_scratch(r, l, fields.k), [&](const EigenbasisTask& task, void* memory) { chosen->eigenbasis(task, n, memory); });
+  run(tasks, eigenbasis_scratch(r, l, fields.k), [&](const EigenbasisTask& task, void* memory) { eigenbasis(task, n, memory); });
 }
 
-std::tuple<Tensor, Tensor> eigh(Tensor matrices) {
+std::tuple<Tensor, Tensor> symmetric_eigh(Tensor matrices) {
   STD_TORCH_CHECK(matrices.dim() == 3, "scao: matrices must be [N, n, n]");
   const int64_t count = matrices.size(0), n = matrices.size(1);
   const float* from = floats(matrices, "matrices", matrices, {count, n, n});
   Tensor values = torch::stable::new_empty(matrices, {count, n}), vectors = torch::stable::new_empty(matrices, {count, n, n});
   const EighTask task{from, static_cast<float*>(values.data_ptr()), static_cast<float*>(vectors.data_ptr()), n};
-  const int64_t lanes = chosen->lanes;
   torch::stable::parallel_for(0, (count + lanes - 1) / lanes, 1, [&](int64_t first, int64_t last) {
-    const auto memory = scratch(chosen->eigh_scratch(n));
+    const auto memory = scratch(eigh_scratch(n));
     for (int64_t from = first * lanes; from < last * lanes && from < count; from += lanes) {
-      chosen->eigh(task, from, from + lanes < count ? from + lanes : count, memory.get());
+      eigh(task, from, from + lanes < count ? from + lanes : count, memory.get());
     }
   });
   return {values, vectors};
@@ -103,7 +86,7 @@ void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64
   const float* value = static_cast<const float*>(values.data_ptr());
   const unsigned key = mix32(static_cast<unsigned>(seed));
   torch::stable::parallel_for(0, matrices * blocks, 64, [&](int64_t first, int64_t last) {
-    chosen->int8_ema(code, scale, value, weight, numel, blocks, key, first, last);
+    int8_ema(code, scale, value, weight, numel, blocks, key, first, last);
   });
 }
 
@@ -112,30 +95,10 @@ void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64
 STABLE_TORCH_LIBRARY_IMPL(scao, CPU, m) {
   m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
   m.impl("eigenbasis_step_", TORCH_BOX(&eigenbasis_step_));
-  m.impl("symmetric_eigh", TORCH_BOX(&eigh));
+  m.impl("symmetric_eigh", TORCH_BOX(&symmetric_eigh));
   m.impl("int8_ema_", TORCH_BOX(&int8_ema_));
 }
 
 }  // namespace scao
 
 extern "C" __attribute__((visibility("default"))) int scao_interface() { return SCAO_INTERFACE; }
-
-// The instruction set in use: "base", "v3" or "v4" (x86-64 levels).
-extern "C" __attribute__((visibility("default"))) const char* scao_cpu_isa() { return scao::chosen->isa; }
-
-// Choose another one, for tests; 0 where this processor lacks it.
-extern "C" __attribute__((visibility("default"))) int scao_use_cpu_isa(const char* name) {
-#if defined(__x86_64__)
-  const scao::Kernels* levels[] = {&scao::base::kernels, &scao::v3::kernels, &scao::v4::kernels};
-#else
-  const scao::Kernels* levels[] = {&scao::base::kernels};
-#endif
-  for (const scao::Kernels* level : levels) {
-    if (std::strcmp(level->isa, name) == 0) {
-      scao::chosen = level;
-      return 1;
-    }
-    if (level == scao::best()) break;
-  }
-  return 0;
-}

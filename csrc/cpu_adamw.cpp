@@ -1,9 +1,8 @@
 // Phase 1 and vectors: AdamW, and the factor of a matrix's small side.
 #include "cpu_products.h"
-#include "cpu_table.h"
+#include "cpu_kernels.h"
 
 namespace scao {
-namespace SCAO_ISA {
 namespace {
 
 long adamw_tile(long r) { return r > 16 ? 64 : r > 1 ? 128 : 2048; }
@@ -74,5 +73,4 @@ void adamw(const AdamwTask& task, const Numbers& n, void* scratch) {
   }
 }
 
-}  // namespace SCAO_ISA
 }  // namespace scao

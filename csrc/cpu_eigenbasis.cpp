@@ -1,10 +1,9 @@
 // A step of one matrix in phase 2, in three passes over its columns, vector lanes along the long side. Between the
 // passes lie the sums over all columns that the next one needs: P and (E1), then the second moments of the rows.
 #include "cpu_products.h"
-#include "cpu_table.h"
+#include "cpu_kernels.h"
 
 namespace scao {
-namespace SCAO_ISA {
 namespace {
 
 constexpr long T = 128;  // columns of a tile of the first pass; the others work on COLS
@@ -208,9 +207,9 @@ struct Step {
       }
       apply_tile(t.param, c, r, width, results, COLS, keep, lr);
     }
-    if (agreed.counted) {
-      *t.agreement = static_cast<float>(static_cast<double>(agreed.agreed) / static_cast<double>(agreed.counted));
-    }
+    long yes = 0, counted = 0;
+    for (int i = 0; i < VL; i++) yes += agreed.agreed[i], counted += agreed.counted[i];
+    if (counted) *t.agreement = static_cast<float>(static_cast<double>(yes) / static_cast<double>(counted));
   }
 
   void run() {
@@ -264,5 +263,4 @@ void eigenbasis(const EigenbasisTask& task, const Numbers& numbers, void* scratc
   }
 }
 
-}  // namespace SCAO_ISA
 }  // namespace scao

@@ -2,11 +2,10 @@
 // tridiagonal form, then QL with implicit shifts, as G. H. Golub and C. F. Van Loan, Matrix Computations, have them. Entry
 // (i, j) of an n x n stack is the vector at (i n + j) VL. A lane's results depend on its own matrix alone: what another
 // lane still has to do reaches it as rotations by nothing.
-#include "cpu_table.h"
+#include "cpu_kernels.h"
 #include "cpu_vector.h"
 
 namespace scao {
-namespace SCAO_ISA {
 namespace {
 
 constexpr float EPSILON = 1.1920929e-7f;
@@ -225,6 +224,8 @@ INLINE void places(const float* x, long n, int* out) {
 
 }  // namespace
 
+const long lanes = VL;
+
 unsigned long eigh_scratch(long n) { return 4 * VL * (2 * n * n + 9 * n); }
 
 // Matrices [first, last) of the stack, at most VL, of which the lower halves are read. Eigenvalues rise; the largest entry of
@@ -284,5 +285,4 @@ void eigh(const EighTask& t, long first, long last, void* scratch) {
   }
 }
 
-}  // namespace SCAO_ISA
 }  // namespace scao

@@ -1,11 +1,10 @@
 // The blockwise int8 average: see int8.h and scao_hf/quantization.py.
 #include "int8.h"
 
-#include "cpu_table.h"
+#include "cpu_kernels.h"
 #include "cpu_vector.h"
 
 namespace scao {
-namespace SCAO_ISA {
 
 // A product and a sum that are rounded once could round to another code than the two operations of the torch version.
 #if defined(__clang__)
@@ -52,5 +51,4 @@ void int8_ema(signed char* codes, float* scales, const float* values, const floa
 #pragma GCC pop_options
 #endif
 
-}  // namespace SCAO_ISA
 }  // namespace scao

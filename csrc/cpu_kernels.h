@@ -1,5 +1,4 @@
-// What the CPU kernels take: plain pointers and numbers, no torch header. The files of the kernels are compiled once for each
-// instruction set with another SCAO_ISA; cpu.cpp picks one table when it is loaded.
+// The CPU kernels and what they take: plain pointers and numbers, no torch header.
 #pragma once
 
 #include "state.h"
@@ -41,23 +40,16 @@ struct EighTask {
   long n;
 };
 
-struct Kernels {
-  const char* isa;
-  // Scratch bytes that one call needs; the caller allocates once per thread.
-  unsigned long (*adamw_scratch)(long r, long l);
-  void (*adamw)(const AdamwTask&, const Numbers&, void* scratch);
-  unsigned long (*eigenbasis_scratch)(long r, long l, long k);
-  void (*eigenbasis)(const EigenbasisTask&, const Numbers&, void* scratch);
-  long lanes;  // matrices that are decomposed together
-  unsigned long (*eigh_scratch)(long n);
-  void (*eigh)(const EighTask&, long first, long last, void* scratch);  // of matrices [first, last), `lanes` at most
-  // Blocks [first, last) of an int8 EMA: see int8.h. values holds numel entries for each of the matrices.
-  void (*int8_ema)(signed char* codes, float* scales, const float* values, const float* weights, long numel,
-                   long blocks_per_matrix, unsigned seed_key, long first, long last);
-};
-
-namespace base { extern const Kernels kernels; }
-namespace v3 { extern const Kernels kernels; }
-namespace v4 { extern const Kernels kernels; }
+// Each takes scratch of so many bytes, which the caller allocates once per thread.
+unsigned long adamw_scratch(long r, long l);
+void adamw(const AdamwTask&, const Numbers&, void* scratch);
+unsigned long eigenbasis_scratch(long r, long l, long k);
+void eigenbasis(const EigenbasisTask&, const Numbers&, void* scratch);
+extern const long lanes;  // matrices that are decomposed together
+unsigned long eigh_scratch(long n);
+void eigh(const EighTask&, long first, long last, void* scratch);  // of matrices [first, last), `lanes` at most
+// Blocks [first, last) of an int8 EMA: see int8.h. values holds numel entries for each of the matrices.
+void int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,
+              long blocks_per_matrix, unsigned seed_key, long first, long last);
 
 }  // namespace scao

@@ -4,7 +4,6 @@
 #include "cpu_tiles.h"
 
 namespace scao {
-namespace SCAO_ISA {
 namespace {
 
 // A factor of a product: a is [depth][lda] and multiplies b, [depth][ldb].
@@ -154,5 +153,4 @@ struct Arena {
 };
 
 }  // namespace
-}  // namespace SCAO_ISA
 }  // namespace scao

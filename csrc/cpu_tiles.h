@@ -5,7 +5,6 @@
 #include "cpu_vector.h"
 
 namespace scao {
-namespace SCAO_ISA {
 namespace {
 
 // Columns [0, width) of a matrix with `rows` rows into the tile; the columns up to a multiple of COLS become zero.
@@ -139,5 +138,4 @@ INLINE bool sanitize(vi largest, float* level, float* scale) {
 }
 
 }  // namespace
-}  // namespace SCAO_ISA
 }  // namespace scao

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -84,6 +85,9 @@ def _refusal(device: str, path: Path) -> str | None:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+    if device == "cpu" and platform.machine() in ("x86_64", "AMD64"):
+        capability = torch.backends.cpu.get_cpu_capability()
+        return None if capability.startswith("AVX") else f"they need AVX2, and torch finds {capability}"
     if device == "cuda":
         # No question to a device: after one, a process that is forked could not use CUDA.
         if torch.version.hip is not None:
@@ -110,8 +114,6 @@ def _load(device: str) -> tuple[ctypes.CDLL | None, str]:
 
 _CPU, _CPU_REASON = _load("cpu")
 _CUDA, _CUDA_REASON = _load("cuda")
-if _CPU is not None:
-    _CPU.scao_cpu_isa.restype = ctypes.c_char_p
 
 #: Kinds of devices whose kernels are loaded; settled when this module is imported.
 NATIVE = frozenset(name for name, library in (("cpu", _CPU), ("cuda", _CUDA)) if library is not None)
@@ -137,8 +139,7 @@ def backend() -> dict[str, str]:
     """Which kernels are in use on each kind of device, and why where they are PyTorch's.
 
     Returns:
-        For "cpu" and "cuda" either "native" (on the CPU with the instruction set; with several GPUs those that are not) or
-        "pytorch: " and the reason.
+        For "cpu" and "cuda" either "native" (with several GPUs those that are not) or "pytorch: " and the reason.
     """
     cuda = "native" if _CUDA is not None else f"pytorch: {_CUDA_REASON}"
     if _CUDA is not None and not torch.cuda.is_available():
@@ -151,7 +152,7 @@ def backend() -> dict[str, str]:
         elif refused:
             cuda = "native: not on " + ", ".join(f"cuda:{index} ({reason})" for index, reason in refused.items())
     return {
-        "cpu": f"native ({_CPU.scao_cpu_isa().decode()})" if _CPU is not None else f"pytorch: {_CPU_REASON}",
+        "cpu": "native" if _CPU is not None else f"pytorch: {_CPU_REASON}",
         "cuda": cuda,
     }
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import platform
 import re
 import runpy
 import subprocess
@@ -32,28 +32,6 @@ SIZES = (
     + [(100, 130, 128), (128, 128, 8)]
 )  # fmt: skip
 native = pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native CPU kernels: {ops.backend()['cpu']}")
-
-
-def levels() -> list[str]:
-    """The instruction sets that this processor can run."""
-    if "cpu" not in ops.NATIVE:
-        return ["none"]
-    library = ctypes.CDLL(str(ROOT / "scao_hf" / "_C_cpu.so"))
-    best = ops.backend()["cpu"].partition("(")[2].rstrip(")")
-    found = [name for name in ("base", "v3", "v4") if library.scao_use_cpu_isa(name.encode())]
-    library.scao_use_cpu_isa(best.encode())
-    return found
-
-
-@pytest.fixture(params=levels())
-def level(request: pytest.FixtureRequest):
-    """Run the test once on each of them."""
-    library = ctypes.CDLL(str(ROOT / "scao_hf" / "_C_cpu.so"))
-    best = ops.backend()["cpu"].partition("(")[2].rstrip(")")
-    assert library.scao_use_cpu_isa(request.param.encode())
-    assert ops.backend()["cpu"] == f"native ({request.param})"
-    yield request.param
-    library.scao_use_cpu_isa(best.encode())
 
 
 def members(size: int, r: int, l: int, dtype: torch.dtype, tall: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -95,7 +73,7 @@ def compare(params, grads, state, step: float = NUMBERS[0], **options: Any) -> N
 
 @native
 @pytest.mark.parametrize(("r", "l", "k"), SIZES)
-def test_eigenbasis_kernel_equals_pytorch(level: str, r: int, l: int, k: int) -> None:
+def test_eigenbasis_kernel_equals_pytorch(r: int, l: int, k: int) -> None:
     torch.manual_seed(r * l + k)
     for dtype in DTYPES:
         for tall in (False, True):
@@ -110,7 +88,7 @@ def test_eigenbasis_kernel_equals_pytorch(level: str, r: int, l: int, k: int) ->
 @native
 @pytest.mark.parametrize("lr", [0.0, 1e-40])
 @pytest.mark.parametrize(("r", "l", "k"), [(16, 64, 16), (16, 70, 16), (12, 64, 4)])
-def test_which_entries_agree_does_not_depend_on_the_rate(level: str, r: int, l: int, k: int, lr: float) -> None:
+def test_which_entries_agree_does_not_depend_on_the_rate(r: int, l: int, k: int, lr: float) -> None:
     """A schedule may reach zero, and a tiny rate times a step underflows; the share of the next step must not suffer."""
     torch.manual_seed(r * l + k)
     for dtype in DTYPES:
@@ -121,7 +99,7 @@ def test_which_entries_agree_does_not_depend_on_the_rate(level: str, r: int, l: 
 
 
 @native
-def test_experts_that_are_idle_in_some_steps_are_stepped_as_in_pytorch(level: str) -> None:
+def test_experts_that_are_idle_in_some_steps_are_stepped_as_in_pytorch() -> None:
     """The curvature averages fewer gradients than the second moments, which they weigh less in (X3)."""
     torch.manual_seed(0)
     params, grads = members(3, 16, 70, torch.float32, False)
@@ -163,7 +141,7 @@ KINDS = ("indefinite", "random", "rank deficient", "rising", "falling", "repeate
 @native
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 32, 33, 64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_eigh_kernel(level: str, kind: str, n: int) -> None:
+def test_eigh_kernel(kind: str, n: int) -> None:
     """As exact as LAPACK in float32: values and residuals within 1e-6 of the norm, vectors orthonormal to 4e-6.
 
     The largest entry of a vector is positive.
@@ -181,7 +159,7 @@ def test_eigh_kernel(level: str, kind: str, n: int) -> None:
 
 
 @native
-def test_eigh_keeps_what_is_small(level: str) -> None:
+def test_eigh_keeps_what_is_small() -> None:
     """Rows twelve orders of magnitude apart, in any order: no large one leaks into the vectors of a small one."""
     torch.manual_seed(0)
     scales = torch.logspace(-6, 6, 6)[torch.stack([torch.randperm(6) for _ in range(40)])]
@@ -195,7 +173,7 @@ def test_eigh_keeps_what_is_small(level: str) -> None:
 
 
 @native
-def test_eigh_does_not_depend_on_neighbours_or_threads(level: str) -> None:
+def test_eigh_does_not_depend_on_neighbours_or_threads() -> None:
     torch.manual_seed(0)
     matrices = torch.cat([symmetric(kind, 4, 16) for kind in KINDS])
     matrices[7] = float("nan")
@@ -212,7 +190,7 @@ def test_eigh_does_not_depend_on_neighbours_or_threads(level: str) -> None:
 
 @native
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_eigh_marks_matrices_that_are_not_finite(level: str, bad: float) -> None:
+def test_eigh_marks_matrices_that_are_not_finite(bad: float) -> None:
     matrices = torch.eye(9).repeat(20, 1, 1)
     matrices[11, 8, 3] = matrices[11, 3, 8] = bad
     values, vectors = ops.symmetric_eigh(matrices)
@@ -227,7 +205,7 @@ def test_eigh_marks_matrices_that_are_not_finite(level: str, bad: float) -> None
 
 @native
 @pytest.mark.parametrize(("r", "l"), [(1, 1), (1, 5000), (4, 9), (16, 130), (33, 70), (128, 128)])
-def test_adamw_kernel_equals_pytorch(level: str, r: int, l: int) -> None:
+def test_adamw_kernel_equals_pytorch(r: int, l: int) -> None:
     torch.manual_seed(r * l)
     for dtype in DTYPES:
         for tall in (False, True):
@@ -238,7 +216,7 @@ def test_adamw_kernel_equals_pytorch(level: str, r: int, l: int) -> None:
 @native
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [(0, 0), (15, 69), (7, 40)])
-def test_a_matrix_with_a_nonfinite_gradient_is_left_alone(level: str, bad: float, place: tuple[int, int]) -> None:
+def test_a_matrix_with_a_nonfinite_gradient_is_left_alone(bad: float, place: tuple[int, int]) -> None:
     torch.manual_seed(0)
     for state in (eigenbasis_state(3, 16, 70, 16), adamw_state(3, 16, 70, factor=True)):
         params, grads = members(3, 16, 70, torch.float32, False)
@@ -254,7 +232,7 @@ def test_a_matrix_with_a_nonfinite_gradient_is_left_alone(level: str, bad: float
 
 
 @native
-def test_huge_gradients_are_bounded_as_in_pytorch(level: str) -> None:
+def test_huge_gradients_are_bounded_as_in_pytorch() -> None:
     torch.manual_seed(0)
     params, grads = members(2, 16, 70, torch.float32, True)
     grads[0] *= 1e30
@@ -262,7 +240,7 @@ def test_huge_gradients_are_bounded_as_in_pytorch(level: str) -> None:
 
 
 @native
-def test_a_tiny_residual_keeps_its_precision(level: str) -> None:
+def test_a_tiny_residual_keeps_its_precision() -> None:
     """A gradient that lies in the kept directions to one part in a thousand: no difference of large sums is taken."""
     torch.manual_seed(0)
     params, grads = members(2, 16, 256, torch.float32, False)
@@ -282,7 +260,7 @@ def test_a_tiny_residual_keeps_its_precision(level: str) -> None:
 
 
 @native
-def test_any_strides_are_read_and_written(level: str) -> None:
+def test_any_strides_are_read_and_written() -> None:
     torch.manual_seed(0)
     wide = [torch.randn(40, 150)[3:19, 5:135] for _ in range(2)] + [torch.randn(150, 40)[5:135, 3:19]]
     wide.append(torch.randn(32, 260)[::2, ::2])
@@ -297,7 +275,7 @@ def test_any_strides_are_read_and_written(level: str) -> None:
 
 
 @native
-def test_results_do_not_depend_on_the_thread_count(level: str) -> None:
+def test_results_do_not_depend_on_the_thread_count() -> None:
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 5):
         torch.manual_seed(0)
@@ -315,7 +293,7 @@ def test_results_do_not_depend_on_the_thread_count(level: str) -> None:
 
 @native
 @pytest.mark.parametrize("numel", [1, 127, 128, 1000])
-def test_int8_kernel_gives_the_codes_of_the_codec(level: str, numel: int) -> None:
+def test_int8_kernel_gives_the_codes_of_the_codec(numel: int) -> None:
     torch.manual_seed(numel)
     values, weights = torch.randn(5, numel), torch.tensor([1.0, 0.0, 1.0, 0.05, 0.6])
     codes, scales = (torch.zeros(shape) for shape in quantization.encoded_shapes(5, numel))
@@ -538,6 +516,16 @@ print(ops._CUDA_REASON)
 """
     done = python(code)
     assert done.stdout == "_C_cuda.so could not be loaded: a built extension\n", done.stderr[-1000:]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
+def test_a_processor_without_avx2_has_pytorchs_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are compiled for it, and end the process elsewhere."""
+    path = Path(__file__)
+    monkeypatch.delenv("SCAO_DISABLE_EXT", raising=False)
+    assert ops._refusal("cpu", path) is None
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert ops._refusal("cpu", path) == "they need AVX2, and torch finds DEFAULT"
 
 
 def test_kernels_can_be_switched_off_and_required() -> None:
