@@ -8,10 +8,7 @@ namespace {
 
 constexpr long T = 128;  // columns of a tile of the first pass; the others work on COLS
 
-// R: the small side where it is known when this is compiled, or 0.
-template <int R>
 struct Step {
-  static constexpr int RB = R ? (R < ROW_BLOCK ? R : ROW_BLOCK) : ROW_BLOCK;
   const EigenbasisTask& t;
   const Numbers& n;
   const long r, l, k, rp, kp, kw;
@@ -22,7 +19,7 @@ struct Step {
   float *gram_sums, *cross_sums, *basis_t, *product_sums, *kept, *mixed, *row_sums, *row_root;
 
   Step(const EigenbasisTask& task, const Numbers& numbers, void* scratch)
-      : t(task), n(numbers), r(R ? R : task.r), l(task.l), k(used(task)), rp(R ? R : round_up(r, ROW_BLOCK)),
+      : t(task), n(numbers), r(task.r), l(task.l), k(used(task)), rp(round_up(r, ROW_BLOCK)),
         kp(round_up(k, 4)), kw(round_up(t.k, VL)), long_basis{const_cast<void*>(t.long_vectors), l, 1, t.long_dtype} {
     Arena arena{static_cast<char*>(scratch)};
     grads = arena.take(rp * T);
@@ -58,7 +55,6 @@ struct Step {
 
   // Sums of G G^T and of G U. False where the gradient is not finite.
   bool gather() {
-    const long rp = R ? R : this->rp;
     clear(grads + r * T, (rp - r) * T);
     clear(bases + k * T, (kp - k) * T);
     for (int attempt = 0; attempt < 2; attempt++) {
@@ -111,18 +107,17 @@ struct Step {
 
   // The residual Q^T G - P U^T and its moments.
   void residual(float first, float second, vf* col_total) {
-    const long rp = R ? R : this->rp, r = R ? R : this->r;
     clear(row_sums, rp * VL);
     for (long c = 0; c < l; c += COLS) {
       const long width = smaller(COLS, l - c);
       load_grad(c, width, COLS);
       load_tile(long_basis, c, k, width, bases, COLS);
       vf energy[COL_BLOCK] = {};
-      for (long i = 0; i < rp; i += RB) {
+      for (long i = 0; i < rp; i += ROW_BLOCK) {
         const Part own{basis_t + i, rp, grads, COLS, r}, inside{mixed + i, rp, bases, COLS, k};
-        product<RB>(own, inside, [&](const vf(&acc)[RB][COL_BLOCK]) {
+        product(own, inside, [&](const vf(&acc)[ROW_BLOCK][COL_BLOCK]) {
           UNROLL
-          for (int ii = 0; ii < RB; ii++) {
+          for (int ii = 0; ii < ROW_BLOCK; ii++) {
             vf row = load(row_sums + (i + ii) * VL);
             UNROLL
             for (int cc = 0; cc < COL_BLOCK; cc++) {
@@ -132,7 +127,7 @@ struct Step {
             }
             store(row_sums + (i + ii) * VL, row);
           }
-          store_block<RB>(results + i * COLS, COLS, acc);
+          store_block(results + i * COLS, COLS, acc);
         });
       }
       for (long i = 0; i < r; i++) blend(t.exp_avg + i * l + c, results + i * COLS, first, width);
@@ -174,7 +169,6 @@ struct Step {
   // The direction, (U16), and the parameter.
   template <bool CAUTIOUS>
   void apply(float mean_scale, float col_mean, float eps) {
-    const long rp = R ? R : this->rp, r = R ? R : this->r;
     const float keep = static_cast<float>(1 - n.lr * n.weight_decay);
     const float least = *t.agreement > 0.5f ? *t.agreement : 0.5f;
     const float lr = static_cast<float>(n.lr) / (CAUTIOUS ? least : 1.0f);
@@ -195,9 +189,9 @@ struct Step {
         }
       }
       load_tile(long_basis, c, k, width, bases, COLS);
-      for (long i = 0; i < rp; i += RB) {
-        product<RB>({basis_t + i, rp, direction, COLS, r}, {mixed + i, rp, bases, COLS, k},
-                    [&](const vf(&acc)[RB][COL_BLOCK]) { store_block<RB>(results + i * COLS, COLS, acc); });
+      for (long i = 0; i < rp; i += ROW_BLOCK) {
+        product({basis_t + i, rp, direction, COLS, r}, {mixed + i, rp, bases, COLS, k},
+                    [&](const vf(&acc)[ROW_BLOCK][COL_BLOCK]) { store_block(results + i * COLS, COLS, acc); });
       }
       if (CAUTIOUS) {
         load_tile(t.grad, c, r, width, grads, COLS);
@@ -243,24 +237,12 @@ struct Step {
   }
 };
 
-template <int R>
-void step(const EigenbasisTask& task, const Numbers& numbers, void* scratch) {
-  Step<R>(task, numbers, scratch).run();
-}
-
 }  // namespace
 
-unsigned long eigenbasis_scratch(long r, long, long k) { return Step<0>::scratch(r, k); }
+unsigned long eigenbasis_scratch(long r, long, long k) { return Step::scratch(r, k); }
 
 void eigenbasis(const EigenbasisTask& task, const Numbers& numbers, void* scratch) {
-  switch (task.r) {
-    case 4: return step<4>(task, numbers, scratch);
-    case 8: return step<8>(task, numbers, scratch);
-    case 16: return step<16>(task, numbers, scratch);
-    case 32: return step<32>(task, numbers, scratch);
-    case 64: return step<64>(task, numbers, scratch);
-    default: return step<0>(task, numbers, scratch);
-  }
+  Step(task, numbers, scratch).run();
 }
 
 }  // namespace scao

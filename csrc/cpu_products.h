@@ -15,7 +15,6 @@ struct Part {
   long depth;
 };
 
-template <int RB>
 INLINE void add_product(vf (*acc)[COL_BLOCK], const Part& part) {
   const float *a = part.a, *b = part.b;
   for (long j = 0; j < part.depth; j++, a += part.lda, b += part.ldb) {
@@ -23,7 +22,7 @@ INLINE void add_product(vf (*acc)[COL_BLOCK], const Part& part) {
     UNROLL
     for (int c = 0; c < COL_BLOCK; c++) right[c] = load(b + c * VL);
     UNROLL
-    for (int i = 0; i < RB; i++) {
+    for (int i = 0; i < ROW_BLOCK; i++) {
       const vf left = splat(a[i]);
       UNROLL
       for (int c = 0; c < COL_BLOCK; c++) acc[i][c] += left * right[c];
@@ -31,19 +30,18 @@ INLINE void add_product(vf (*acc)[COL_BLOCK], const Part& part) {
   }
 }
 
-// out(sums) with the sums over both parts of a[j][i] b[j][c] for RB rows and COLS columns.
-template <int RB, class Out>
+// out(sums) with the sums over both parts of a[j][i] b[j][c] for ROW_BLOCK rows and COLS columns.
+template <class Out>
 INLINE void product(const Part& first, const Part& second, Out out) {
-  vf acc[RB][COL_BLOCK] = {};
-  add_product<RB>(acc, first);
-  add_product<RB>(acc, second);
+  vf acc[ROW_BLOCK][COL_BLOCK] = {};
+  add_product(acc, first);
+  add_product(acc, second);
   out(acc);
 }
 
-template <int RB>
 INLINE void store_block(float* out, long T, const vf (*acc)[COL_BLOCK]) {
   UNROLL
-  for (int i = 0; i < RB; i++) {
+  for (int i = 0; i < ROW_BLOCK; i++) {
     UNROLL
     for (int c = 0; c < COL_BLOCK; c++) store(out + i * T + c * VL, acc[i][c]);
   }

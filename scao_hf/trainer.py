@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from scao_hf import __version__, checks
 from scao_hf.distributed.exchange import INSTEAD
 from scao_hf.experts import find_experts, find_vocabulary
+from scao_hf.names import with_names
 from scao_hf.optimizer import SCAO, trainable_parameters
 from scao_hf.options import (
     OPTIONS,
@@ -261,21 +262,18 @@ def parameter_groups(optimizer: Optimizer, model: nn.Module) -> list[dict[str, A
     Learning rate and weight decay are always the group's; other options where they are not the optimizer's defaults.
     Empty groups are left out.
     """
-    names = {param: name for name, param in model.named_parameters()}
-    named = all(param in names for group in optimizer.param_groups for param in group["params"])
-    groups = []
-    for group in optimizer.param_groups:
-        own = {
+    groups = [
+        {
             name: value
             for name, value in group.items()
             if name in ("lr", "weight_decay") or name not in optimizer.defaults or value != optimizer.defaults[name]
+            if name != "param_names"
         }
-        own.pop("param_names", None)
-        if named:
-            own["params"] = [(names[param], param) for param in group["params"]]
-        if own["params"]:
-            groups.append(own)
-    return groups
+        for group in optimizer.param_groups
+        if group["params"]
+    ]
+    named: list[dict[str, Any]] = with_names(groups, {param: name for name, param in model.named_parameters()})
+    return named
 
 
 class SCAOTrainerMixin(_AnyTrainer):
