@@ -54,7 +54,10 @@ def wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return copy_sources(tmp_path_factory.mktemp("sources"))
+    folder = copy_sources(tmp_path_factory.mktemp("sources"))
+    (folder / "tests").mkdir()
+    shutil.copy(__file__, folder / "tests")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,9 @@ def test_the_source_distribution_is_the_checkout(sources: Path, sdist: Path) -> 
         found = {name: file.read() for name, file in files.items() if file is not None}
     written = {name for name in found if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
     assert found.keys() - written <= set(listed)
+    assert not [name for name in found if name.startswith("tests/")], (
+        "setuptools takes a part of them, which does not run"
+    )
     assert not [name for name in found.keys() - written if found[name] != (sources / name).read_bytes()]
 
 
