@@ -28,6 +28,9 @@ from scao_hf.rules.base import COUNTERS
 
 #: Version of the state's layout, kept in every parameter group. Version 2 has no ``activity``, and is continued without.
 VERSION, READABLE = 3, (2, 3)
+#: Options that 0.1.0 did not have. torch.distributed.checkpoint wants every key of the live groups in a file, so it finds these
+#: with the version.
+LATER = ("from_scratch", "stochastic_rounding")
 #: The key of the step in a flattened state dict, where the bytes are below the step.
 COUNT = "count"
 
@@ -104,7 +107,14 @@ def _for_checkpoint(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any
             others = {name: value for name, value in entry.items() if name not in fields and name != CHECKSUM}
             below = {"step": {COUNT: entry["step"], BYTES: vector}}
             entries[key] = {**others, **(below if flat else {BYTES: vector})}
-    return {**state_dict, "state": entries}
+    if flat:  # it then wants every key of the optimizer's own groups
+        return {**state_dict, "state": entries}
+    marked = []
+    for group in state_dict["param_groups"]:
+        version = group["scao_version"], {name: group[name] for name in LATER}
+        old = {name: value for name, value in group.items() if name not in LATER}
+        marked.append({**old, "scao_version": version})
+    return {**state_dict, "state": entries, "param_groups": marked}
 
 
 # Loading
@@ -252,6 +262,9 @@ def _completed(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
     _check_structure(state_dict)
     complete = []
     for saved in state_dict["param_groups"]:
+        match saved.get("scao_version"):
+            case (int() as version, dict() as later):
+                saved = {**saved, **later, "scao_version": version}
         defaults = options.RULE_DEFAULTS.get(str(saved.get("rule")), {})
         given = {name: value for name, value in saved.items() if value is not None or name not in defaults}
         complete.append({**defaults, **given})

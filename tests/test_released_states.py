@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from released_states import FOLDER, KINDS, STEPS, task, train
+from released_states import EARLY, FOLDER, KINDS, STEPS, task, train
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 import scao_hf
-from scao_hf import options
+from scao_hf import SCAO, options
 from scao_hf.checkpoint import VERSION
+from scao_hf.distributed.shards import size_of, to_bytes
 
 FILES = sorted(FOLDER.glob("*.pt.gz"))
 #: In learning rates. Another torch or other kernels round otherwise: one entry of a cautious step may turn, or a code
@@ -55,6 +58,39 @@ def test_it_loads_to_the_bit_and_goes_on(path: Path, kind: str) -> None:
         far = (param.detach() - end).float().square().mean().sqrt() / 0.01
         print(f"{far:.2g} learning rates from where the writer has ended after {steps} steps")
         assert far <= close < (start - end).float().square().mean().sqrt() / 0.01
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name.removesuffix(".pt.gz"))
+@pytest.mark.parametrize("kind", ["default", "bfloat16 parameters", "int8 moments", "published"])
+def test_distributed_checkpoints_of_it_load(path: Path, kind: str, tmp_path: Path) -> None:
+    """Bytes by name with the groups of that release, read into an optimizer of a rule and with options that it did not have."""
+    params, optimizer = task(kind)
+    new = {"stochastic_rounding": True, "partial_resume": True} | ({} if kind == "published" else {"rule": "auto"})
+    module = torch.nn.ParameterList(params)
+    live = SCAO(module.named_parameters(), lr=0.01, **{**EARLY, **KINDS[kind][0], **new})
+    saved = read(path)[kind]["optimizer"]
+    entries = {}
+    for index, param in enumerate(params):
+        entry, step = saved["state"][index], saved["state"][index]["step"]
+        fields = {name: value for name, value in entry.items() if name not in ("step", "checksum")}
+        entries[str(index)] = {"step": step, "bytes": to_bytes(fields, step, size_of(param, live.param_groups[0]))}
+    (group,) = saved["param_groups"]
+    groups = [{**group, "params": [*entries], "param_names": [*entries]}]
+    dcp.save({"optimizer": {"state": entries, "param_groups": groups}}, checkpoint_id=tmp_path)
+    state = {"optimizer": get_optimizer_state_dict(module, live)}
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(module, live, state["optimizer"])
+    optimizer.load_state_dict(saved)
+    assert live.state.keys() == optimizer.state.keys() == set(params)
+    for param in params:
+        assert live.state[param].keys() == optimizer.state[param].keys()
+        for name, value in optimizer.state[param].items():
+            assert torch.equal(torch.as_tensor(live.state[param][name]), torch.as_tensor(value)), name
+    assert not live.param_groups[0][
+        "stochastic_rounding"
+    ]  # the options of a checkpoint, and their defaults, come first
+    train(params, live, range(2))
 
 
 def test_options_that_are_newer_than_the_file_have_their_defaults() -> None:

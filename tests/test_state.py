@@ -653,6 +653,16 @@ def test_options_come_from_the_checkpoint() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_options_come_from_a_distributed_checkpoint() -> None:
+    module = torch.nn.Linear(30, 6)
+    given: dict[str, Any] = {"stochastic_rounding": True, "from_scratch": True, "precond_freq": 5}
+    saving, loading = SCAO(module.named_parameters(), **given), SCAO(module.named_parameters())
+    saved = get_optimizer_state_dict(module, saving)
+    set_optimizer_state_dict(module, loading, read_into(saved, get_optimizer_state_dict(module, loading)))
+    assert {**loading.param_groups[0], "params": []} == {**saving.param_groups[0], "params": []}
+
+
 @pytest.mark.parametrize("kind", ["float64", "float32"])
 def test_a_schedule_in_numpy_can_be_saved(kind: str) -> None:
     np = pytest.importorskip("numpy")
