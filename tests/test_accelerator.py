@@ -41,9 +41,9 @@ def test_steps_on_an_accelerator_mix_no_devices_and_wait_for_no_number(case: int
 #: LoRA on one layer, three shapes, a refresh in every second step: most launches in a step of phase 1, in the one that enters
 #: phase 2 and in a mean one of phase 2, and most waits of the host in the latter two. More layers take few more.
 BOUNDS = {
-    "": (145, 560, 475, 3, 2),
-    "--rank 64": (145, 560, 475, 3, 2),
-    "moment_dtype=int8 use_int8_ema=true": (570, 1450, 1380, 3, 2),
+    "": (126, 528, 446, 3, 2),
+    "--rank 64": (126, 528, 446, 3, 2),
+    "moment_dtype=int8 use_int8_ema=true": (540, 1395, 1331, 3, 2),
 }
 
 

@@ -49,6 +49,6 @@ def step_adamw(step: Step, refreshes: bool = False) -> None:
         return
     grads = step.gradients()
     if "factor" in state:
-        accumulate(state["factor"], grads @ grads.mT, (1 - group["rho"]) * step.finite)
+        accumulate(state["factor"], grads @ grads.mT, step.curvature_weight)
     adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, step.weights)
     step.write(adam_direction(state["exp_avg"], state["exp_avg_sq"], step.bias, group["eps"]))

@@ -181,8 +181,8 @@ class Step:
         return self.state["taken"][:, None, None]
 
     @cached_property
-    def _schedule(self) -> tuple[Pair, Pair]:
-        return moment_schedule(self.group["betas"], self.finite, self.count)
+    def _schedule(self) -> tuple[Pair, Pair, Tensor]:
+        return schedule(self.group["betas"], self.group["rho"], self.finite, self.count)
 
     @property
     def weights(self) -> Pair:
@@ -194,11 +194,17 @@ class Step:
         """``1 - beta^count`` for the two moments, ``[N, 1, 1]``, never zero (U5)."""
         return self._schedule[1]
 
+    @property
+    def curvature_weight(self) -> Tensor:
+        """``(1 - rho) finite``, ``[N, 1, 1]``: what this gradient counts in (E1)."""
+        return self._schedule[2]
+
     def part(self, rows: slice) -> Step:
         """The same step of some of the matrices."""
         state = {name: field[rows] for name, field in self.state.items()}
         part = replace(self, state=state, finite=self.finite[rows])
-        part._schedule = tuple((one[rows], two[rows]) for one, two in self._schedule)  # type: ignore[assignment]
+        (first, second), (bias1, bias2), curvature = self._schedule
+        part._schedule = (first[rows], second[rows]), (bias1[rows], bias2[rows]), curvature[rows]
         return part
 
     def update(self, fresh: dict[str, Tensor]) -> None:
@@ -300,16 +306,17 @@ def sanitize(grads: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
     flat, on_cpu = grads.flatten(1), grads.device.type == "cpu"
     # A norm is one kernel on a GPU, and ten times slower on a CPU.
     largest = torch.maximum(flat.amax(1), -flat.amin(1)) if on_cpu else torch.linalg.vector_norm(flat, math.inf, 1)
-    finite = largest < math.inf
-    limit = (LARGEST_JUMP * level).clamp_max_(LARGEST_GRADIENT).masked_fill_(level == 0, LARGEST_GRADIENT)
+    finite = torch.lt(largest, math.inf, out=torch.empty_like(largest))
+    jump, faded = torch._foreach_mul([level, level], [LARGEST_JUMP, LEVEL_DECAY])
+    limit = torch.threshold_(jump, 0.0, LARGEST_GRADIENT).clamp_max_(LARGEST_GRADIENT)
     bounded = torch.minimum(largest, limit)
-    fresh = torch.maximum(bounded, LEVEL_DECAY * level)
+    fresh = torch.maximum(bounded, faded)
     torch.where(torch.logical_and(finite, largest), fresh, level, out=level)
     # On a GPU the question would have to be waited for, on a CPU it is cheaper than two passes over the gradient.
     if not on_cpu or not torch.equal(bounded, largest):
         # The quotient of a matrix that holds a NaN or Inf, or zeros alone, makes zeros and NaN of its entries.
         grads.mul_((bounded / largest)[:, None, None]).nan_to_num_(0.0, 0.0, 0.0)
-    return grads, finite[:, None, None].to(grads.dtype)
+    return grads, finite[:, None, None]
 
 
 def accumulate(factor: Tensor, outer: Tensor, weight: Tensor) -> Tensor:
@@ -328,22 +335,21 @@ def debias(factor: Tensor, rho: float, count: Tensor) -> Tensor:
     return factor / (1 - torch.pow(rho, count)).clamp_min(1e-30)
 
 
-def bias_corrections(betas: tuple[float, float], count: Tensor) -> tuple[Tensor, Tensor]:
-    """(U5) ``1 - beta^t`` for each matrix's t, ``[N, 1, 1]``, exact to rounding without float64, which MPS does not have."""
-    first, second = torch._foreach_mul([count, count], [math.log(beta) if beta else -math.inf for beta in betas])
-    torch._foreach_expm1_([first, second])
-    torch._foreach_neg_([first, second])
-    return first, second
+def schedule(betas: tuple[float, float], rho: float, finite: Tensor, count: Tensor) -> tuple[Pair, Pair, Tensor]:
+    """What this gradient weighs in the two moments, 0 for a skipped matrix; (U5); what it weighs in the curvature.
 
+    (U5) is ``1 - beta^t`` for each matrix's t, exact to rounding without float64, which MPS does not have.
 
-def moment_schedule(
-    betas: tuple[float, float], finite: Tensor, count: Tensor
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What this gradient weighs in the two moments, 0 for a skipped matrix, and their bias corrections (U5)."""
+    Args:
+        finite, count: of each matrix, ``[N, 1, 1]``, as what is returned.
+    """
     # A matrix that has seen no finite gradient has moments of zero: any bias correction does.
-    terms = count.clamp_min(1)
-    first, second = torch._foreach_mul([finite, finite], [1 - beta for beta in betas])
-    return (first, second), bias_corrections(betas, terms)
+    terms, logs = count.clamp_min(1), [math.log(beta) if beta else -math.inf for beta in betas]
+    factors = [1 - betas[0], 1 - betas[1], 1 - rho, *logs]
+    first, second, curvature, *bias = torch._foreach_mul([finite, finite, finite, terms, terms], factors)
+    torch._foreach_expm1_(bias)
+    torch._foreach_neg_(bias)
+    return (first, second), (bias[0], bias[1]), curvature
 
 
 def adam_moments(mean: Tensor, square: Tensor, grads: Tensor, weights: tuple[Tensor, Tensor]) -> None:

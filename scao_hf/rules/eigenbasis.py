@@ -97,7 +97,7 @@ class Eigenbasis(Rule):
             step.run_native(ops.eigenbasis_step_, fields, group["cautious"], refreshes=refreshes)
         else:
             grads = step.gradients()
-            accumulate(state["factor"], grads @ grads.mT, (1 - group["rho"]) * step.finite)
+            accumulate(state["factor"], grads @ grads.mT, step.curvature_weight)
             # A CPU works on a few matrices at a time, which stay in its caches; a GPU on all.
             for rows in _portions(grads) if grads.device.type == "cpu" else (slice(None),):
                 grads[rows] = self._direction(step.part(rows), grads[rows], blend)

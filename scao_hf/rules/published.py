@@ -85,7 +85,7 @@ class Published(Rule):
     def step(self, step: Step) -> None:
         """(E1) on both sides, a refresh when due, and the step; what ends the refresh leaves a whole step without it."""
         state, group, grads = step.state, step.group, step.gradients()
-        weight = (1 - group["rho"]) * step.finite
+        weight = step.curvature_weight
         for index, side in enumerate(SIDES):
             outer = grads @ grads.mT if side == "left" else grads.mT @ grads
             if f"{side}_factor" in state:
