@@ -59,9 +59,12 @@ void adamw_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vec
   step(params, grads, fields[2], state, numbers);
 }
 
+// In the ramp there is one more number, its weight.
 void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> fields,
                       std::vector<double> numbers, bool cautious) {
   cuda::State state{};
+  state.blend = numbers.size() == 7 ? static_cast<float>(numbers.back()) : 1.0f;
+  if (numbers.size() == 7) numbers.pop_back();
   static_cast<Fields<int>&>(state) = fields_of<int>(fields);
   state.cautious = cautious;
   step(params, grads, fields[2], state, numbers);

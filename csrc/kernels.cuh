@@ -7,7 +7,7 @@
 //   settle    one block a matrix: (U3), (E1), the kept part's moments, Q and Q K scaled for the last launch
 //   adamw     phase 1: reads G, moments and the parameter and writes the latter two
 //   residual  reads G, U and the momentum: the residual, its momentum, col, per-chunk sums for row
-//   apply     reads the momentum and U, writes the parameter
+//   apply     reads the momentum and U, writes the parameter; in the ramp the step is mixed with AdamW's (U9)
 //   finish    stores row and the agreement
 // Sums over chunks are added in a fixed order, so results are reproducible.
 #pragma once
@@ -31,15 +31,17 @@ namespace cuda {
 using Floats = emulator::Shared;  // counts bank conflicts, and knows its end
 #define SCAO_SHARED const Floats shared = emulator::shared
 #define SCAO_BATCH const Batch&
+#define SCAO_ROLLED
 #else
 using Floats = float*;  // in shared memory
 #define SCAO_SHARED extern __shared__ float shared[]
 #define SCAO_BATCH const __grid_constant__ Batch
+#define SCAO_ROLLED _Pragma("unroll 1")  // a loop of the ramp alone, whose unrolling takes registers in every step
 #endif
 
 SCAO_HD inline long scratch_size(int r, int l, int k) {
   const int chunks = (l + CHUNK - 1) / CHUNK;
-  return HEADER + 2 * r * k + r * r + static_cast<long>(chunks) * (r * r + r * k + 1) + chunks * (r + 3L);
+  return HEADER + 3 * r * k + r * r + static_cast<long>(chunks) * (r * r + r * k + 1) + chunks * (r + 4L) + (k ? l : 0);
 }
 
 SCAO_HD inline int threads_of(int r) { return r <= 16 ? 128 : 256; }
@@ -52,7 +54,7 @@ SCAO_HD inline int odd(int columns) { return columns | 1; }
 // Shared memory of a block, in floats; k is 0 in phase 1. Sums over threads take two floats each.
 SCAO_HD inline int shared_size(int r, int k) {
   const int tile = r * tile_row(r), least = 2 * threads_of(r);
-  const int all = k ? 2 * tile + k * odd(TILE) + r * odd(r) + r * odd(k) : tile;
+  const int all = k ? 2 * tile + k * odd(TILE) + r * odd(r) + r * odd(k) + 2 * r + k : tile;
   return all > least ? all : least;
 }
 
@@ -61,6 +63,8 @@ struct Shared {
   Floats basis;          // [k][odd(TILE)]
   Floats square;         // [r][odd(r)]
   Floats kept;           // [r][odd(k)]
+  Floats roots;          // [2][r]: of row, and of AdamW's
+  Floats inside;         // [k]: mean of inside_sq over the rows
 };
 
 __device__ inline Shared parts_of(Floats shared, int r, int k) {
@@ -70,12 +74,14 @@ __device__ inline Shared parts_of(Floats shared, int r, int k) {
   x.basis = x.rotated + r * tile_row(r);
   x.square = x.basis + k * odd(TILE);
   x.kept = x.square + r * odd(r);
+  x.roots = x.kept + r * odd(k);
+  x.inside = x.roots + 2 * r;
   return x;
 }
 
 // Where the parts of a matrix's scratch lie.
 struct Scratch {
-  float *header, *kept, *mixed, *scaled, *partial, *largest, *rows, *cols, *agreed, *counted;
+  float *header, *kept, *mixed, *lift, *scaled, *partial, *largest, *rows, *cols, *agreed, *counted, *plain_cols, *plain_col;
 };
 
 __device__ inline Scratch scratch_of(const State& s, int matrix) {
@@ -84,13 +90,16 @@ __device__ inline Scratch scratch_of(const State& s, int matrix) {
   x.header = at;
   x.kept = x.header + HEADER;             // P, [r][k]
   x.mixed = x.kept + s.r * s.k;           // gain Q K, [r][k]
-  x.scaled = x.mixed + s.r * s.k;         // gain Q, [r][r]
+  x.lift = x.mixed + s.r * s.k;           // Q times the kept part's momentum, [r][k]
+  x.scaled = x.lift + s.r * s.k;          // gain Q, [r][r]
   x.partial = x.scaled + s.r * s.r;       // chunk after chunk: G G^T, then Q^T G U
   x.largest = x.partial + static_cast<long>(s.chunks) * (s.r * s.r + s.r * s.k);  // of the magnitudes, NaN above Inf
   x.rows = x.largest + s.chunks;          // [chunks][r]
   x.cols = x.rows + s.chunks * s.r;       // [chunks]
   x.agreed = x.cols + s.chunks;           // [chunks]: entries of the step that agree with the gradient (U16)
   x.counted = x.agreed + s.chunks;        // [chunks]: of how many that have one
+  x.plain_cols = x.counted + s.chunks;    // [chunks], as cols, of AdamW's second moment
+  x.plain_col = x.plain_cols + s.chunks;  // [l]
   return x;
 }
 
@@ -290,9 +299,14 @@ __global__ void settle(SCAO_BATCH batch, State s, Numbers n) {
   for (int at = threadIdx.x; at < r * r; at += blockDim.x) x.scaled[at] = gain * part.square[at / r * odd(r) + at % r];
   for (int entry = threadIdx.x; entry < r * k; entry += blockDim.x) {
     const int i = entry / k, m = entry % k;
-    float sum = 0;
-    for (int j = 0; j < r; j++) sum += part.square[i * odd(r) + j] * part.kept[j * odd(k) + m];
+    float sum = 0, lift = 0;
+    for (int j = 0; j < r; j++) {
+      const float q = part.square[i * odd(r) + j];
+      sum += q * part.kept[j * odd(k) + m];
+      lift += q * s.inside_avg[matrix * r * k + j * k + m];
+    }
     x.mixed[entry] = gain * sum;
+    x.lift[entry] = lift;
   }
 }
 
@@ -360,7 +374,13 @@ __global__ void residual(SCAO_BATCH batch, State s, Numbers n) {
   const float first = static_cast<float>(1 - n.beta1), second = static_cast<float>(1 - n.beta2);
   load(s.vectors + matrix * r * r, r, r, odd(r), part.square);
   load(x.kept, r, k, odd(k), part.kept);
-  float row_sum = 0, col_sum = 0;  // of row `thread`; of every TILE-th column
+  const bool ramp = s.blend < 1;
+  for (int m = thread; ramp && m < k; m += blockDim.x) {
+    float sum = 0;
+    SCAO_ROLLED for (int i = 0; i < r; i++) sum += s.inside_sq[(matrix * r + i) * k + m];
+    part.inside[m] = sum / r;
+  }
+  float row_sum = 0, col_sum = 0, plain_sum = 0;  // of row `thread`; of every TILE-th column
   for (int c = start; c < end; c += TILE) {
     const int width = c + TILE < end ? TILE : end - c;
     load_gradient(batch.grad[matrix], r, c, width, scale, part.tile);
@@ -375,6 +395,13 @@ __global__ void residual(SCAO_BATCH batch, State s, Numbers n) {
       if (j < width) {
         float& mean = s.exp_avg[(static_cast<long>(matrix) * r + i) * s.l + c + j];
         mean += first * (sum - inside - mean);
+      }
+    }
+    float within = 0;  // what AdamW's second moment has of column `thread` - LARGEST besides col
+    if (ramp && thread >= LARGEST && thread < LARGEST + width) {
+      SCAO_ROLLED for (int m = 0; m < k; m++) {
+        const float u = part.basis[m * odd(TILE) + thread - LARGEST];
+        within += part.inside[m] * u * u;
       }
     }
     SCAO_SYNC(12);
@@ -394,26 +421,31 @@ __global__ void residual(SCAO_BATCH batch, State s, Numbers n) {
       float& col = s.col[static_cast<long>(matrix) * s.l + c + j];
       col += second * (sum / r - col);
       col_sum += col;
+      if (ramp) x.plain_col[c + j] = col + within;
+      plain_sum += col + within;
     }
   }
   if (thread < r) x.rows[chunk * r + thread] = row_sum;
-  if (thread >= LARGEST && thread < LARGEST + TILE) part.tile[thread - LARGEST] = col_sum;
+  if (thread >= LARGEST && thread < LARGEST + TILE) {
+    part.tile[thread - LARGEST] = col_sum;
+    part.tile[thread - LARGEST + TILE] = plain_sum;
+  }
   SCAO_SYNC(13);
-  if (thread == 0) {
+  if (thread < 2) {
     float sum = 0;
-    for (int j = 0; j < TILE; j++) sum += part.tile[j];
-    x.cols[chunk] = sum;
+    for (int j = 0; j < TILE; j++) sum += part.tile[thread * TILE + j];
+    (thread ? x.plain_cols : x.cols)[chunk] = sum;
   }
 }
 
 __global__ void apply(SCAO_BATCH batch, State s, Numbers n) {
   SCAO_SHARED;
-  __shared__ float col_mean;
+  __shared__ float col_means[2];  // of col, and of AdamW's
   const int matrix = blockIdx.y, chunk = blockIdx.x, r = s.r, k = s.k, row = tile_row(r), thread = threadIdx.x;
   const Shared part = parts_of(shared, r, k);
-  const Floats row_root = part.rotated;  // [r]
   const Scratch x = scratch_of(s, matrix);
   if (x.header[0] == 0.0f) return;
+  const bool ramp = s.blend < 1;
   const int start = chunk * CHUNK, end = start + CHUNK < s.l ? start + CHUNK : s.l;
   const float second = static_cast<float>(1 - n.beta2), eps = static_cast<float>(n.eps);
   const float mean_scale = 1 / x.header[1], root2 = x.header[2];
@@ -423,20 +455,22 @@ __global__ void apply(SCAO_BATCH batch, State s, Numbers n) {
     float sum = 0;
     for (int c = 0; c < s.chunks; c++) sum += x.rows[c * r + thread];
     const float old = s.row[matrix * r + thread];
-    row_root[thread] = sqrtf(old + second * (sum / s.l - old) + x.header[4]);
+    part.roots[thread] = sqrtf(old + second * (sum / s.l - old) + x.header[4]);
+    const float plain = x.header[3] / DAMPING * s.factor[(matrix * r + thread) * r + thread];  // (U12)
+    part.roots[r + thread] = sqrtf(plain + x.header[4]);
   }
-  if (thread == 0) {
+  if (thread < 2) {
     float sum = 0;
-    for (int c = 0; c < s.chunks; c++) sum += x.cols[c];
+    for (int c = 0; c < s.chunks; c++) sum += (thread ? x.plain_cols : x.cols)[c];
     sum /= s.l;
-    col_mean = sum > 1.17549435e-38f ? sum : 1.17549435e-38f;
+    col_means[thread] = sum > 1.17549435e-38f ? sum : 1.17549435e-38f;
   }
   load(x.scaled, r, r, odd(r), part.square);
   load(x.mixed, r, k, odd(k), part.kept);
   SCAO_SYNC(14);
   const View &w = batch.param[matrix], &g = batch.grad[matrix];
   const float least = s.agreement[matrix] > 0.5f ? s.agreement[matrix] : 0.5f;
-  const float lr = static_cast<float>(n.lr) / (s.cautious ? least : 1.0f);
+  const float own = s.blend / (s.cautious ? least : 1.0f), lr = static_cast<float>(n.lr);
   int agrees = 0, counts = 0;
   for (int c = start; c < end; c += TILE) {
     const int width = c + TILE < end ? TILE : end - c;
@@ -444,8 +478,9 @@ __global__ void apply(SCAO_BATCH batch, State s, Numbers n) {
     for (int at = thread; at < r * width; at += blockDim.x) {
       const int i = at / width, j = at % width;
       const float mean = s.exp_avg[(static_cast<long>(matrix) * r + i) * s.l + c + j];
-      const float col = s.col[static_cast<long>(matrix) * s.l + c + j] / col_mean + DAMPING;
-      part.tile[i * row + j] = bounded(mean * mean_scale / (row_root[i] * sqrtf(col) / root2 + eps));
+      const float col = s.col[static_cast<long>(matrix) * s.l + c + j] / col_means[0] + DAMPING;
+      part.tile[i * row + j] = bounded(mean * mean_scale / (part.roots[i] * sqrtf(col) / root2 + eps));
+      if (ramp) part.rotated[i * row + j] = mean;
     }
     SCAO_SYNC(15);
     for (int at = thread; at < r * width; at += blockDim.x) {
@@ -458,6 +493,15 @@ __global__ void apply(SCAO_BATCH batch, State s, Numbers n) {
         const bool agree = product > 0;
         agrees += agree, counts += product != 0;
         delta = agree ? delta : 0.0f;
+      }
+      delta *= own;
+      if (ramp) {  // AdamW's step, of the whole momentum
+        float mean = 0;
+        for (int d = 0; d < r; d++) mean += part.square[i * odd(r) + d] * part.rotated[d * row + j];
+        mean /= s.gain[matrix];
+        for (int d = 0; d < k; d++) mean += x.lift[i * k + d] * part.basis[d * odd(TILE) + j];
+        const float col = x.plain_col[c + j] / col_means[1] + DAMPING;
+        delta += (1 - s.blend) * bounded(mean * mean_scale / (part.roots[r + i] * sqrtf(col) / root2 + eps));
       }
       const long to = i * w.row_stride + (c + j) * w.col_stride;
       write(w.data, w.dtype, to, read(w.data, w.dtype, to) * keep - lr * delta);

@@ -8,7 +8,7 @@ namespace cuda {
 
 constexpr int TILE = 32;    // columns in shared memory at once: as many as a warp has threads
 constexpr int CHUNK = 512;  // columns of one block
-constexpr int LARGEST = 64;  // of r and of k: 59 KB of shared memory, of which a T4 has 64
+constexpr int LARGEST = 64;  // of r and of k: 60 KB of shared memory, of which a T4 has 64
 constexpr int BATCH = 504;   // matrices of one launch: its arguments must fit in 32,764 bytes
 constexpr int HEADER = 8;    // floats a matrix: scale, bias1, root of bias2, (U14) over the trace, (U14)
 
@@ -21,6 +21,7 @@ struct Batch {
 struct State : Fields<int> {
   float* exp_avg_sq;  // [r, l] in phase 1, else null
   int chunks, cautious;
+  float blend;  // the step's weight in the ramp (U9), 1 after it
   float* scratch;  // scratch_size() floats a matrix
 };
 

@@ -34,7 +34,7 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Each operation does what a rule's PyTorch code does, on one bucket, in place. ``state`` are stacked fields in the order of the
-# rule's table after the counters, ``numbers`` those of ``numbers(group)``. csrc checks what it is
+# rule's table after the counters, ``numbers`` those of ``numbers(group)``, in the ramp with its weight. csrc checks what it is
 # given.
 _LIBRARY = torch.library.Library("scao", "DEF")
 #: Schemas, and what an operation returns where tensors have no numbers (FakeTensorMode).
@@ -68,6 +68,8 @@ KERNELS = {
 #: Largest side of matrices that are decomposed natively.
 LARGEST_DECOMPOSED = 64
 OLDEST_TORCH = (2, 10)
+#: Kinds of devices whose ``eigenbasis_step_`` takes the steps of the ramp, too: with one more number, its weight.
+RAMPS = ("cuda",)
 #: What the operations take; as in csrc/state.h.
 INTERFACE = 4
 #: What builds the kernels for a device and installs them, in a clone of the repository.

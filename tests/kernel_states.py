@@ -14,19 +14,26 @@ from torch import Tensor
 from scao_hf import ops, options
 from scao_hf.buckets import Block, Bucket, Member
 from scao_hf.rules import rule_of
-from scao_hf.rules.base import Step
+from scao_hf.rules.base import Step, blend_weight
 from scao_hf.rules.eigenbasis import Eigenbasis
 
 #: lr, betas, eps, weight decay and rho.
 NUMBERS = [0.01, 0.9, 0.99, 1e-8, 0.05, 0.95]
 #: A step of phase 2 in which the ramp is over.
 LATE = 1000
+#: Options by which the same step is in the middle of the ramp.
+RAMP = {"blend_steps": 2 * LATE}
 
 
 def group(**changed: Any) -> dict[str, Any]:
     """A parameter group with ``NUMBERS``, whose refreshes keep 2 directions or more."""
     numbers = {"lr": NUMBERS[0], "eps": NUMBERS[3], "weight_decay": NUMBERS[4]}
     return {**options.resolve("eigenbasis", {"rho": NUMBERS[5], "k_min": 2, "k_max": 64}), **numbers, **changed}
+
+
+def ramp_numbers() -> list[float]:
+    """What the kernel takes in that step."""
+    return [*NUMBERS, blend_weight(LATE + 1, Eigenbasis().phase1_steps(group()), RAMP["blend_steps"])]
 
 
 def eigenbasis_state(size: int, r: int, l: int, k: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

@@ -39,21 +39,23 @@ def test_steps_on_an_accelerator_mix_no_devices_and_wait_for_no_number(case: int
 
 
 #: LoRA on one layer, three shapes, a refresh in every second step: most launches in a step of phase 1, in the one that enters
-#: phase 2 and in a mean one of phase 2, and most waits of the host in the latter two. More layers take few more.
+#: phase 2 and in a mean one of phase 2, and most waits of the host in the latter two. More layers take few more. Natively, with
+#: a mean one of the ramp before that of phase 2: a step is 3 or 5 launches a shape, the rest makes the state and refreshes it.
 BOUNDS = {
     "": (126, 528, 446, 3, 2),
     "--rank 64": (126, 528, 446, 3, 2),
     "moment_dtype=int8 use_int8_ema=true": (540, 1395, 1331, 3, 2),
+    "blend_steps=2 --native": (24, 423, 197, 197, 3, 2, 2),
 }
 
 
 @pytest.mark.parametrize("options", BOUNDS)
 def test_a_step_takes_few_launches_and_waits_and_nothing_in_float64(options: str) -> None:
     quick = ["warmup_steps=2", "min_precond_updates=1", "precond_freq=2", "blend_steps=0"]
-    command = [sys.executable, "-W", "ignore", str(LAUNCHES), "--layers", "1", *options.split(), *quick]
+    command = [sys.executable, "-W", "ignore", str(LAUNCHES), "--layers", "1", *quick, *options.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:5]]
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
     figures = [[float(figure.replace(",", "")) for figure in row[1:]] for row in rows]
     launches, waits, _, decompositions, wide = zip(*figures, strict=True)
     for found, bound in zip((*launches, *waits[1:]), BOUNDS[options], strict=True):

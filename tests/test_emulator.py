@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_states import NUMBERS, eigenbasis_state, take_step
+from kernel_states import NUMBERS, RAMP, eigenbasis_state, ramp_numbers, take_step
 from torch import Tensor
 from torch.utils import deterministic
 
@@ -70,19 +70,23 @@ def case(
     return params, grads, state
 
 
-def step(params: list[Tensor], grads: list[Tensor], state: State, cautious: bool = True) -> None:
+def step(
+    params: list[Tensor], grads: list[Tensor], state: State, cautious: bool = True, numbers: list[float] = NUMBERS
+) -> None:
     """By the emulated operation; ``activity`` is the last of the fields where there is one."""
     if "vectors" in state:
-        torch.ops.scao_emulated.eigenbasis_step_(params, grads, [*state.values()], NUMBERS, cautious)
+        torch.ops.scao_emulated.eigenbasis_step_(params, grads, [*state.values()], numbers, cautious)
     else:
         torch.ops.scao_emulated.adamw_step_(params, grads, [*state.values()], NUMBERS)
 
 
-def errors_of(params: list[Tensor], grads: list[Tensor], state: State, cautious: bool = True) -> float:
+def errors_of(
+    params: list[Tensor], grads: list[Tensor], state: State, cautious: bool = True, ramp: bool = False
+) -> float:
     """Take a step by both paths; the largest error, over a field's largest entry, or over a step and its rounding."""
     other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
-    step(params, grads, state, cautious)
-    take_step(other, grads, expected, native=False, cautious=cautious)
+    step(params, grads, state, cautious, ramp_numbers() if ramp else NUMBERS)
+    take_step(other, grads, expected, native=False, cautious=cautious, **(RAMP if ramp else {}))
     errors = []
     for name, value in state.items():
         difference = (value.double() - expected[name].double()).abs().max()
@@ -122,6 +126,20 @@ def test_a_step_of_the_kernels_equals_pytorchs(
         results.append([*params, *state.values()])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("r", "l", "k", "basis"),
+    [(16, 70, 16, torch.bfloat16), (5, 37, 3, torch.float32), (33, 1030, 40, torch.bfloat16), (2, 2, 1, torch.float32)],
+)
+def test_a_step_of_the_ramp_equals_pytorchs(kernels: ctypes.CDLL, r: int, l: int, k: int, basis: torch.dtype) -> None:
+    """Mixed with AdamW's, which the mask of cautious steps does not touch."""
+    for order in ORDERS:
+        kernels.scao_emulator_order(order)
+        params, grads, state = case(r, l, k, torch.float32, basis)
+        activity = torch.stack([torch.arange(3) + 7.0, torch.logspace(-3, -1, 3)], 1)
+        experts = {"activity": activity} if order == 1 else {}
+        assert errors_of(params, grads, state | experts, cautious=order != 2, ramp=True) <= 1
 
 
 @pytest.mark.parametrize("k", [0, 2])
@@ -239,7 +257,7 @@ def test_no_kernel_takes_more_registers_than_the_table_says() -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("kernels.cuh", "r * odd(r) + r * odd(k) : tile", "r * odd(r) + r * k : tile"),
+        ("kernels.cuh", "r * odd(k) + 2 * r + k : tile", "r * odd(k) + r : tile"),
         ("launch.cu", "const dim3 blocks(state.chunks, count)", "const dim3 blocks(state.chunks - 1, count)"),
     ],
 )

@@ -119,9 +119,9 @@ class Watch:
         twins: dict[str, Callable[..., Any]] = {"int8_ema_": quantization.ema_}
         run = Step.run_native
 
-        def step(own: Step, kernel: Callable[..., None], fields: list[Tensor], *options: bool, refreshes: bool) -> None:
+        def step(own: Step, kernel: Callable[..., None], fields: list[Tensor], *options: bool, **more: Any) -> None:
             twin = twin_of(own)
-            run(own, kernel, fields, *options, refreshes=refreshes)
+            run(own, kernel, fields, *options, **more)
             phase1 = "vectors" not in own.state
             with mock.patch.object(ops, "NATIVE", frozenset()):
                 rule = rule_of(own.group, own.bucket.matrix, own.bucket.shape)

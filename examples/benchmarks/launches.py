@@ -131,15 +131,16 @@ class Accelerator(TorchDispatchMode):
 def counted(
     layers: int, rank: int = 16, weight_decay: float = 0.01, native: bool = False, **options: Any
 ) -> dict[str, Count]:
-    """Steps with LoRA on ``layers`` layers of Qwen2.5-3B: one of phase 1, the one that enters phase 2, a mean one of phase 2.
+    """Steps with LoRA on ``layers`` layers of Qwen2.5-3B: of phase 1, the one that enters phase 2, of the ramp and after it.
 
-    The last is of a whole cycle of refreshes after the ramp.
+    The last two are means, of all steps of the ramp and of a whole cycle of refreshes.
     """
     model = loads.qwen(layers, rank).to("meta")
     kernels = mock.patch.multiple(
         ops,
         NATIVE=frozenset({DEVICE} if native else ()),
         KERNELS=ops.KERNELS | {DEVICE: ops.KERNELS["cuda"]},
+        RAMPS=(*ops.RAMPS, DEVICE),
         LARGEST_SIDE=ops.LARGEST_SIDE | {DEVICE: ops.LARGEST_SIDE["cuda"]},
     )
     with FakeTensorMode(allow_non_fake_inputs=True), kernels:
@@ -156,10 +157,17 @@ def counted(
             with Accelerator() as seen:
                 optimizer.step()
             counts[step] = seen.count
+    ramp = {"ramp": _mean([counts[step] for step in range(start + 1, first)])} if first > start + 1 else {}
     cycle = [counts[step] for step in range(first, first + period)]
-    mean = Count(*(round(sum(getattr(each, name) for each in cycle) / period, 1) for name in list(vars(Count()))[:5]))
-    mean.names = sum((each.names for each in cycle), Counter())
-    return {"phase 1": counts[start - 1], "entering phase 2": counts[start], "phase 2": mean}
+    return {"phase 1": counts[start - 1], "entering phase 2": counts[start], **ramp, "phase 2": _mean(cycle)}
+
+
+def _mean(steps: list[Count]) -> Count:
+    """Of the figures; launches by operation are summed."""
+    figures = list(vars(Count()))[:5]
+    mean = Count(*(round(sum(getattr(each, name) for each in steps) / len(steps), 1) for name in figures))
+    mean.names = sum((each.names for each in steps), Counter())
+    return mean
 
 
 def table(rows: dict[str, Count]) -> str:

@@ -123,8 +123,11 @@ def measured(r: int, k: int, tall: bool, l: int = 64) -> dict[str, Launch]:
         param, grad = (torch.ones(l, r) if tall else torch.ones(r, l) for _ in range(2))
         before = library.scao_emulator_launches()
         library.scao_emulator_count(True)
-        options = (True,) if step else ()
-        getattr(torch.ops.scao_emulated, name)([param], [grad], state, [1e-4, 0.9, 0.999, 1e-8, 0.0, 0.95], *options)
+        numbers = [1e-4, 0.9, 0.999, 1e-8, 0.0, 0.95]
+        if step:  # of the ramp, as it has all the accesses of a later one
+            torch.ops.scao_emulated.eigenbasis_step_([param], [grad], state, [*numbers, 0.5], True)
+        else:
+            torch.ops.scao_emulated.adamw_step_([param], [grad], state, numbers)
         library.scao_emulator_count(False)
         kernels = (f"{kernel} of phase 1" if step == 0 and kernel != "adamw" else kernel for kernel in STEPS[name])
         found |= dict(zip(kernels, launches(library, before), strict=True))

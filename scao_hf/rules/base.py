@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -157,7 +157,14 @@ class Step:
             return False
         return ops.has(kernel, self.state["exp_avg"], *(self.state[name] for name in bases))
 
-    def run_native(self, kernel: Callable[..., None], fields: list[Tensor], *options: bool, refreshes: bool) -> None:
+    def run_native(
+        self,
+        kernel: Callable[..., None],
+        fields: list[Tensor],
+        *options: bool,
+        refreshes: bool,
+        more: Iterable[float] = (),
+    ) -> None:
         """The whole step by a native kernel: (U3), decay and parameters included.
 
         Args:
@@ -165,11 +172,12 @@ class Step:
             fields: those of the state that it takes, in its order.
             options: what it takes besides the numbers.
             refreshes: whether a refresh follows, which asks which gradients were finite.
+            more: numbers besides those of the group.
         """
         taken = self.state["taken"]
         before = taken.clone() if refreshes else taken
         params, grads = self.bucket.parts()
-        kernel(params, grads, fields, ops.numbers(self.group), *options)
+        kernel(params, grads, fields, [*ops.numbers(self.group), *more], *options)
         torch.autograd.graph.increment_version(params)
         self.bucket.step += 1
         if refreshes:
