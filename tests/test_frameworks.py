@@ -43,7 +43,7 @@ def test_a_loop_reaches_phase_two_and_shows_the_figures(name: str, package: str,
 
 def test_trl_takes_the_class_of_the_optimizer(tiny_llama: Path, tmp_path: Path) -> None:
     for package in ("trl", "peft", "datasets"):
-        pytest.importorskip(package)
+        pytest.importorskip(package, reason=f"needs {package}, which make test has")
     rows = [{"text": "a" * (4 + n % 5)} for n in range(64)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     said = example(

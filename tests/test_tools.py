@@ -164,6 +164,17 @@ def test_the_package_needs_nothing_of_the_tools_and_they_say_what_they_need() ->
     assert done.returncode == 2
 
 
+@pytest.mark.parametrize(("words", "code"), [(["plan", "config.yml"], 2), (["doctor"], 0)])
+def test_without_transformers_the_commands_that_need_it_say_so(words: list[str], code: int) -> None:
+    program = (
+        f"import sys; sys.modules['transformers'] = None\nsys.argv[1:] = {words!r}; import scao_hf.tools as t; t.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    said = "scao-hf: transformers is not installed, which the command line needs: pip install 'scao-hf[cli]'\n"
+    assert done.stderr.endswith(said) if code else "Nothing is broken." in done.stdout
+
+
 # --- plan: shapes and weights
 
 

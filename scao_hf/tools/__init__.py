@@ -26,10 +26,13 @@ def main() -> None:
     """Run the command line."""
     try:
         from scao_hf.tools.cli import app
+
+        app()
     except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich", "matplotlib", "yaml", "transformers", "accelerate"):
+            raise
         print(
             f"scao-hf: {error.name} is not installed, which the command line needs: pip install 'scao-hf[cli]'",
             file=sys.stderr,
         )
         sys.exit(2)
-    app()

@@ -357,10 +357,13 @@ def doctor(
     With CONFIG, an Axolotl YAML: also whether it trains with this SCAO.
     """
     with _mistakes_in_one_line(), _libraries_silent():
-        from scao_hf.tools.axolotl_yaml import plugin_note, read_yaml
         from scao_hf.tools.doctor import examine
 
-        note = plugin_note(read_yaml(config)) if config else None
+        note = None
+        if config:
+            from scao_hf.tools.axolotl_yaml import plugin_note, read_yaml
+
+            note = plugin_note(read_yaml(config))
         found = examine()
     if as_json:
         print(json.dumps({"rows": dict(found.rows), "problems": found.problems, "note": note}, indent=2))
