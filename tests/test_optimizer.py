@@ -770,7 +770,7 @@ ARROWS = {
     "stacks": {"buckets", "distributed", "names", "options", "rules"},
     "tools": {
         *("tools", "experts", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
-        *("trainer", "zero", "__init__"),
+        *("stacks", "trainer", "zero", "__init__"),
     },
     "trainer": {"checks", "distributed", "experts", "optimizer", "options", "report", "rules", "zero"},
     "zero": {"distributed", "experts", "names", "optimizer", "report"},
