@@ -772,7 +772,7 @@ ARROWS = {
         *("tools", "experts", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
         *("stacks", "trainer", "zero", "__init__"),
     },
-    "trainer": {"checks", "distributed", "experts", "optimizer", "options", "report", "rules", "zero"},
+    "trainer": {"checks", "distributed", "experts", "names", "optimizer", "options", "report", "rules", "zero"},
     "zero": {"distributed", "experts", "names", "optimizer", "report"},
 }
 
