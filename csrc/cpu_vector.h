@@ -21,7 +21,7 @@ constexpr int COLS = VL * COL_BLOCK;
 constexpr unsigned NOT_FINITE = 0x7f800000u;
 constexpr float LARGEST_GRADIENT = 1e15f, LARGEST_JUMP = 10.0f, LEVEL_DECAY = 0.95f;  // as in scao_hf/rules/base.py
 constexpr float TINY = 1.17549435e-38f;
-constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis_refresh.py
+constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis.py
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int vi __attribute__((vector_size(VL * 4)));

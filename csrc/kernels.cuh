@@ -124,7 +124,7 @@ __device__ inline unsigned bits_of(float f) {
 // Of magnitudes, NaN being the largest.
 __device__ inline float larger(float a, float b) { return bits_of(a) > bits_of(b) ? a : b; }
 
-constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis_refresh.py
+constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis.py
 
 // x within 1, (U10).
 __device__ inline float bounded(float x) { return x > 1 ? 1.0f : x < -1 ? -1.0f : x; }

@@ -19,10 +19,7 @@ DOCS = ROOT / "docs"
 SOURCES = [
     *(ROOT / "scao_hf" / name for name in ("rules/base.py", "linalg.py", "buckets.py", "experts.py", "initial.py")),
     *sorted((ROOT / "scao_hf" / "moe").glob("*.py")),
-    *(
-        ROOT / "scao_hf" / "rules" / f"{name}.py"
-        for name in ("eigenbasis_refresh", "eigenbasis", "published", "orthogonal")
-    ),
+    *(ROOT / "scao_hf" / "rules" / f"{name}.py" for name in ("eigenbasis", "published", "orthogonal")),
 ]
 FAMILIES = {
     "E": "Curvature",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scao_hf.rules import eigenbasis_refresh
+from scao_hf.rules import eigenbasis
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
@@ -400,7 +400,7 @@ def test_the_behaviour_of_scao_changes_with_its_equations_alone(monkeypatch: pyt
     assert peers.behaviour("eigenbasis", ()) == usual
     assert peers.behaviour("eigenbasis", (("k_max", 4),)) != usual
     peers.behaviour.cache_clear()
-    monkeypatch.setattr(eigenbasis_refresh, "MOST_GAIN", 1.5)
+    monkeypatch.setattr(eigenbasis, "MOST_GAIN", 1.5)
     assert peers.behaviour("eigenbasis", ()) != usual
     peers.behaviour.cache_clear()
 

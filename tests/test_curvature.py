@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scao_hf import linalg, ops
-from scao_hf.rules import base, eigenbasis_refresh, published
+from scao_hf.rules import base, eigenbasis, published
 
 
 def test_accumulate_and_debias_recover_a_constant() -> None:
@@ -119,9 +119,7 @@ def test_preconditioner_with_truncated_factors_is_the_dense_one() -> None:
 
 def sketch(vectors: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, decay: float) -> tuple[torch.Tensor, ...]:
     lift = torch.nn.functional.pad(torch.eye(rows.shape[1], dtype=rows.dtype), (vectors.shape[1], 0))
-    found = eigenbasis_refresh.sketch(
-        eigenbasis_refresh.gram(rows, vectors), values, lift.expand(len(rows), -1, -1), decay
-    )
+    found = eigenbasis.sketch(eigenbasis.gram(rows, vectors), values, lift.expand(len(rows), -1, -1), decay)
     assert found is not None
     return found[0] @ torch.cat([vectors, rows], 1), *found[1:]
 

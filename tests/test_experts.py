@@ -15,9 +15,9 @@ from torch import Tensor
 from scao_hf import SCAO, create_scao_optimizer, linalg, ops, options, reference
 from scao_hf.buckets import Bucket
 from scao_hf.experts import Packing, find_experts, unpack
-from scao_hf.rules import eigenbasis_refresh
+from scao_hf.rules import eigenbasis
 from scao_hf.rules.base import Step
-from scao_hf.rules.eigenbasis_refresh import plain_row
+from scao_hf.rules.eigenbasis import plain_row
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -246,7 +246,7 @@ def test_steps_do_not_depend_on_the_basis_of_directions_without_gradients(
     monkeypatch.setattr(ops, "NATIVE", frozenset())  # a native refresh could not be given other bases
     paths = []
     for decomposition in (right, turning):
-        monkeypatch.setattr(eigenbasis_refresh, "eigh", decomposition)
+        monkeypatch.setattr(eigenbasis, "eigh", decomposition)
         draw = torch.Generator().manual_seed(0)
         whole = torch.nn.Parameter(torch.randn(4 * 8, 40, generator=draw, dtype=torch.float64).to(dtype))
         optimizer = SCAO([whole], lr=0.01, weight_decay=0, experts={whole: Packing("A", 4)}, **QUICK)

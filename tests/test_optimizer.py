@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scao_hf import SCAO, create_scao_optimizer, ops, options
-from scao_hf.rules import eigenbasis_refresh, rule_of
+from scao_hf.rules import eigenbasis, rule_of
 from scao_hf.stacks import build_buckets
 
 QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}
@@ -489,14 +489,14 @@ def test_what_ends_a_refresh_at_any_of_its_operations_leaves_the_state_whole(
 ) -> None:
     """Weights and state are those of a step without a refresh to the bit, can be resumed, and the next steps are taken."""
     monkeypatch.setattr(ops, "NATIVE", frozenset())
-    on_cpu = eigenbasis_refresh.refresh_bases
+    on_cpu = eigenbasis.refresh_bases
 
     def on_host(*args: Any) -> Any:
-        with mock.patch.object(eigenbasis_refresh, "refresh_bases", on_cpu):
-            return eigenbasis_refresh.refresh_bases_on_host(*args)
+        with mock.patch.object(eigenbasis, "refresh_bases", on_cpu):
+            return eigenbasis.refresh_bases_on_host(*args)
 
     if device == "another":
-        monkeypatch.setattr(eigenbasis_refresh, "refresh_bases", on_host)
+        monkeypatch.setattr(eigenbasis, "refresh_bases", on_host)
     before = 2 if where == "_enter" else 3
     options = {"rule": "eigenbasis", "lr": 0.1, **QUICK, **chosen}
     optimizer = SCAO(fresh((4, 9), (9, 4)), **options)

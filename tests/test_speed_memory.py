@@ -32,7 +32,7 @@ import speed  # noqa: E402
 import tables  # noqa: E402
 
 from scao_hf import SCAO, ops  # noqa: E402
-from scao_hf.rules import eigenbasis_refresh, low_bit  # noqa: E402
+from scao_hf.rules import eigenbasis, low_bit  # noqa: E402
 from scao_hf.rules.eigenbasis import Eigenbasis  # noqa: E402
 
 native = pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native CPU kernels: {ops.backend()['cpu']}")
@@ -295,13 +295,13 @@ def test_no_matrix_larger_than_the_parameter_is_formed_for_lora(spec: str, shape
 
 
 def test_a_dense_factor_of_the_long_side_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    sketch = eigenbasis_refresh.sketch
+    sketch = eigenbasis.sketch
 
     def dense(*arguments: Any) -> Any:
         torch.zeros(700, 700)
         return sketch(*arguments)
 
-    monkeypatch.setattr(eigenbasis_refresh, "sketch", dense)
+    monkeypatch.setattr(eigenbasis, "sketch", dense)
     with pytest.raises(Largest, match=f"step 10: {4 * 700**2} bytes"):
         steps_within(4 * 48 * 700, (16, 700), "scao-pytorch")
 

@@ -29,7 +29,7 @@ from scao_hf.buckets import blocks_of
 from scao_hf.experts import find_vocabulary
 from scao_hf.initial import is_untrained
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES
-from scao_hf.rules import eigenbasis_refresh, published, rule_of
+from scao_hf.rules import eigenbasis, published, rule_of
 
 Builder = Callable[..., Optimizer]
 
@@ -113,7 +113,7 @@ class Ungrafted(SCAO):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step of SCAO with (U13) left out."""
-        with mock.patch.object(eigenbasis_refresh, "MOST_GAIN", 1.0), mock.patch.object(ops, "NATIVE", frozenset()):
+        with mock.patch.object(eigenbasis, "MOST_GAIN", 1.0), mock.patch.object(ops, "NATIVE", frozenset()):
             return super().step(closure)
 
 

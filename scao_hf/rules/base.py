@@ -444,3 +444,19 @@ def idle_experts_kept(bucket: Bucket, rule: Rule) -> Iterator[None]:
         for name, field in before.items():
             kept = idle.view(-1, *[1] * (field.ndim - 1))
             bucket.state[name].copy_(torch.where(kept, field, bucket.state[name]))
+
+
+@contextmanager
+def all_or_nothing(state: dict[str, Tensor]) -> Iterator[None]:
+    """Put the state back where a refresh raises: half of one is a momentum in other bases than the state says."""
+    # By dtype: foreach is one kernel only where all tensors of a list have the same.
+    alike = [[field for field in state.values() if field.dtype == kind] for kind in {it.dtype for it in state.values()}]
+    before = [[torch.empty_like(field) for field in fields] for fields in alike]
+    for copies, fields in zip(before, alike, strict=True):
+        torch._foreach_copy_(copies, fields)
+    try:
+        yield
+    except BaseException:
+        for copies, fields in zip(before, alike, strict=True):
+            torch._foreach_copy_(fields, copies)
+        raise

@@ -26,6 +26,7 @@ from scao_hf.rules.base import (
     accumulate,
     adam_direction,
     adam_moments,
+    all_or_nothing,
     averaged,
     blend_weight,
     clip_norm,
@@ -33,7 +34,6 @@ from scao_hf.rules.base import (
     debias,
     mix,
 )
-from scao_hf.rules.eigenbasis_refresh import all_or_nothing
 
 SIDES = ("left", "right")
 
