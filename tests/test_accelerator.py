@@ -42,9 +42,9 @@ def test_steps_on_an_accelerator_mix_no_devices_and_wait_for_no_number(case: int
 #: phase 2 and in a mean one of phase 2, and most waits of the host in the latter two. More layers take few more. Natively, with
 #: a mean one of the ramp before that of phase 2: a step is 3 or 5 launches a shape, the rest makes the state and refreshes it.
 BOUNDS = {
-    "": (126, 528, 446, 3, 2),
-    "--rank 64": (126, 528, 446, 3, 2),
-    "moment_dtype=int8 use_int8_ema=true": (540, 1395, 1331, 3, 2),
+    "": (126, 519, 440, 3, 2),
+    "--rank 64": (126, 519, 440, 3, 2),
+    "moment_dtype=int8 use_int8_ema=true": (540, 1386, 1325, 3, 2),
     "blend_steps=2 --native": (24, 423, 197, 197, 3, 2, 2),
 }
 
