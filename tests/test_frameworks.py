@@ -132,6 +132,34 @@ def test_the_launcher_of_llamafactory_gives_its_trainers_scao(tmp_path: Path, mo
     assert type(made[1]).__name__ == "SCAOCallback"
 
 
+def test_the_plugin_of_llamafactorys_version_1_takes_the_options_of_its_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trainer calls what is registered under ``optim_config.name`` with the model and that whole mapping."""
+    registered: dict[str, Any] = {}
+
+    class OptimizerPlugin:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def register(self) -> Any:
+            return lambda function: registered.setdefault(self.name, function)
+
+    plugins, trainers = "llamafactory.v1.plugins.trainer_plugins.optimizer", "llamafactory.v1.trainers.sft_trainer"
+    for path in (plugins, trainers):
+        parts = path.split(".")
+        for count in range(1, len(parts) + 1):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:count]), ModuleType(parts[count - 1]))
+    vars(sys.modules[plugins])["OptimizerPlugin"] = OptimizerPlugin
+    started: list[int] = []
+    vars(sys.modules[trainers])["run_sft"] = lambda: started.append(1)
+    runpy.run_path(str(FOLDER / "llamafactory_v1.py"), run_name="__main__")
+    made = registered["scao"](nn.Linear(6, 4), {"name": "scao", "lr": 3e-4, "k_max": 8})
+    assert isinstance(made, SCAO) and started == [1]
+    assert (made.param_groups[0]["lr"], made.param_groups[0]["k_max"]) == (3e-4, 8)
+    for wrong, message in (({}, "no lr"), ({"lr": 3e-4, "kmax": 8}, "kmax")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            registered["scao"](nn.Linear(6, 4), {"name": "scao", **wrong})
+
+
 def test_the_script_for_unsloth_passes_the_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     passed: dict[str, Any] = {}
