@@ -12,13 +12,49 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scao_hf.experts import Packing, unpack
-from scao_hf.quantization import to_bfloat16
+Side = Literal["A", "B"]
+
+
+class Packing(NamedTuple):
+    """How a parameter holds the factors of so many experts: expert by expert ("A") or rank by rank ("B")."""
+
+    side: Side
+    experts: int
+
+
+def unpack(tensor: Tensor, packing: Packing) -> Tensor:
+    """(X1) A packed factor as a stack of the experts' own, a view of the same memory.
+
+    Args:
+        tensor: A, ``[E r, in]``, or B, ``[out, E r]``, or anything of the same shape, such as its gradient.
+        packing: which of the two, and E.
+
+    Returns:
+        ``[E, r, in]`` for A, whose row ``e r + i`` is row i of expert e; ``[E, out, r]`` for B, whose column
+        ``i E + e`` is column i of expert e.
+
+    Raises:
+        ValueError: the packed side is not a multiple of E.
+    """
+    check_packing(tensor, packing)
+    side, count = packing
+    by_expert: Tensor = tensor.unflatten(0, (count, -1)) if side == "A" else tensor.unflatten(1, (-1, count))
+    return by_expert if side == "A" else by_expert.permute(2, 0, 1)
+
+
+def check_packing(tensor: Tensor, packing: Packing) -> None:
+    """Raise ``ValueError`` unless the packed side of ``tensor``, which may be sharded, is a multiple of E."""
+    side, count = packing
+    packed = tensor.shape[0 if side == "A" else 1]
+    if packed % count:
+        raise ValueError(
+            f"a {side} of shape {tuple(tensor.shape)} cannot hold {count} experts: {packed} % {count} != 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -212,45 +248,6 @@ class Bucket:
         slot = (step - start) % period
         first, last = (-(-part * self.cycle // period) for part in (slot, slot + 1))
         return slice(bisect_left(self.offsets, first), bisect_left(self.offsets, last))
-
-    def subtract(self, delta: Tensor, rate: Tensor, decay: float) -> None:
-        """``w <- w - rate (delta + decay w)`` for the members' parameters, rounded to their dtype once.
-
-        To the nearest number, or under ``stochastic_rounding`` (Q2) to one of two.
-
-        Args:
-            delta: ``[N, r, l]`` in the arithmetic dtype, changed in place.
-            rate: ``[N, 1, 1]``, zero for a matrix that stays as it is.
-            decay: of the weights.
-        """
-        targets = self._targets()
-        if self.group["stochastic_rounding"] and targets[0].dtype == torch.bfloat16:
-            weights = torch.stack(
-                [target.reshape(delta.shape[1:]) if not self.packed else target for target in targets]
-            )
-            weights = weights.to(self.dtype).view_as(delta)
-            # Seeds of its own: those of the state are not negative.
-            fresh = to_bfloat16(weights - rate * (delta + decay * weights), ~self.step)
-            for target, piece in zip(targets, self.split(fresh), strict=True):
-                target.copy_(piece.view(target.shape))
-            return
-        pieces = [piece.view(target.shape) for piece, target in zip(self.split(delta), targets, strict=True)]
-        scaled = [(delta, rate)]
-        tall = [index for index, member in enumerate(self.members) if member.block and member.block.transposed]
-        if tall and not self.packed:
-            # On a GPU foreach is a few kernels only where all its tensors lie in memory as their counterparts do.
-            rates = rate.unbind(0)
-            scaled.append((torch.stack([pieces[index].mT for index in tall]), torch.stack([rates[i] for i in tall])))
-            for index, piece in zip(tall, scaled[1][0].unbind(0), strict=True):
-                pieces[index] = piece.mT
-        if decay:
-            torch._foreach_add_(pieces, targets, alpha=decay)
-        for stack, factor in scaled:
-            stack.mul_(factor)
-        torch._foreach_sub_(targets, pieces)
-
-    def _targets(self) -> list[Tensor]:
-        return [block.of(param.detach()) if block else as_real(param.detach()) for param, _, block in self.members]
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LoRA on stacked experts: where a model keeps it, and what its packed factors are as stacks of matrices.
+"""LoRA on stacked experts: where a model keeps it, and how parameter groups carry that.
 
 PEFT adapts a 3-D expert weight with two factors that look like ordinary 2-D LoRA: A, ``[E r, in]``, expert by expert,
 and B, ``[out, E r]``, rank by rank. Each expert's own factor is a matrix of its own, with a curvature of its own.
@@ -7,48 +7,11 @@ and B, ``[out, E r]``, rank by rank. Each expert's own factor is a matrix of its
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-Side = Literal["A", "B"]
-
-
-class Packing(NamedTuple):
-    """How a parameter holds the factors of so many experts: expert by expert ("A") or rank by rank ("B")."""
-
-    side: Side
-    experts: int
-
-
-def unpack(tensor: Tensor, packing: Packing) -> Tensor:
-    """(X1) A packed factor as a stack of the experts' own, a view of the same memory.
-
-    Args:
-        tensor: A, ``[E r, in]``, or B, ``[out, E r]``, or anything of the same shape, such as its gradient.
-        packing: which of the two, and E.
-
-    Returns:
-        ``[E, r, in]`` for A, whose row ``e r + i`` is row i of expert e; ``[E, out, r]`` for B, whose column
-        ``i E + e`` is column i of expert e.
-
-    Raises:
-        ValueError: the packed side is not a multiple of E.
-    """
-    check_packing(tensor, packing)
-    side, count = packing
-    by_expert: Tensor = tensor.unflatten(0, (count, -1)) if side == "A" else tensor.unflatten(1, (-1, count))
-    return by_expert if side == "A" else by_expert.permute(2, 0, 1)
-
-
-def check_packing(tensor: Tensor, packing: Packing) -> None:
-    """Raise ``ValueError`` unless the packed side of ``tensor``, which may be sharded, is a multiple of E."""
-    side, count = packing
-    packed = tensor.shape[0 if side == "A" else 1]
-    if packed % count:
-        raise ValueError(
-            f"a {side} of shape {tuple(tensor.shape)} cannot hold {count} experts: {packed} % {count} != 0"
-        )
+from scao_hf.buckets import Packing, Side, check_packing
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf import quantization
-
 __all__ = [
     "adamw_step_",
     "backend",
@@ -54,6 +52,7 @@ for _schema, _fake in _OPERATIONS.items():
 
 adamw_step_ = torch.ops.scao.adamw_step_
 eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
+int8_ema_ = torch.ops.scao.int8_ema_
 symmetric_eigh = torch.ops.scao.symmetric_eigh
 
 #: Largest r and k that the native kernels take: beyond it the library's products are faster, or shared memory ends.
@@ -214,10 +213,3 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         message = "a matrix is not finite, or its decomposition does not converge"
         raise torch.linalg.LinAlgError(message)  # type: ignore[attr-defined]
     return values, vectors
-
-
-def int8_ema_(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
-    """``quantization.ema_``, with the native kernel where there is one."""
-    device = codes.device.type
-    kernel = device in NATIVE and "int8_ema_" in KERNELS[device]
-    (torch.ops.scao.int8_ema_ if kernel else quantization.ema_)(codes, scales, values, weights, seed)

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 
 from scao_hf import checkpoint, notices, report
 from scao_hf import options as opt
-from scao_hf.buckets import Bucket, is_matrix
+from scao_hf.buckets import Bucket, Packing, is_matrix
 from scao_hf.distributed.exchange import agreed, check_flattened, check_placement
 from scao_hf.distributed.shards import Shards
 from scao_hf.distributed.sharing import Sharing
-from scao_hf.experts import Packing, find_experts, find_vocabulary, split_group
+from scao_hf.experts import find_experts, find_vocabulary, split_group
 from scao_hf.initial import is_untrained
 from scao_hf.linalg import full_precision
 from scao_hf.names import with_names

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from scao_hf import SCAO, create_scao_optimizer, linalg, ops, options, reference
-from scao_hf.buckets import Bucket
-from scao_hf.experts import Packing, find_experts, unpack
+from scao_hf.buckets import Bucket, Packing, unpack
+from scao_hf.experts import find_experts
 from scao_hf.rules import eigenbasis
 from scao_hf.rules.base import Step
 from scao_hf.rules.eigenbasis import plain_row

@@ -344,7 +344,7 @@ def test_opcheck(test: str) -> None:
         (ops.adamw_step_, (params, grads, [*adamw_state(2, 4, 12, factor=True).values()], NUMBERS)),
         (ops.adamw_step_, (params, grads, [*adamw_state(2, 4, 12, factor=False).values()], NUMBERS)),
         (
-            torch.ops.scao.int8_ema_,
+            ops.int8_ema_,
             (torch.zeros(2, 128, dtype=torch.int8), torch.ones(2, 1), torch.randn(2, 9), torch.ones(2), 1),
         ),
     ]

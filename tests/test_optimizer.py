@@ -745,18 +745,18 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {
     "__init__": {"optimizer", "trainer", "ops"},
     "__main__": {"tools"},
-    "buckets": {"experts", "quantization"},
+    "buckets": set(),
     "checkpoint": {"distributed", "experts", "integrity", "names", "options", "rules"},
     "checks": {"experts", "optimizer", "rules", "zero"},
     "distributed": {"distributed", "buckets", "integrity", "names", "rules"},
-    "experts": set(),
+    "experts": {"buckets"},
     "initial": {"distributed"},
     "integrity": set(),
     "linalg": {"ops"},
-    "moe": {"moe", "experts"},
+    "moe": {"moe", "buckets", "experts"},
     "names": set(),
     "notices": {"buckets", "distributed", "names", "rules"},
-    "ops": {"quantization"},
+    "ops": set(),
     "optimizer": {
         *("buckets", "checkpoint", "distributed", "experts", "initial", "linalg", "names", "notices"),
         *("options", "report", "rules", "stacks"),
@@ -773,7 +773,7 @@ ARROWS = {
         *("stacks", "trainer", "zero", "__init__"),
     },
     "trainer": {"checks", "distributed", "experts", "names", "optimizer", "options", "report", "rules", "zero"},
-    "zero": {"distributed", "experts", "names", "optimizer", "report"},
+    "zero": {"buckets", "distributed", "experts", "names", "optimizer", "report"},
 }
 
 

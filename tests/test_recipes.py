@@ -15,8 +15,7 @@ from torch import Tensor
 
 from axolotl_plugin.values import Findings, read_optim_args, read_raw
 from scao_hf import SCAO, options, rules
-from scao_hf.buckets import Bucket
-from scao_hf.experts import Packing
+from scao_hf.buckets import Bucket, Packing
 from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step
 from scao_hf.trainer import check_scao_kwargs
 

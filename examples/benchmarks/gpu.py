@@ -37,8 +37,7 @@ from torch import Tensor, nn
 
 from scao_hf import SCAO, ops, quantization
 from scao_hf.rules import rule_of
-from scao_hf.rules.adamw import step_adamw
-from scao_hf.rules.base import Step
+from scao_hf.rules.base import Step, step_adamw
 
 RESULTS = Path(__file__).resolve().parent / "results" / "gpu.jsonl"
 PARTS = ("kernels", "copy", "load", "gpt2", "qlora")

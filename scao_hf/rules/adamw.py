@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from scao_hf import ops
 from scao_hf.buckets import Bucket
-from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step, accumulate, adam_direction, adam_moments
+from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step, step_adamw
 
 
 class AdamW(Rule):
@@ -33,22 +32,3 @@ class AdamW(Rule):
     def figures(self, bucket: Bucket) -> dict[str, Tensor]:
         """No curvature, nothing to report."""
         return {}
-
-
-def step_adamw(step: Step, refreshes: bool = False) -> None:
-    """(U4) and (U6), and (E1) where the state has a ``factor``: what every rule with a phase 1 does in it.
-
-    Args:
-        step: changed in place.
-        refreshes: whether the first refresh follows.
-    """
-    state, group = step.state, step.group
-    if step.is_native("adamw_step_"):
-        fields = [state[name] for name in ("taken", "level", "exp_avg", "exp_avg_sq", "factor") if name in state]
-        step.run_native(ops.adamw_step_, fields, refreshes=refreshes)
-        return
-    grads = step.gradients()
-    if "factor" in state:
-        accumulate(state["factor"], grads @ grads.mT, step.curvature_weight)
-    adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, step.weights)
-    step.write(adam_direction(state["exp_avg"], state["exp_avg_sq"], step.bias, group["eps"]))

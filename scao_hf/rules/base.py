@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import ops, quantization
-from scao_hf.buckets import Bucket
+from scao_hf.buckets import Bucket, as_real
 
 Pair = tuple[Tensor, Tensor]
 
@@ -135,11 +135,40 @@ class Step:
         self.state["taken"] -= self.finite[:, 0, 0]
 
     def write(self, direction: Tensor) -> None:
-        """Decoupled decay and the step, ``w <- w - lr (direction + decay w)``; a skipped matrix stays as it is."""
-        lr = self.group["lr"]
-        if isinstance(lr, Tensor):
-            lr = lr.detach().to(direction)
-        self.bucket.subtract(direction, self.finite * lr, self.group["weight_decay"])
+        """Decoupled decay and the step, ``w <- w - lr (direction + decay w)``; a skipped matrix stays as it is.
+
+        The weights are rounded once: to the nearest number, or under ``stochastic_rounding`` (Q2) to one of two.
+
+        Args:
+            direction: ``[N, r, l]`` in the arithmetic dtype, changed in place.
+        """
+        bucket, decay, lr = self.bucket, self.group["weight_decay"], self.group["lr"]
+        rate = self.finite * (lr.detach().to(direction) if isinstance(lr, Tensor) else lr)
+        targets = [block.of(param.detach()) if block else as_real(param.detach()) for param, _, block in bucket.members]
+        if self.group["stochastic_rounding"] and targets[0].dtype == torch.bfloat16:
+            weights = torch.stack(
+                [target if bucket.packed else target.reshape(direction.shape[1:]) for target in targets]
+            )
+            weights = weights.to(direction.dtype).view_as(direction)
+            # Seeds of its own: those of the state are not negative.
+            fresh = quantization.to_bfloat16(weights - rate * (direction + decay * weights), ~bucket.step)
+            for target, piece in zip(targets, bucket.split(fresh), strict=True):
+                target.copy_(piece.view(target.shape))
+            return
+        pieces = [piece.view(target.shape) for piece, target in zip(bucket.split(direction), targets, strict=True)]
+        scaled = [(direction, rate)]
+        tall = [index for index, member in enumerate(bucket.members) if member.block and member.block.transposed]
+        if tall and not bucket.packed:
+            # On a GPU foreach is a few kernels only where all its tensors lie in memory as their counterparts do.
+            rates = rate.unbind(0)
+            scaled.append((torch.stack([pieces[index].mT for index in tall]), torch.stack([rates[i] for i in tall])))
+            for index, piece in zip(tall, scaled[1][0].unbind(0), strict=True):
+                pieces[index] = piece.mT
+        if decay:
+            torch._foreach_add_(pieces, targets, alpha=decay)
+        for stack, factor in scaled:
+            stack.mul_(factor)
+        torch._foreach_sub_(targets, pieces)
 
     def is_native(self, kernel: str, *bases: str) -> bool:
         """Whether a native kernel can take this step, with those ``bases`` in the state."""
@@ -283,6 +312,25 @@ class Rule(ABC):
             return field._replace(legal=NOT_NEGATIVE)
         signed = field.legal.low < 0 or field.legal.diagonal
         return field._replace(legal=Legal(-quantization.LEVELS if signed else 0, quantization.LEVELS))
+
+
+def step_adamw(step: Step, refreshes: bool = False) -> None:
+    """What every rule with a phase 1 does in it: (U4) and (U6), and (E1) where the state has a ``factor``.
+
+    Args:
+        step: changed in place.
+        refreshes: whether the first refresh follows.
+    """
+    state, group = step.state, step.group
+    if step.is_native("adamw_step_"):
+        fields = [state[name] for name in ("taken", "level", "exp_avg", "exp_avg_sq", "factor") if name in state]
+        step.run_native(ops.adamw_step_, fields, refreshes=refreshes)
+        return
+    grads = step.gradients()
+    if "factor" in state:
+        accumulate(state["factor"], grads @ grads.mT, step.curvature_weight)
+    adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, step.weights)
+    step.write(adam_direction(state["exp_avg"], state["exp_avg_sq"], step.bias, group["eps"]))
 
 
 def curvature_start(warmup_steps: int, min_precond_updates: int, precond_freq: int) -> int:

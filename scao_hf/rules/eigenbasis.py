@@ -21,7 +21,6 @@ from torch import Tensor
 from scao_hf import ops, quantization
 from scao_hf.buckets import Bucket
 from scao_hf.linalg import adaptive_rank, eigh
-from scao_hf.rules.adamw import step_adamw
 from scao_hf.rules.base import (
     COUNTERS,
     FACTOR,
@@ -41,6 +40,7 @@ from scao_hf.rules.base import (
     curvature_start,
     debias,
     mix,
+    step_adamw,
 )
 
 #: A step works on as many matrices at a time as have this many entries: its intermediates stay in a CPU's caches, and

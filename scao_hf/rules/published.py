@@ -92,7 +92,7 @@ class Published(Rule):
                 accumulate(state[f"{side}_factor"], outer, weight)
             else:
                 codes, scales = state[f"{side}_codes"], state[f"{side}_scales"]
-                ops.int8_ema_(codes, scales, outer.float(), weight.float().flatten(), 2 * step.number + index)
+                average_codes(codes, scales, outer.float(), weight.float().flatten(), 2 * step.number + index)
         try:
             if step.number % group["precond_freq"] == 0:
                 self._refresh(step)
@@ -135,6 +135,12 @@ class Published(Rule):
                 }
             )
         return {name: (sides[0][name].float() + sides[1][name].float()) / 2 for name in sides[0]}
+
+
+def average_codes(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
+    """``quantization.ema_``, by the native kernel where there is one."""
+    kernel = ops.int8_ema_ if ops.has("int8_ema_", values) else quantization.ema_
+    kernel(codes, scales, values, weights, seed)
 
 
 def _factor(state: dict[str, Tensor], side: str, dim: int, dtype: torch.dtype) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 import scao_hf
 from scao_hf import SCAO, ops, options, quantization
 from scao_hf.namesake import other_package
+from scao_hf.rules.published import average_codes
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "axolotl", "bitsandbytes")
 
@@ -176,7 +177,7 @@ def average_test(device: str) -> tuple[str, bool]:
     scales = torch.zeros(scales_shape, device=device)
     expected = torch.zeros_like(outers[0])
     for seed, outer in enumerate(outers):
-        ops.int8_ema_(codes, scales, outer.float().to(device), torch.tensor([weight], device=device), seed)
+        average_codes(codes, scales, outer.float().to(device), torch.tensor([weight], device=device), seed)
         expected.lerp_(outer, weight)
     found = quantization.decode(codes, scales, shape, torch.float32).cpu().double()
     error = float((found - expected).norm() / expected.norm())
