@@ -70,8 +70,13 @@ def rescaled(matrix: Tensor) -> Tensor:
         ([rescaled(draw(200, 70)).mT.to(torch.bfloat16)], False),
         ([rescaled(draw(80, 90)), rescaled(draw(90, 80)), draw(80, 90)], False),
         ([draw(128, 300), torch.zeros(200, 128)] * 4, False),
+        ([draw(66, 70), torch.zeros(70, 66)] * 32, False),
+        ([draw(66, 70), torch.zeros(70, 66)] * 33, False),
+        ([draw(66, 70)] * 2 + [draw(66, 70), torch.zeros(70, 66)] * 4, False),
     ],
-    ids=["square", "tiny", "uniform", "orthogonal", "heavy", "zeros", "rows", "columns", "one new layer", "LoRA"],
+    ids="square,tiny,uniform,orthogonal,heavy,zeros,rows,columns,one new layer,LoRA,64 of LoRA,66 of LoRA,new and LoRA".split(
+        ","
+    ),
 )
 def test_auto_looks_at_the_weights(weights: list[Tensor], random: bool) -> None:
     params = [nn.Parameter(weight.clone() if weight.dtype == torch.bfloat16 else weight.float()) for weight in weights]
@@ -81,6 +86,15 @@ def test_auto_looks_at_the_weights(weights: list[Tensor], random: bool) -> None:
     optimizer.step()
     assert {group["from_scratch"] for group in optimizer.param_groups} == {random}
     assert all(("col" in optimizer.state[param]) == random for param in params)
+
+
+@pytest.mark.parametrize("frozen", [torch.empty(70, 80, device="meta"), torch.randint(-9, 9, (70, 80)).to(torch.int8)])
+def test_auto_does_not_look_at_weights_without_values(frozen: Tensor) -> None:
+    trained = nn.Parameter(rescaled(draw(70, 200)).float())
+    optimizer = SCAO([*[nn.Parameter(frozen, requires_grad=False) for _ in range(3)], trained])
+    trained.grad = torch.ones_like(trained)
+    optimizer.step()
+    assert optimizer.param_groups[0]["from_scratch"] is False
 
 
 def test_what_the_weights_were_is_kept_with_the_state() -> None:
