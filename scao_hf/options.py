@@ -292,9 +292,17 @@ def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:
     return {"rule": rule, **options}
 
 
+#: A schedule that ends at zero may end so far below: torch's LinearLR is off by a few last places of the first rate.
+ROUNDING = 1e-12
+
+
+def _check_rate(lr: Any) -> None:
+    check("lr", 0.0 if isinstance(lr, float) and -ROUNDING < lr < 0 else lr, TORCH_OPTIONS["lr"])
+
+
 def check_torch_options(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
     """Validate the options that torch's own AdamW has; a tensor ``lr`` is checked by its caller."""
-    check("lr", lr, TORCH_OPTIONS["lr"])
+    _check_rate(lr)
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ValueError(f"betas={betas!r} is not valid: it must be two numbers, for example (0.9, 0.99)")
     for index, beta in enumerate(betas):
@@ -396,7 +404,7 @@ class Edits:
 def check_lr(lr: Any) -> None:
     """Raise ``ValueError`` for an illegal learning rate; the value of a tensor is not read, as a device would be waited for."""
     if not isinstance(lr, Tensor):
-        check("lr", float(lr) if isinstance(lr, Real) else lr, TORCH_OPTIONS["lr"])
+        _check_rate(float(lr) if isinstance(lr, Real) else lr)
     elif lr.numel() != 1:
         raise ValueError(f"lr is a tensor of {lr.numel()} elements: it must have one element")
 

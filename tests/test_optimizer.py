@@ -359,6 +359,21 @@ def test_tensor_lr_closure_and_scheduler_act_as_in_torch() -> None:
     steps(first, 2)
 
 
+def test_a_schedule_that_ends_below_zero_by_rounding_ends_no_run_and_no_resume() -> None:
+    params = fresh((4, 9))
+    optimizer = SCAO(params, lr=1e-3, **QUICK)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, total_iters=10)
+    for step in range(10):
+        steps(optimizer, 1, first=step)
+        schedule.step()
+    assert -1e-18 < optimizer.param_groups[0]["lr"] < 0
+    steps(optimizer, 1, first=10)
+    resumed = SCAO(params, lr=1e-3, **QUICK)
+    resumed.load_state_dict(optimizer.state_dict())
+    steps(resumed, 1, first=11)
+    assert resumed.state[params[0]]["step"] == 12
+
+
 def test_gradients_and_the_global_generator_are_left_alone() -> None:
     params = fresh((4, 9))
     optimizer = SCAO(params, use_int8_ema=True, **QUICK)
