@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +19,7 @@ from scao_hf.distributed.sharing import Sharing
 from scao_hf.experts import find_experts, find_vocabulary, split_group
 from scao_hf.initial import is_untrained
 from scao_hf.linalg import full_precision
-from scao_hf.names import with_names
+from scao_hf.names import name_of, with_names
 from scao_hf.rules import State, is_large, rule_of
 from scao_hf.rules.base import Step, idle_experts_kept
 from scao_hf.rules.low_bit import decoded
@@ -138,7 +138,7 @@ class SCAO(Optimizer):
         A group with ``experts`` (as in the constructor) becomes one group for each kind of packing in it.
 
         Raises:
-            ValueError: an illegal option, or a parameter that is sharded in a way SCAO cannot step.
+            ValueError: an illegal option, or a parameter that is given twice, or sharded in a way SCAO cannot step.
         """
         _check_params(param_group["params"])
         group = dict(param_group)
@@ -156,8 +156,13 @@ class SCAO(Optimizer):
             float(lr) if isinstance(lr, Tensor) else lr, settings["betas"], settings["eps"], settings["weight_decay"]
         )
         super().add_param_group(group)
-        for param in self.param_groups[-1]["params"]:
-            check_placement(param)
+        try:
+            _check_once(self.param_groups[-1])
+            for param in self.param_groups[-1]["params"]:
+                check_placement(param)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         self._remember(self.param_groups[-1]["params"])
         self._edits.add(self.param_groups[-1])
         for other in others:
@@ -396,6 +401,17 @@ def _check_params(params: Any) -> None:
             f"SCAO was given a {type(params).__name__}: pass model.parameters() or model.named_parameters(), or use "
             "create_scao_optimizer(model)"
         )
+
+
+def _check_once(group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a parameter that would be stepped twice, of which torch only warns."""
+    counts = Counter(group["params"])
+    for param in counts if len(counts) < len(group["params"]) else ():
+        if counts[param] > 1:
+            raise ValueError(
+                f"the parameter{name_of(param, group)} of shape {tuple(param.shape)} is twice in a parameter group: "
+                "pass it once"
+            )
 
 
 def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

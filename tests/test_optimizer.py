@@ -426,6 +426,31 @@ def test_gradients_that_autograd_leaves_conjugated() -> None:
     assert torch.equal(weight, plain)
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
+    params, (other, flattened) = fresh((4, 9)), fresh((4, 9), (7,))
+    optimizer = SCAO(params, **QUICK)
+    flattened._fsdp_flattened = True  # type: ignore[attr-defined]
+    for bad in ([other, other], [other, flattened]):
+        with pytest.raises(ValueError, match=r"twice in a parameter group|FSDP1"):
+            optimizer.add_param_group({"params": bad})
+    optimizer.add_param_group({"params": [other]})
+    assert len(optimizer.param_groups) == len(optimizer._had_matrices) == 2
+    steps(optimizer, 6)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_a_parameter_that_is_given_twice_is_a_clear_error() -> None:
+    """As tied weights are in a list put together by hand; torch warns, and steps them twice."""
+    (param,) = fresh((4, 9))
+    with pytest.raises(
+        ValueError, match=r"the parameter of shape \(4, 9\) is twice in a parameter group: pass it once"
+    ):
+        SCAO([param, param])
+    with pytest.raises(ValueError, match=r"the parameter 'embed' of shape \(4, 9\) is twice"):
+        SCAO([("embed", param), ("head", param)])
+
+
 def test_parameters_and_groups_can_be_taken_out() -> None:
     matrix, vector, other = fresh((4, 9), (5,), (7,))
     optimizer = SCAO([{"params": [matrix, vector]}, {"params": [other]}], **QUICK)
