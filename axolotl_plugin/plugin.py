@@ -107,7 +107,7 @@ def _log_choice(trainer: Trainer, kwargs: dict[str, Any], told: str) -> None:
     int8 = {**own, "moment_dtype": "int8", "use_int8_ema": True}
     state, least = (SCAO(trainable, **options).memory_report()["peak"] for options in (own, int8))
     smaller = f", or {least / 2**20:.1f} MiB with scao_moment_dtype: int8 and scao_use_int8_ema: true"
-    adamw = sum(8 * param.numel() for param in trainable)
+    adamw = sum(2 * param.numel() * param.element_size() for param in trainable)
     LOG.log(
         logging.WARNING if state > 4 * adamw else logging.INFO,
         "optimizer: scao with %s. Its state takes %.1f MiB%s (AdamW's %.1f MiB) for %d trainable parameters",

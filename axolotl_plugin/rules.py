@@ -175,11 +175,20 @@ def _check_experts(get: Get, findings: Findings) -> None:
         findings.errors.append("scao_fuse_moe: true without adapter: lora or qlora has nothing to fuse")
 
 
-def _state_of(rows: int, cols: int, options: dict[str, Any]) -> str:
+def half_precision(get: Get) -> bool:
+    """Whether the weights are loaded in 16 bit, as Axolotl decides it."""
+    return any(get(key) for key in ("bf16", "bfloat16", "fp16", "float16", "load_in_8bit"))
+
+
+def _state_of(rows: int, cols: int, get: Get, options: dict[str, Any]) -> str:
     """How much state a matrix needs under valid options, in words."""
     own = {name: value for name, value in options.items() if name in OPTIONS}
-    size = SCAO([torch.empty(rows, cols, device="meta", requires_grad=True)], **own).memory_report()["peak"]
-    return f"{rows} x {cols} weights take {size / 2**20:.0f} MiB of state (AdamW: {8 * rows * cols / 2**20:.0f} MiB)"
+    dtype = torch.bfloat16 if half_precision(get) else torch.float32
+    size = SCAO([torch.empty(rows, cols, device="meta", dtype=dtype, requires_grad=True)], **own).memory_report()[
+        "peak"
+    ]
+    adamw = 2 * dtype.itemsize * rows * cols
+    return f"{rows} x {cols} weights take {size / 2**20:.0f} MiB of state (AdamW: {adamw / 2**20:.0f} MiB)"
 
 
 def _check_training_kind(get: Get, options: dict[str, Any], findings: Findings) -> None:
@@ -190,12 +199,12 @@ def _check_training_kind(get: Get, options: dict[str, Any], findings: Findings) 
                 f"{key}: {get(key)}: restarts and layer switching invalidate SCAO's curvature, an average over past "
                 "steps; remove it or use optimizer: adamw_torch"
             )
-    if not adapter:
+    if not adapter and not get("unfrozen_parameters"):
         warn(
-            f"no adapter, so every weight is trained: {_state_of(2048, 2048, options)}; the exact figure for the model "
-            "is logged before training"
+            f"no adapter, so every weight is trained: {_state_of(2048, 2048, get, options)}; the exact figure for the "
+            "model is logged before training"
         )
-    elif get("load_in_8bit") or not get("load_in_4bit"):
+    elif adapter and (get("load_in_8bit") or not get("load_in_4bit")):
         base = "an 8-bit" if get("load_in_8bit") else "a 16-bit"
         warn(f"adapter: {adapter} on {base} base model works, but SCAO's defaults were chosen on 4-bit models")
     if get("load_in_4bit") and getattr(get("peft"), "loftq_config", None):
@@ -207,9 +216,10 @@ def _check_training_kind(get: Get, options: dict[str, Any], findings: Findings) 
         warn("peft_use_dora: the magnitude vectors have one side, so they take plain AdamW steps (8 bytes each)")
     for key in ("lora_modules_to_save", "unfrozen_parameters"):
         if get(key):
+            besides = " besides the adapter" if adapter else ""
             warn(
-                f"{key}: {get(key)}: whole weights are trained besides the adapter, in blocks of at most "
-                f"max_precond_dim: {_state_of(151936, 2048, options)}, as in the embedding of a 3B model"
+                f"{key}: {get(key)}: whole weights are trained{besides}, in blocks of at most max_precond_dim: "
+                f"{_state_of(151936, 2048, get, options)}, as in the embedding of a 3B model"
             )
     rl = getattr(get("rl"), "value", get("rl"))
     if rl in ON_POLICY:

@@ -23,6 +23,7 @@ from pydantic import BaseModel
 
 from axolotl_plugin import SCAOPlugin
 from axolotl_plugin.args import SCAOArgs
+from axolotl_plugin.plugin import _log_choice
 from scao_hf import SCAO
 from scao_hf.options import OPTIONS, SWITCHES, Option
 
@@ -223,6 +224,11 @@ def test_error(row: str) -> None:
 
 WARNINGS = {
     "no adapter": ({**LORA_16BIT, "adapter": None}, "no adapter, so every weight is trained"),
+    "no adapter, 16 bit": ({**LORA_16BIT, "adapter": None, "bf16": "auto"}, "33 MiB of state (AdamW: 16 MiB)"),
+    "part of the weights": (
+        {**LORA_16BIT, "adapter": None, "unfrozen_parameters": ["lm_head"]},
+        "unfrozen_parameters: ['lm_head']: whole weights are trained, in blocks",
+    ),
     "16-bit LoRA": (LORA_16BIT, "adapter: lora on a 16-bit base model"),
     "8-bit LoRA": ({**LORA_16BIT, "load_in_8bit": True}, "adapter: lora on an 8-bit base model"),
     "DoRA": ({"peft_use_dora": True}, "magnitude vectors have one side"),
@@ -255,6 +261,19 @@ def test_warning(caplog: pytest.LogCaptureFixture, row: str) -> None:
         changes = {**changes, "bf16": None, "bfloat16": True}
     assert message in warnings_of(caplog, **changes)
     assert message not in warnings_of(caplog, **{**changes, "optimizer": "adamw_torch"})
+
+
+def test_a_run_that_trains_part_of_the_weights_is_not_said_to_train_all(caplog: pytest.LogCaptureFixture) -> None:
+    part = {**LORA_16BIT, "adapter": None, "unfrozen_parameters": ["lm_head"]}
+    assert "every weight" not in warnings_of(caplog, **part) and "adapter" not in caplog.text
+
+
+def test_the_log_has_the_state_of_adamw_in_the_precision_of_the_weights(caplog: pytest.LogCaptureFixture) -> None:
+    for dtype, size in ((torch.float32, "8.0"), (torch.bfloat16, "4.0")):
+        trainer: Any = SimpleNamespace(model=torch.nn.Linear(1024, 1024, bias=False, dtype=dtype))
+        with caplog.at_level(logging.INFO):
+            _log_choice(trainer, {}, "")
+        assert f"(AdamW's {size} MiB)" in caplog.messages[-1]
 
 
 ALLOWED = {

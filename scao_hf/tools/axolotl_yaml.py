@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from axolotl_plugin.rules import check_config, check_sizes, merged_options
+from axolotl_plugin import rules
 from axolotl_plugin.values import Findings, read_raw
 from scao_hf.options import did_you_mean
 from scao_hf.tools import ToolError
@@ -91,7 +91,7 @@ def scao_options(raw: dict[str, Any], findings: Findings) -> dict[str, Any]:
     """
     own = optimizer_of(raw)
     meant = did_you_mean(own, ["scao"])  # it, or a misspelling that the rules name
-    read = {key: value for key, value in raw.items() if meant or key != "optim_args"}
+    read = {"bf16": "auto"} | {key: value for key, value in raw.items() if meant or key != "optim_args"}
     read = {**read_raw({**read, "optimizer": own if meant else "scao"}, findings), "optimizer": "scao"}
     for key in NUMBERS:
         if isinstance(read.get(key), str):
@@ -104,9 +104,9 @@ def scao_options(raw: dict[str, Any], findings: Findings) -> dict[str, Any]:
         if isinstance(read.get(key), dict):
             read[key] = SimpleNamespace(**{str(name).removeprefix("fsdp_"): value for name, value in read[key].items()})
             read[key].fsdp_version = getattr(read[key], "version", None)
-    check_sizes(read.get, findings)
-    check_config(read.get, findings)
-    return merged_options(read.get, [])
+    rules.check_sizes(read.get, findings)
+    rules.check_config(read.get, findings)
+    return rules.merged_options(read.get, [])
 
 
 def from_yaml(path: Path) -> Settings:
@@ -198,10 +198,8 @@ def _generation(raw: dict[str, Any]) -> str:
 
 
 def half_precision(raw: dict[str, Any]) -> bool:
-    """Whether the weights are loaded in 16 bit, as Axolotl decides it."""
-    return raw.get("bf16", "auto") not in (None, False) or any(
-        raw.get(key) for key in ("bfloat16", "fp16", "float16", "load_in_8bit")
-    )
+    """Whether the weights are loaded in 16 bit; Axolotl's default for ``bf16`` is auto."""
+    return rules.half_precision({"bf16": "auto", **raw}.get)
 
 
 def _sixteen_bit(raw: dict[str, Any]) -> bool:
