@@ -153,6 +153,16 @@ def test_every_cell_runs(chat_model: Path, tmp_path: Path) -> None:  # noqa: F81
         assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(archive.namelist())
 
 
+def test_the_notebook_of_axolotl_finds_the_folder_of_any_yaml(tmp_path: Path) -> None:
+    source = next(cell.source for cell in cells("code", AXOLOTL) if "scao-report.png" in cell.source)
+    config, shown = tmp_path / "config.scao.yml", []
+    names = {"run": lambda *words: None, "Path": Path, "SCAO_YAML": config, "Image": shown.append, "display": id}
+    for line, folder in (('output_dir: "runs/my run"  # quoted', "runs/my run"), ("seed: 1", "model-out")):
+        config.write_text(line + "\n", encoding="utf-8")
+        exec(source, dict(names))
+        assert shown.pop() == f"{folder}/scao-report.png"
+
+
 @pytest.mark.long
 def test_the_notebook_of_axolotl_migrates_compares_and_trains(
     chat_model: Path,  # noqa: F811 -- pytest's way
