@@ -223,9 +223,15 @@ def read_value(name: str, value: Any, option: Option) -> Any:
     return value
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``" (did you mean 'k_max'?)"`` for the nearest known word, or an empty string where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """``" (did you mean 'k_max'?)"`` for the nearest known word, or an empty string where none is near.
+
+    Args:
+        word: what was written.
+        known: what may be meant.
+        cutoff: how near it must be, 1 for the same word.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

@@ -83,6 +83,10 @@ learning_rate: 2e-4
             *({"moment_dtype": "int8", "use_int8_ema": True}, "about 4 times as large"),
         ),
         (
+            *("", "lion_8bit", 16, ""),
+            *({"moment_dtype": "int8", "use_int8_ema": True}, "int8 state: SCAO's float32 state is about 4 times"),
+        ),
+        (
             *("plugins:\n  - a.B\n", "paged_adamw_32bit", 8, ""),
             *({"moment_dtype": "int8", "use_int8_ema": True, "k_max": 8}, "where a paged one"),
         ),
@@ -143,6 +147,8 @@ def test_migrate_names_what_scao_refuses_and_never_overwrites(tmp_path: Path) ->
         ("base_model: a/b\nplugins: axolotl", "plugins is 'axolotl': it must be a list"),
         ("base_model: a/b\n...\n", "cannot be edited as it is laid out"),
         ("x: &x {optimizer: muon}\nbase_model: a/b\n<<: *x\n", "cannot be edited as it is laid out"),
+        ("x: &x {optim_args: a=1}\nbase_model: a/b\noptimizer: muon\n<<: *x\n", "without anchors"),
+        ("base_model: a/b\noptim_args: a=1\noptim_args: a=2\n", "write each key once"),
     ],
 )
 def test_migrate_says_what_is_wrong_with_a_yaml(tmp_path: Path, text: str | None, said: str) -> None:
@@ -151,6 +157,21 @@ def test_migrate_says_what_is_wrong_with_a_yaml(tmp_path: Path, text: str | None
         path.write_text(text, encoding="utf-8")
     assert said in mistake("migrate", path)
     assert not (tmp_path / "config.scao.yml").exists()
+
+
+def test_migrate_keeps_the_line_ends_and_names_commands_that_can_be_pasted(tmp_path: Path) -> None:
+    path, target = tmp_path / "my config.yml", tmp_path / "my config.scao.yml"
+    path.write_bytes(b"\xef\xbb\xbfbase_model: a/b\r\noptimizer: muon\r\ntorchdistx_path:\r\nseed: 1\r\n")
+    output = run("migrate", path).output
+    assert target.read_bytes() == (
+        b"\xef\xbb\xbfbase_model: a/b\r\noptimizer: scao\r\nplugins:\r\n  - axolotl_plugin.SCAOPlugin\r\n"
+        b"scao_moment_dtype: bfloat16\r\nseed: 1\r\n"
+    )
+    assert f"Next: scao-hf plan '{target}', then scao-hf compare '{target}'" in output
+    assert "torchdistx_path: removed, SCAO does not read it" in output and "None" not in output
+    copy = tmp_path / "copy.yml"  # which is asked for, so that the next command finds it
+    assert "nothing to change" in run("migrate", target, "--out", copy).output
+    assert copy.read_bytes() == target.read_bytes()
 
 
 def test_the_package_needs_nothing_of_the_tools_and_they_say_what_they_need() -> None:
@@ -602,6 +623,10 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
             "fsdp_config.offload_params: true keeps the shards",
         ),
         (GOOD + "fsdp_version: 2\nfsdp_config: {x: 1}", "fsdp_config cannot be planned: weights and state are spread"),
+        (
+            GOOD + "fsdp_version: 2\nfsdp: [full_shard]\nfsdp_config: {x: 1}",
+            "fsdp, fsdp_config cannot be planned: weights and state are spread",
+        ),
         (GOOD + "rl: grpo", "rl: grpo cannot be planned: it generates with the model in training"),
         (
             GOOD + "rl: grpo\nvllm: {gpu_memory_utilization: 0.85}",
@@ -624,7 +649,7 @@ GOOD = "base_model: Qwen/Qwen2.5-0.5B\nadapter: qlora\nload_in_4bit: true\nlora_
         (GOOD + "scao_kmax: 4", "did you mean 'scao_k_max'?"),
         (GOOD + "scao_sparsity: 0.3", "not an option of SCAO (it belongs to the PyPI package scao"),
         (GOOD + "scao_k_max: 0", "k_max=0 is not valid"),
-        (GOOD + "lora_r: big", "rank is 'big': it must be an integer"),
+        (GOOD + "lora_r: big", "rank is 'big': it must be an integer of at least 1 (lora_r or --lora-r)"),
         (GOOD + "lora_dropout: big", "could not convert string to float: 'big'"),
         (GOOD.replace("adapter: qlora", ""), "4-bit weights cannot be trained without an adapter"),
         (
@@ -681,6 +706,7 @@ def test_what_a_yaml_leaves_to_axolotl(tmp_path: Path) -> None:
         (GOOD + "optimizer: ADAMW_bnb_8bit\noptim_args: {x: 1}", {"rival": "adamw_bnb_8bit", "scao": {}}),
         (GOOD + "optimizer: scao\noptim_args: {k_max: 4}\nscao_k_min: 2", {"scao": {"k_max": 4, "k_min": 2}}),
         (GOOD + "bf16: false", {"float32": True}),
+        (GOOD + "lora_r: '64'\nmicro_batch_size: 2.0\nsequence_len: '512'", {"rank": 64, "batch": 2, "sequence": 512}),
         (GOOD + "bf16: false\nfp16: true", {"float32": False}),
         (GOOD + "peft_autocast_adapter_dtype: false", {"half_adapter": True}),
         (GOOD + "gradient_checkpointing_kwargs: {use_reentrant: false}", {"reentrant": False}),
@@ -699,7 +725,10 @@ def test_what_a_yaml_leaves_to_axolotl(tmp_path: Path) -> None:
 
 
 def test_notes_say_what_is_not_counted(tmp_path: Path) -> None:
-    keys = "liger_fused_linear_cross_entropy: true\ntorch_compile: true\nmicro_batchsize: 8\ngradient_checkpointing: offload\n"
+    keys = (
+        "liger_fused_linear_cross_entropy: true\ntorch_compile: true\nmicro_batchsize: 8\neta_min: 0\n"
+        "gradient_checkpointing: offload\n"
+    )
     plugins = (
         "plugins: [axolotl_plugin.SCAOPlugin, my.Plugin, axolotl.integrations.liger.LigerPlugin]\noptimizer: scao\n"
     )
@@ -709,6 +738,7 @@ def test_notes_say_what_is_not_counted(tmp_path: Path) -> None:
         "the run needs less than is counted here, because of liger_fused_linear_cross_entropy",
         "the run needs less: gradient_checkpointing: offload moves activations away",
         "what these keys add is not counted: torch_compile",
+        "Axolotl does not read `eta_min`",
         "Axolotl does not read `micro_batchsize` (did you mean 'micro_batch_size'?)",
     )
 

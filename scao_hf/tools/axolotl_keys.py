@@ -152,4 +152,5 @@ def unknown(keys: Any) -> dict[str, str]:
     """
     known = {*READ, *REFUSED, *LESS, *MORE, *OTHER}
     strange = sorted(str(key) for key in keys if str(key) not in known and not str(key).startswith("scao_"))
-    return {key: did_you_mean(key, sorted(known)) for key in strange}
+    # Among so many keys one is always a little like another: eta_min like streaming, at 0.62.
+    return {key: did_you_mean(key, sorted(known), cutoff=0.71) for key in strange}

@@ -20,6 +20,8 @@ NUMBERS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("loraplus_lr_ratio", "max_steps", "warmup_steps"),
 )
+#: Whole numbers, which Axolotl takes as text ("16") and with a point (16.0) as well.
+COUNTS = ("lora_r", "micro_batch_size", "sequence_len", "max_steps")
 #: Kinds of reinforcement learning that generate while they train.
 ON_POLICY = ("grpo", "gdpo", "ebft")
 #: Attention that needs 16-bit activations, for which Axolotl leaves no weight in 32 bit when everything is trained.
@@ -28,6 +30,19 @@ SIXTEEN_BIT_ATTENTION = ("flash_attention", "flex_attention", "sage_attention", 
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 #: Plugins that change nothing in memory beyond what their own keys say.
 PLUGINS = ("axolotl_plugin", "cut_cross_entropy", "liger", "lm_eval", "swanlab", "spectrum", "grokfast")
+
+
+def parse(text: str) -> Any:
+    """What a YAML says, its whole numbers as Axolotl has them."""
+    import yaml  # type: ignore[import-untyped, unused-ignore]
+
+    raw = yaml.safe_load(text)
+    for key in COUNTS if isinstance(raw, dict) else ():
+        if isinstance(raw.get(key), (str, float)):
+            with contextlib.suppress(ValueError):
+                number = float(raw[key])
+                raw[key] = int(number) if number.is_integer() else raw[key]
+    return raw
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -39,7 +54,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml  # type: ignore[import-untyped, unused-ignore]
 
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ToolError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict) or not raw.get("base_model"):
@@ -165,10 +180,11 @@ _READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def _refusals(raw: dict[str, Any]) -> list[str]:
     """Everything in the YAML that cannot be planned, each by its key."""
-    problems: list[str] = []
+    reasons: dict[str, list[str]] = {}
     for key, reason in REFUSED.items():
-        if reason and raw.get(key):
-            problems.append(f"{key} cannot be planned: {reason}")
+        if raw.get(key):
+            reasons.setdefault(reason, []).append(key)
+    problems = [f"{', '.join(keys)} cannot be planned: {reason}" for reason, keys in reasons.items()]
     adapter, kind = raw.get("adapter"), raw.get("rl")
     if adapter not in (None, "lora", "qlora"):
         problems.append(f"adapter {adapter!r} cannot be planned: it must be lora, qlora or absent")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -292,11 +293,11 @@ def migrate(
         result = rewrite(config)
         target = out or config.with_name(f"{config.stem}.scao{config.suffix}")
         changed = result.after != result.before
-        if changed:
+        if write := changed or out is not None:
             if target.exists() and target.read_text(encoding="utf-8", errors="replace") != result.after:
                 raise ToolError(f"{target} exists with other content: remove it, or choose another with --out")
             try:
-                target.write_text(result.after, encoding="utf-8")
+                target.write_text(result.after, encoding="utf-8", newline=result.newline)
             except OSError as error:
                 raise ToolError(f"{target} cannot be written ({error.strerror}): choose another with --out") from error
     if not changed:
@@ -312,8 +313,9 @@ def migrate(
             print(f"{title}:")
         for sentence in sentences:
             print(f"  - {sentence}")
-    if changed:
-        then = "" if result.problems else f". Next: scao-hf plan {target}, then scao-hf compare {target}"
+    if write:
+        name = shlex.quote(str(target))
+        then = "" if result.problems else f". Next: scao-hf plan {name}, then scao-hf compare {name}"
         print(f"Written: {target}{then}")
     raise typer.Exit(1 if result.problems else 0)
 

@@ -16,7 +16,7 @@ from scao_hf.namesake import other_package
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, eight_bit_hint
 from scao_hf.tools import ToolError
 from scao_hf.tools.axolotl_keys import unknown
-from scao_hf.tools.axolotl_yaml import half_precision, optimizer_of, read_yaml, scao_options
+from scao_hf.tools.axolotl_yaml import half_precision, optimizer_of, parse, read_yaml, scao_options
 from scao_hf.tools.rivals import STATES, state_bytes
 
 PLUGIN = "axolotl_plugin.SCAOPlugin"
@@ -38,6 +38,7 @@ class Migration:
         reasons: what was changed, and why.
         warnings: what the reader should know; the run trains all the same.
         problems: what SCAO will refuse.
+        newline: how the file ends its lines.
     """
 
     before: str
@@ -45,6 +46,7 @@ class Migration:
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
+    newline: str
 
     def diff(self, before: str, after: str) -> list[str]:
         """The changed lines, under the names of both files."""
@@ -69,7 +71,7 @@ def migrate(path: Path) -> Migration:
         raise ToolError(f"{path}: {said}")
     chosen, reasons = _options(raw, own)
     gone = [] if own == "scao" else _of_others(raw)
-    reasons += [f"{key}: removed, it belongs to {own} and SCAO does not read it" for key in gone]
+    reasons += [f"{key}: removed, SCAO does not read it" for key in gone]
     plugins = raw.get("plugins") or []
     if not isinstance(plugins, list):
         raise ToolError(f"plugins is {plugins!r}: it must be a list")
@@ -83,18 +85,20 @@ def migrate(path: Path) -> Migration:
     after = _rewritten(before, raw, wanted)
     if _read(after) != wanted:
         raise ToolError(
-            f"{path} cannot be edited as it is laid out: write each key on a line of its own, without anchors"
+            f"{path} cannot be edited as it is laid out: write each key once, on a line of its own that is not indented, "
+            "without anchors, and nothing after `...`"
         )
     findings = Findings()
     options = scao_options(wanted, findings)
     warnings = [*_rate(raw, own), *findings.warnings, *_notes(raw, own, options)]
-    return Migration(before, after, tuple(reasons), tuple(warnings), tuple(findings.errors))
+    newline = "\r\n" if b"\r\n" in path.read_bytes() else "\n"
+    return Migration(before, after, tuple(reasons), tuple(warnings), tuple(findings.errors), newline)
 
 
 def _read(text: str) -> Any:
     """What a text says as YAML, None where it is none."""
     try:
-        return yaml.safe_load(text)
+        return parse(text)
     except yaml.YAMLError:
         return None
 
@@ -112,7 +116,7 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
         return chosen, reasons
     if hint := eight_bit_hint(own, "`scao_moment_dtype: int8` and `scao_use_int8_ema: true`"):
         chosen |= {"moment_dtype": "int8", "use_int8_ema": True}
-        reasons.append(f"int8 state, as small as that of {own}: {hint}")
+        reasons.append(f"int8 state: {hint}")
         rank = raw.get("lora_r") or 8
         if raw.get("adapter") and isinstance(rank, int) and rank < RULE_DEFAULTS[RULES[0]]["k_max"]:
             chosen["k_max"] = max(rank, RULE_DEFAULTS[RULES[0]]["k_min"])
@@ -121,7 +125,7 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
             )
     elif not raw.get("adapter") and half_precision(raw):
         chosen["moment_dtype"] = "bfloat16"
-        reasons.append("scao_moment_dtype: bfloat16: all weights are trained in 16 bit, and AdamW's moments are too")
+        reasons.append("scao_moment_dtype: bfloat16: what is trained is in 16 bit, and AdamW's moments are too")
     steps = raw.get("max_steps")
     if isinstance(steps, int) and 0 < steps < SHORT:
         chosen |= SHORTER
@@ -132,7 +136,7 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
 def _rate(raw: dict[str, Any], own: str) -> list[str]:
     """What is said about the learning rate."""
     rate = raw.get("learning_rate")
-    if own == "scao" or ("adamw" in own and not any(word in own for word in OTHER_RATES)):
+    if rate is None or own == "scao" or ("adamw" in own and not any(word in own for word in OTHER_RATES)):
         return []
     return [
         f"learning_rate: {rate} was chosen for {own}, whose steps have another size than AdamW's: set the rate that you "
@@ -178,7 +182,7 @@ def _rewritten(text: str, raw: dict[str, Any], wanted: dict[str, Any]) -> str:
     nodes = {key.value: (key, value) for key, value in root.value}
     edits: list[tuple[int, int, str]] = []  # from, to, what to put there
     for key in raw:
-        if key not in wanted:
+        if key not in wanted and key in nodes:  # a key that an anchor brings in cannot be taken out
             start, end = nodes[key][0].start_mark.index, _last(nodes[key][1]).end_mark.index
             stop = text.find("\n", end)
             edits.append((start, len(text) if stop < 0 else stop + 1, ""))

@@ -76,10 +76,15 @@ class Settings:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, flag in (("rank", "--lora-r"), ("batch", "--batch"), ("sequence", "--seq")):
+        sources = {
+            "rank": "lora_r or --lora-r",
+            "batch": "micro_batch_size or --batch",
+            "sequence": "sequence_len or --seq",
+        }
+        for name, source in sources.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ToolError(f"{name} is {value!r}: it must be an integer of at least 1 ({flag})")
+                raise ToolError(f"{name} is {value!r}: it must be an integer of at least 1 ({source})")
         if (self.four_bit or self.eight_bit) and not self.adapter:
             raise ToolError(
                 f"{4 if self.four_bit else 8}-bit weights cannot be trained without an adapter: add one, or drop load_in_4bit "
