@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sweep
-import texts
+from texts import grid, table
 
 #: The result files that this module reads; all others are sweeps.
 FILES = ("speed.jsonl", "memory.jsonl", "gpu.jsonl")
@@ -53,6 +53,11 @@ def part(found: Sequence[Record], name: str) -> dict[str, Record]:
     return result
 
 
+def amortised(record: Record) -> dict[str, float]:
+    """Milliseconds of each optimizer's step, refreshes included."""
+    return {name: figures[f"{clock(record)}_ms_amortised"] for name, figures in record["figures"].items()}
+
+
 def step_table(by_place: dict[str, Record], what: str) -> str:
     """Step times of one set of parameters, one row per optimizer, one thread next to several."""
     first = next(iter(by_place.values()))
@@ -60,16 +65,13 @@ def step_table(by_place: dict[str, Record], what: str) -> str:
     for words in by_place:
         head += [f"{words}: ms/step", "/ AdamW fused", "slowest / typical step"]
     rows = []
-    for name, figures in sorted(first["figures"].items(), key=lambda item: item[1][f"{clock(first)}_ms_amortised"]):
-        row = [f"`{name}`", str(figures.get("operations", ""))]
+    for name in sorted(first["figures"], key=lambda name: amortised(first)[name]):
+        row = [f"`{name}`", str(first["figures"][name].get("operations", ""))]
         for record in by_place.values():
-            unit, own, adamw = clock(record), record["figures"][name], record["figures"]["adamw"]
-            mean = own[f"{unit}_ms_amortised"]
-            row += [
-                f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}",
-                f"{mean / adamw[f'{unit}_ms_amortised']:.2f}",
-                f"{own[f'{unit}_ms_worst'] / own[f'{unit}_ms']:.2f}",
-            ]
+            unit, own, times = clock(record), record["figures"][name], amortised(record)
+            row.append(f"{times[name]:.3g}" if times[name] < 1000 else f"{times[name]:,.0f}")
+            row.append(f"{times[name] / times['adamw']:.2f}")
+            row.append(f"{own[f'{unit}_ms_worst'] / own[f'{unit}_ms']:.2f}")
         rows.append(row)
     notes = [f"Not run: `{name}`: {reason}." for name, reason in first["unavailable"].items()]
     caption = (
@@ -77,7 +79,7 @@ def step_table(by_place: dict[str, Record], what: str) -> str:
         "is the mean over a period of refreshes, of medians; processor time on one thread, wall time on several. "
         f"{origin(list(by_place.values()))}"
     )
-    return "\n".join([texts.table(head, rows), caption, *notes]) + "\n"
+    return grid(head, rows, caption, *notes)
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -98,28 +100,27 @@ def growth_table(found: Sequence[Record]) -> str:
     for varied in ("rank", "side", "layers"):
         chosen = growth_cells(found, varied)
         for record in chosen:
-            cell, count, unit = record["cell"], record["parameters"], clock(record)
-            times = {name: figures[f"{unit}_ms_amortised"] for name, figures in record["figures"].items()}
+            cell, count, times = record["cell"], record["parameters"], amortised(record)
             rows.append(
-                [
-                    varied,
-                    str(cell["rank"]),
-                    f"{cell['side']:,}",
-                    str(cell["layers"]),
-                    f"{count:,}",
-                    *(f"{times[name] * 1e6 / count:.2f}" for name in ("scao", "adamw")),
-                    f"{times['scao'] / times['adamw']:.2f}",
-                ]
+                {
+                    "varied": varied,
+                    "r": cell["rank"],
+                    "l": f"{cell['side']:,}",
+                    "layers": cell["layers"],
+                    "parameters": f"{count:,}",
+                    "SCAO ns/parameter": f"{times['scao'] * 1e6 / count:.2f}",
+                    "AdamW ns/parameter": f"{times['adamw'] * 1e6 / count:.2f}",
+                    "ratio": f"{times['scao'] / times['adamw']:.2f}",
+                }
             )
         if len(chosen) > 1:
-            points = [(r["parameters"], r["figures"]["scao"][f"{clock(r)}_ms_amortised"]) for r in chosen]
-            exponents.append(f"{slope(points):.2f} over {varied}")
-    head = ["varied", "r", "l", "layers", "parameters", "SCAO ns/parameter", "AdamW ns/parameter", "ratio"]
+            exponent = slope([(record["parameters"], amortised(record)["scao"]) for record in chosen])
+            exponents.append(f"{exponent:.2f} over {varied}")
     caption = (
         f"Pairs of LoRA factors r x l, refreshes included. SCAO's step time grows with the number of parameters to the power "
         f"{', '.join(exponents)} (1 is linear). {origin(found)}"
     )
-    return f"{texts.table(head, rows)}\n{caption}\n"
+    return table(rows, caption)
 
 
 def roofline_table(found: Sequence[Record]) -> str:
@@ -128,51 +129,42 @@ def roofline_table(found: Sequence[Record]) -> str:
     copies, loads = part(found, "copy"), part(found, "load")
     for place in (place for place in copies if place in loads):
         record, rate = loads[place], copies[place]["bytes_per_second"]
-        unit = clock(record)
-        least = 1e3 * record["parameters"] * LEAST_BYTES / rate
-        times = {name: record["figures"][name][f"{unit}_ms_amortised"] for name in ("adamw", "scao")}
-        usual = record["figures"]["scao"][f"{unit}_ms"]
+        least, times = 1e3 * record["parameters"] * LEAST_BYTES / rate, amortised(record)
+        usual = record["figures"]["scao"][f"{clock(record)}_ms"]
         rows.append(
-            [
-                place,
-                f"{rate / 1e9:.1f}",
-                f"{least:.1f}",
-                f"{times['adamw']:.1f} ({times['adamw'] / least:.1f}x)",
-                f"{usual:.1f} ({usual / least:.1f}x)",
-                f"{times['scao']:.1f} ({times['scao'] / least:.1f}x)",
-            ]
+            {
+                "threads": place,
+                "copy, GB/s": f"{rate / 1e9:.1f}",
+                f"{LEAST_BYTES} B/parameter, ms": f"{least:.1f}",
+                "AdamW fused, ms": f"{times['adamw']:.1f} ({times['adamw'] / least:.1f}x)",
+                "SCAO, typical step, ms": f"{usual:.1f} ({usual / least:.1f}x)",
+                "SCAO, mean, ms": f"{times['scao']:.1f} ({times['scao'] / least:.1f}x)",
+            }
         )
-    head = [
-        "threads",
-        "copy, GB/s",
-        f"{LEAST_BYTES} B/parameter, ms",
-        "AdamW fused, ms",
-        "SCAO, typical step, ms",
-        "SCAO, mean, ms",
-    ]
     caption = (
         f"The reference load. Any optimizer with one float32 momentum moves {LEAST_BYTES} bytes per parameter: it reads "
         "gradient, parameter and momentum and writes the last two. What SCAO's kernels move and compute is counted in "
         f"`csrc/README.md`. {origin([*copies.values(), *loads.values()])}"
     )
-    return f"{texts.table(head, rows)}\n{caption}\n"
+    return table(rows, caption)
 
 
 def training_table(by_place: dict[str, Record]) -> str:
     """A whole training step with each optimizer."""
     rows = []
     for place, record in by_place.items():
-        unit = clock(record)
-        rest = record["rest"][f"{unit}_ms"]
-        times = {name: figures[f"{unit}_ms_amortised"] for name, figures in record["figures"].items()}
-        whole = {name: rest + time for name, time in times.items()}
-        row = [place, f"{rest:,.0f}", f"{times['adamw']:.1f}", f"{times['scao']:.1f}"]
-        rows.append([*row, f"{whole['scao'] / whole['adamw']:.4f}"])
-    head = ["on", "forward and backward, ms", "AdamW, ms", "SCAO, ms", "whole step, SCAO / AdamW"]
-    first = next(iter(by_place.values()))
-    where = origin(list(by_place.values()))
-    caption = f"{first['model']}; {first['parameters']:,} trained parameters, batches of 4 rows. {where}"
-    return f"{texts.table(head, rows)}\n{caption}\n"
+        rest, times = record["rest"][f"{clock(record)}_ms"], amortised(record)
+        rows.append(
+            {
+                "on": place,
+                "forward and backward, ms": f"{rest:,.0f}",
+                "AdamW, ms": f"{times['adamw']:.1f}",
+                "SCAO, ms": f"{times['scao']:.1f}",
+                "whole step, SCAO / AdamW": f"{(rest + times['scao']) / (rest + times['adamw']):.4f}",
+            }
+        )
+    first, where = next(iter(by_place.values())), origin(list(by_place.values()))
+    return table(rows, f"{first['model']}; {first['parameters']:,} trained parameters, batches of 4 rows. {where}")
 
 
 def claim(state: Sequence[Record], training: dict[str, Record]) -> str:
@@ -181,8 +173,7 @@ def claim(state: Sequence[Record], training: dict[str, Record]) -> str:
     held = {name: record["bytes"] / record["parameters"] for name, record in by_name.items()}
     peak = by_name["scao"]["report"]["peak"] / by_name["scao"]["parameters"]
     place, record = next(iter(training.items()))
-    rest = record["rest"][f"{clock(record)}_ms"]
-    times = {name: figures[f"{clock(record)}_ms_amortised"] for name, figures in record["figures"].items()}
+    rest, times = record["rest"][f"{clock(record)}_ms"], amortised(record)
     longer = 100 * (times["scao"] - times["adamw"]) / (rest + times["adamw"])
     small = "scao:moment_dtype='int8':use_int8_ema=True"
     return (
@@ -202,17 +193,20 @@ def state_table(found: Sequence[Record]) -> str:
         if "unavailable_here" in record:
             notes.append(f"Not run: {name}: {record['unavailable_here']}.")
             continue
-        count = record["parameters"]
-        report = record.get("report", {})
-        after = f"{report['peak'] / count:.2f}" if report else ""
-        rows.append([name, f"{record['bytes'] / count:.2f}", f"{record['bytes'] / MIB:,.0f}", after])
-    head = ["optimizer", "bytes/parameter", "MiB", "largest at any time, bytes/parameter"]
-    first = found[0]
+        count, report = record["parameters"], record.get("report")
+        rows.append(
+            {
+                "optimizer": name,
+                "bytes/parameter": f"{record['bytes'] / count:.2f}",
+                "MiB": f"{record['bytes'] / MIB:,.0f}",
+                "largest at any time, bytes/parameter": f"{report['peak'] / count:.2f}" if report else "",
+            }
+        )
     caption = (
-        f"LoRA r = {first['cell']['rank']} of Qwen2.5-3B on seven linear maps, {first['parameters']:,} parameters. Measured on "
-        f"one matrix of each shape and summed. {origin(found)}"
+        f"LoRA r = {found[0]['cell']['rank']} of Qwen2.5-3B on seven linear maps, {found[0]['parameters']:,} parameters. "
+        f"Measured on one matrix of each shape and summed. {origin(found)}"
     )
-    return "\n".join([texts.table(head, rows), caption, *notes]) + "\n"
+    return table(rows, caption, *notes)
 
 
 def bfloat16_table(found: Sequence[Record]) -> str:
@@ -225,84 +219,62 @@ def bfloat16_table(found: Sequence[Record]) -> str:
             sizes = [f"{part[name] / part['parameters']:.2f}" for part in parts for name in ("bytes", "largest")]
             rows.append([f"`{record['cell']['optimizers'][0]}`", *sizes])
     head = ["optimizer", *(name for words in kinds.values() for name in (words, "largest at any time"))]
-    caption = (
-        f"Bytes per parameter, measured after each step on a matrix of each shape or a strip of it. {origin(found)}"
-    )
-    return f"{texts.table(head, rows)}\n{caption}\n"
+    caption = "Bytes per parameter, measured after each step on a matrix of each shape or a strip of it."
+    return grid(head, rows, f"{caption} {origin(found)}")
 
 
 def scratch_table(found: Sequence[Record]) -> str:
     """Peak of what steps allocate."""
-    rows = []
-    for record in found:
-        count, group = record["parameters"], record["largest_group"]
-        for kind, figures in record["steps"].items():
-            rows.append(
-                [
-                    f"`{record['cell']['optimizers'][0]}`",
-                    kind,
-                    f"{figures['peak'] / MIB:,.1f}",
-                    f"{figures['peak'] / count:.2f}",
-                    f"{figures['peak'] / group:.2f}",
-                    f"{figures['largest_allocation'] / MIB:,.1f}",
-                ]
-            )
-    head = [
-        "optimizer",
-        "step",
-        "peak MiB",
-        "bytes/parameter",
-        "bytes/parameter of the largest shape",
-        "largest allocation, MiB",
+    rows = [
+        {
+            "optimizer": f"`{record['cell']['optimizers'][0]}`",
+            "step": kind,
+            "peak MiB": f"{figures['peak'] / MIB:,.1f}",
+            "bytes/parameter": f"{figures['peak'] / record['parameters']:.2f}",
+            "bytes/parameter of the largest shape": f"{figures['peak'] / record['largest_group']:.2f}",
+            "largest allocation, MiB": f"{figures['largest_allocation'] / MIB:,.1f}",
+        }
+        for record in found
+        for kind, figures in record["steps"].items()
     ]
     caption = (
         "The same load; above what was held before the step, through torch's allocator. The native kernels use one matrix' "
         f"worth of memory per thread on top. {origin(found)}"
     )
-    return f"{texts.table(head, rows)}\n{caption}\n"
+    return table(rows, caption)
 
 
 def kernel_table(found: Sequence[Record]) -> str:
     """The native CUDA kernels against their PyTorch twins."""
-    rows = []
-    for record in found:
-        for name, value in record["differences"].items():
-            verdict = "yes" if value <= record["tolerance"] else "NO"
-            rows.append([record["cell"]["device"], f"`{name}`", str(record["calls"][name]), f"{value:.1e}", verdict])
-        rows += [[record["cell"]["device"], f"`{name}`", "0", "", "NO"] for name in record["never_called"]]
-    head = ["GPU", "kernel", "calls", "largest difference / largest entry", "within tolerance"]
-    return f"{texts.table(head, rows)}\n{origin(found)}\n"
+    rows = [
+        {
+            "GPU": record["cell"]["device"],
+            "kernel": f"`{name}`",
+            "calls": record["calls"].get(name, 0),
+            "largest difference / largest entry": "" if value is None else f"{value:.1e}",
+            "within tolerance": "yes" if value is not None and value <= record["tolerance"] else "NO",
+        }
+        for record in found
+        for name, value in [*record["differences"].items(), *((name, None) for name in record["never_called"])]
+    ]
+    return table(rows, origin(found))
 
 
 def qlora_table(found: Sequence[Record]) -> str:
     """The 4-bit runs on a GPU."""
-    rows = []
-    for record in found:
-        adamw = record["runs"]["adamw"]["seconds_per_step"]
-        for name, run in record["runs"].items():
-            last = run["loss"][-max(1, len(run["loss"]) // 3) :]
-            allocated = f"{run['peak_allocated'] / 2**30:.2f}" if run["peak_allocated"] else ""
-            rows.append(
-                [
-                    record["cell"]["device"],
-                    record["loaded"],
-                    f"`{name}`",
-                    f"{statistics.mean(last):.4f}",
-                    f"{run['seconds_per_step']:.3f}",
-                    f"{run['seconds_per_step'] / adamw:.3f}",
-                    f"{1e3 * run['optimizer_seconds_per_step']:.2f}",
-                    allocated,
-                ]
-            )
-    head = [
-        "GPU",
-        "model",
-        "optimizer",
-        "training loss, last third",
-        "s/step",
-        "/ AdamW",
-        "optimizer, ms/step",
-        "peak GiB",
+    rows = [
+        {
+            "GPU": record["cell"]["device"],
+            "model": record["loaded"],
+            "optimizer": f"`{name}`",
+            "training loss, last third": f"{statistics.mean(run['loss'][-max(1, len(run['loss']) // 3) :]):.4f}",
+            "s/step": f"{run['seconds_per_step']:.3f}",
+            "/ AdamW": f"{run['seconds_per_step'] / record['runs']['adamw']['seconds_per_step']:.3f}",
+            "optimizer, ms/step": f"{1e3 * run['optimizer_seconds_per_step']:.2f}",
+            "peak GiB": f"{run['peak_allocated'] / 2**30:.2f}" if run["peak_allocated"] else "",
+        }
+        for record in found
+        for name, run in record["runs"].items()
     ]
     cell = found[0]["cell"]
     notes = [f"{record['replaced']}." for record in found if record["replaced"]]
@@ -310,41 +282,38 @@ def qlora_table(found: Sequence[Record]) -> str:
         f"NF4 with double quantisation, LoRA r = {cell['rank']}, {cell['steps']} steps of {cell['batch']} rows of at most "
         f"{cell['max_tokens']} tokens, gradient checkpointing, lr {cell['lr']:g}. {origin(found)}"
     )
-    return "\n".join([texts.table(head, rows), caption, *notes]) + "\n"
+    return table(rows, caption, *notes)
 
 
 def tables(found: Sequence[Record]) -> dict[str, str]:
     """Every table by the name that a README asks for."""
     made: dict[str, str] = {}
-    speed = [record for record in found if record["cell"]["benchmark"] == "speed"]
-    texts = {
+    speed, gpu, memory = (
+        [record for record in found if record["cell"]["benchmark"] == kind] for kind in ("speed", "gpu", "memory")
+    )
+    loads = {
         "load": "LoRA r = 16 of Qwen2.5-3B on all seven linear maps",
         "pair": "The LoRA r = 16 factors of one query and one value map of the same model, the part that the slowest can hold",
         "gpt2": "One block of GPT-2 small, both sides of each matrix large",
     }
-    gpu = [record for record in found if record["cell"]["benchmark"] == "gpu"]
-    for name, text in texts.items():
+    for name, words in loads.items():
         for kind, chosen in (("speed", speed), ("gpu", gpu)):
-            if part(chosen, name):
-                made[f"{kind}-{name}"] = step_table(part(chosen, name), text)
-    for name, table in (("kernels", kernel_table), ("qlora", qlora_table)):
-        if part(gpu, name):
-            made[f"gpu-{name}"] = table(list(part(gpu, name).values()))
-    growth = [record for record in speed if record["cell"]["part"] == "growth"]
-    if growth:
-        made["speed-growth"] = growth_table(growth)
+            if by_place := part(chosen, name):
+                made[f"{kind}-{name}"] = step_table(by_place, words)
+    for name, make in (("kernels", kernel_table), ("qlora", qlora_table)):
+        if by_place := part(gpu, name):
+            made[f"gpu-{name}"] = make(list(by_place.values()))
+    sizes = {"state": state_table, "bfloat16": bfloat16_table, "scratch": scratch_table}
+    for kind, chosen, makers in (("speed", speed, {"growth": growth_table}), ("memory", memory, sizes)):
+        for name, make in makers.items():
+            if measured := [record for record in chosen if record["cell"]["part"] == name]:
+                made[f"{kind}-{name}"] = make(measured)
     if part(speed, "copy").keys() & part(speed, "load").keys():
         made["speed-roofline"] = roofline_table(speed)
-    if part(speed, "training"):
-        made["speed-training"] = training_table(part(speed, "training"))
-    memory = [record for record in found if record["cell"]["benchmark"] == "memory"]
-    for name, make in (("state", state_table), ("bfloat16", bfloat16_table), ("scratch", scratch_table)):
-        chosen = [record for record in memory if record["cell"]["part"] == name]
-        if chosen:
-            made[f"memory-{name}"] = make(chosen)
-    state = [record for record in memory if record["cell"]["part"] == "state"]
-    if state and part(speed, "training"):
-        made["costs:claim"] = claim(state, part(speed, "training"))
+    if training := part(speed, "training"):
+        made["speed-training"] = training_table(training)
+        if state := [record for record in memory if record["cell"]["part"] == "state"]:
+            made["costs:claim"] = claim(state, training)
     return made
 
 

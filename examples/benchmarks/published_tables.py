@@ -13,8 +13,7 @@ import published
 import sweep
 import verdict_tables
 from runs import Record, Setting, best_lr, crossing, enclosure, loss_of, seconds
-from texts import spread, table
-from verdict_tables import value
+from texts import grid, spread, table, value
 
 #: Names of the optimizers where a spec would be too long for a column.
 NAMES = {published.PUBLISHED: "`scao-published`", published.PYPI: "`scao-pypi`"}
@@ -53,6 +52,11 @@ def memory(record: Record) -> float:
     return 8 * record["trainable"] + record["state_bytes"]  # type: ignore[no-any-return]
 
 
+def state_of(records: Iterable[Record]) -> int:
+    """Bytes of optimizer state, the most of all runs."""
+    return max(record["state_bytes"] for record in records)
+
+
 def name_of(optimizer: str) -> str:
     """What a table calls an optimizer; the published options are said once, and their warm-up is a fifth of the run."""
     return NAMES.get(re.sub(r":warmup_steps=\d+$", "", optimizer), f"`{optimizer}`")
@@ -88,43 +92,45 @@ def _reference(setting: Setting, steps: int) -> Seeds:
 
 def runs_table(setting: Setting | None, scale: published.Scale | None, steps: int) -> str | None:
     """All runs of a size and length, the published ones first, then ours with the lowest perplexity first."""
-    head = ["run", "learning rate", "perplexity (seeds)", "against AdamW", "mean training loss", "tokens/s"]
-    head += ["seconds", "parameters, gradients, state", "state / AdamW's"]
-    lines: list[tuple[float, list[str]]] = []
+    lines: list[tuple[float, dict[str, str]]] = []
     if scale:
-        for name, lr, run in (
-            ("published AdamW", published.ADAMW_RATE, scale.adamw),
-            ("published SCAO", published.SCAO_RATE, scale.scao),
-        ):
-            apart = f"{100 * (run.perplexity / scale.adamw.perplexity - 1):+.1f} %" if run is scale.scao else ""
-            cells = [f"_{name}_", f"{lr:g}", f"{run.perplexity:.2f} (1)", apart, value(run.auc, ".3f")]
-            cells += [value(run.tokens, ",.0f"), value(run.seconds, ",.0f"), value(run.memory, ".3f") + " GB", ""]
-            lines.append((0.0, cells))
+        theirs = {"AdamW": (published.ADAMW_RATE, scale.adamw), "SCAO": (published.SCAO_RATE, scale.scao)}
+        for name, (lr, run) in theirs.items():
+            apart = 100 * (run.perplexity / scale.adamw.perplexity - 1)
+            row = {
+                "run": f"_published {name}_",
+                "learning rate": f"{lr:g}",
+                "perplexity (seeds)": f"{run.perplexity:.2f} (1)",
+                "against AdamW": "" if name == "AdamW" else f"{apart:+.1f} %",
+                "mean training loss": value(run.auc, ".3f"),
+                "tokens/s": value(run.tokens, ",.0f"),
+                "seconds": value(run.seconds, ",.0f"),
+                "parameters, gradients, state": f"{value(run.memory, '.3f')} GB",
+                "state / AdamW's": "",
+            }
+            lines.append((0.0, row))
     reference = _reference(setting, steps) if setting else {}
-    if setting and reference:
-        for optimizer in list(setting.runs):
-            if steps == published.ABLATION_STEPS and name_of(optimizer) not in map(name_of, published.SCALE):
-                continue  # the ablations have a table of their own
-            for lr, seeds, word in rates(setting, optimizer, steps):
-                records = list(seeds.values())
-                shared = [seed for seed in seeds if seed in reference]
-                apart = _gains([seeds[seed] for seed in shared], [reference[seed] for seed in shared])
-                values = [perplexity(record) for record in records]
-                state = max(r["state_bytes"] for r in records) / max(r["state_bytes"] for r in reference.values())
-                cells = [name_of(optimizer), f"{lr:.3g} ({word})", f"{spread(values, 3)} ({len(values)})"]
-                cells += [
-                    spread(apart, 1, " %", sign=True)
-                    if apart and (optimizer != "adamw" or word == "published")
-                    else "",
-                    spread([auc(r) for r in records], 3),
-                ]
-                cells += [f"{statistics.median(map(tokens_per_second, records)):,.0f}"]
-                cells += [f"{statistics.median(map(spent, records)):,.0f}"]
-                cells += [f"{max(map(memory, records)) / GB:.4f} GB", f"{state:.2f}"]
-                lines.append((statistics.mean(values), cells))
-    if not lines:
-        return None
-    return table(head, [cells for _, cells in sorted(lines, key=lambda line: line[0])])
+    for optimizer in list(setting.runs) if setting and reference else ():
+        if steps == published.ABLATION_STEPS and name_of(optimizer) not in map(name_of, published.SCALE):
+            continue  # the ablations have a table of their own
+        for lr, seeds, word in rates(setting, optimizer, steps):
+            records, shared = list(seeds.values()), [seed for seed in seeds if seed in reference]
+            gains = _gains([seeds[seed] for seed in shared], [reference[seed] for seed in shared])
+            told = gains and (optimizer != "adamw" or word == "published")
+            values = [perplexity(record) for record in records]
+            row = {
+                "run": name_of(optimizer),
+                "learning rate": f"{lr:.3g} ({word})",
+                "perplexity (seeds)": f"{spread(values, 3)} ({len(values)})",
+                "against AdamW": spread(gains, 1, " %", sign=True) if told else "",
+                "mean training loss": spread([auc(record) for record in records], 3),
+                "tokens/s": f"{statistics.median(map(tokens_per_second, records)):,.0f}",
+                "seconds": f"{statistics.median(map(spent, records)):,.0f}",
+                "parameters, gradients, state": f"{max(map(memory, records)) / GB:.4f} GB",
+                "state / AdamW's": f"{state_of(records) / state_of(reference.values()):.2f}",
+            }
+            lines.append((statistics.mean(values), row))
+    return table([row for _, row in sorted(lines, key=lambda line: line[0])]) if lines else None
 
 
 def reach(records: Sequence[Record], losses: Sequence[float]) -> tuple[float, float] | None:
@@ -167,7 +173,7 @@ def targets_table(setting: Setting, steps: int, optimizers: Sequence[str] = ("sc
                 [f"{quick[1]:.1f} s (step {quick[0]:.0f})", f"{slow / quick[1]:.2f}"] if quick else ["not reached", ""]
             )
         rows.append(row)
-    return table(head, rows) if rows else None
+    return grid(head, rows) if rows else None
 
 
 def after(record: Record, step: int) -> dict[str, float] | None:
@@ -178,11 +184,16 @@ def after(record: Record, step: int) -> dict[str, float] | None:
 def published_targets() -> str:
     """The published table of times to a target."""
     rows = [
-        [f"<= {target:.2f}", f"{slow} s (step {slow_step})", f"{quick} s (step {quick_step})", f"{slow / quick:.2f}",
-         f"{slow_step / quick_step:.2f}"]
+        {
+            "target perplexity": f"<= {target:.2f}",
+            "AdamW": f"{slow} s (step {slow_step})",
+            "SCAO": f"{quick} s (step {quick_step})",
+            "times as fast, seconds": f"{slow / quick:.2f}",
+            "times as fast, steps": f"{slow_step / quick_step:.2f}",
+        }
         for target, slow, slow_step, quick, quick_step in published.TIME_TO_TARGET
-    ]  # fmt: skip
-    return table(["target perplexity", "AdamW", "SCAO", "times as fast, seconds", "times as fast, steps"], rows)
+    ]
+    return table(rows)
 
 
 def curve_table(setting: Setting, steps: int) -> str | None:
@@ -199,7 +210,7 @@ def curve_table(setting: Setting, steps: int) -> str | None:
             row.append(f"{statistics.mean(map(math.exp, losses)):.2f}" if losses else "")
         rows.append(row)
     head = [f"{name_of(name)} ({len(records)})" for name, records in best.items()]
-    return table(["step", "published AdamW", "published SCAO", *head], rows)
+    return grid(["step", "published AdamW", "published SCAO", *head], rows)
 
 
 def ablations_table(found: Sequence[Setting]) -> str | None:
@@ -227,15 +238,15 @@ def ablations_table(found: Sequence[Setting]) -> str | None:
     head = ["", "changed"]
     for whose in ("published", "`scao-published` here", "`scao` here"):
         head += [whose, "above full"]
-    return table(head, rows)
+    return grid(head, rows)
 
 
 def goals(found: Sequence[Setting], steps: int) -> str | None:
     """What was aimed at, per size, and what came out."""
-    rows: list[list[str]] = []
+    rows: list[dict[str, str]] = []
 
-    def goal(words: str, value: str, reached: bool | None) -> None:
-        rows.append([words, value, "open" if reached is None else "yes" if reached else "**no**"])
+    def goal(words: str, said: str, reached: bool | None) -> None:
+        rows.append({"aim": words, "found": said, "reached": {None: "open", True: "yes", False: "**no**"}[reached]})
 
     for size in models.GPT_SIZES:
         setting = of_size(found, size)
@@ -257,33 +268,27 @@ def goals(found: Sequence[Setting], steps: int) -> str | None:
         quick, slow = reach(best["scao"], list(map(loss_of, best["adamw"]))), statistics.mean(map(spent, best["adamw"]))
         words = f"{size}: AdamW's final perplexity in 1/1.5 of its seconds"
         goal(words, f"1/{slow / quick[1]:.2f}" if quick else "not reached", bool(quick and slow / quick[1] >= 1.5))
-        state = {name: max(r["state_bytes"] for r in records) for name, records in best.items()}
-        ratio = state["scao"] / state["adamw"]
+        ratio = state_of(best["scao"]) / state_of(best["adamw"])
         goal(f"{size}: state at most 1.3 times AdamW's", f"{ratio:.2f} times", ratio <= 1.3)
         small = setting.at("scao:moment_dtype=int8", steps)
         if small:
             records = list(small[best_lr(small)].values())
-            ratio = max(r["state_bytes"] for r in records) / state["adamw"]
-            value = f"{ratio:.2f} times, perplexity {spread([perplexity(r) for r in records], 3)}"
-            goal(f"{size}: at most 1 times with momentum in int8", value, ratio <= 1)
-    return table(["aim", "found", "reached"], rows) if rows else None
+            ratio = state_of(records) / state_of(best["adamw"])
+            apart = f"{ratio:.2f} times, perplexity {spread([perplexity(r) for r in records], 3)}"
+            goal(f"{size}: at most 1 times with momentum in int8", apart, ratio <= 1)
+    return table(rows) if rows else None
 
 
 def not_run() -> str:
     """What was published and is not repeated."""
-    rows = [
-        [
-            f"GPT of {scale.label}, {scale.steps} steps: perplexity {scale.adamw.perplexity:.2f} with AdamW, "
-            f"{scale.scao.perplexity:.2f} with SCAO, {scale.scao_int8.perplexity:.2f} with its int8 state; memory "
-            f"{scale.adamw.memory:.2f}, {scale.scao.memory:.2f} and {scale.scao_int8.memory:.2f} GB",
-            published.TOO_SHORT,
-        ]
+    why = {
+        f"GPT of {scale.label}, {scale.steps} steps: perplexity {scale.adamw.perplexity:.2f} with AdamW, "
+        f"{scale.scao.perplexity:.2f} with SCAO, {scale.scao_int8.perplexity:.2f} with its int8 state; memory "
+        f"{scale.adamw.memory:.2f}, {scale.scao.memory:.2f} and {scale.scao_int8.memory:.2f} GB": published.TOO_SHORT
         for scale in published.SCALES
         if scale.scao_int8
-    ]
-    return table(
-        ["published", "why it is not repeated"], rows + [[words, why] for words, why in published.NOT_RUN.items()]
-    )
+    }
+    return grid(["published", "why it is not repeated"], {**why, **published.NOT_RUN}.items())
 
 
 def tables(found: Sequence[Setting], paths: Sequence[Path]) -> dict[str, str]:
@@ -293,7 +298,7 @@ def tables(found: Sequence[Setting], paths: Sequence[Path]) -> dict[str, str]:
         return {}
     made: dict[str, str | None] = {
         "published-targets": published_targets(),
-        "published-qlora": table(["", "published"], [[words, figure] for words, figure in published.QLORA.items()]),
+        "published-qlora": grid(["", "published"], published.QLORA.items()),
         "published-not-run": not_run(),
         "published-ablations": ablations_table(found),
         "published-goals": goals(found, published.STEPS),

@@ -46,6 +46,11 @@ class Setting:
         return dict(sorted(found.items()))
 
 
+def records(paths: Iterable[Path], name: str) -> list[Record]:
+    """The runs of the result files of that name."""
+    return [record for path in paths if path.name == name for record in sweep.read(path)[0].values()]
+
+
 def settings(paths: Iterable[Path]) -> list[Setting]:
     """Sort the runs of result files into settings, those of each file apart.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from faults import FAULTS
 from survival import COMPARED
-from texts import table
+from texts import cell, grid
 
 FILE = "survival.jsonl"
 #: Characters of a reason that the table shows; the file has all of it.
@@ -22,7 +22,7 @@ def read(paths: Iterable[Path]) -> tuple[Rows, dict[str, str]]:
     """Outcomes by optimizer and fault, and the optimizers that could not be tried with the reason."""
     rows: Rows = {}
     missing = {}
-    for path in paths:
+    for path in (path for path in paths if path.name == FILE):
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             if "unavailable" in record:
@@ -43,8 +43,7 @@ def _cell(record: dict[str, Any] | None) -> str:
         return ""
     if record["outcome"] == "survived":
         return "yes"
-    reason = textwrap.shorten(record["reason"], LONGEST, placeholder=" ...")
-    reason = reason.replace("|", "/").replace("<", "(").replace(">", ")")
+    reason = cell(textwrap.shorten(record["reason"], LONGEST, placeholder=" ..."))
     return f"({reason})" if record["outcome"] == "inapplicable" else f"**no**: {reason}"
 
 
@@ -64,19 +63,17 @@ def tables(paths: Iterable[Path]) -> dict[str, str]:
     if not rows:
         return {}
     optimizers = [name for name in COMPARED if name in rows]
-    kinds = list(dict.fromkeys(fault.kind for fault in FAULTS.values()))
+    kinds: dict[str, list[str]] = {}
+    for name, fault in FAULTS.items():
+        kinds.setdefault(fault.kind, []).append(name)
     head = [f"`{name}`" for name in optimizers]
-    lines = []
-    for kind in kinds:
-        names = [name for name, fault in FAULTS.items() if fault.kind == kind]
-        lines.append([kind, *(_count(rows[optimizer], names) for optimizer in optimizers)])
-    total = [_count(rows[optimizer], FAULTS) for optimizer in optimizers]
-    lines.append(["**all**", *(f"**{count}**" for count in total)])
+    lines = [[kind, *(_count(rows[optimizer], names) for optimizer in optimizers)] for kind, names in kinds.items()]
+    lines.append(["**all**", *(f"**{_count(rows[optimizer], FAULTS)}**" for optimizer in optimizers)])
     faults = [
         [f"{fault.kind}: {fault.title}", *(_cell(rows[optimizer].get(name)) for optimizer in optimizers)]
         for name, fault in FAULTS.items()
     ]
     return {
-        "survival": table(["faults survived", *head], lines) + _notes(rows, missing),
-        "survival-faults": table(["fault", *head], faults),
+        "survival": grid(["faults survived", *head], lines) + _notes(rows, missing),
+        "survival-faults": grid(["fault", *head], faults),
     }

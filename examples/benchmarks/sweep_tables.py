@@ -10,7 +10,7 @@ from pathlib import Path
 import peers
 import sweep
 from runs import Record, Setting, best_lr, crossing, enclosure, loss_of, optimizer_seconds, same_machine, seconds
-from texts import spread, table
+from texts import grid, spread, table
 
 from scao_hf.options import OPTIONS
 
@@ -19,6 +19,10 @@ SUBJECT = "scao"
 #: What the README rests on: the setting of its claim, and those of its table.
 CLAIM = "qlora-r16-cosine-300"
 EVIDENCE = (CLAIM, "qlora-r8-cosine-60", "full-cosine-60", "gpt-cosine-500")
+
+
+#: The head of a column: how many times sooner AdamW's final loss is reached.
+SPEED_UP = "speed-up to AdamW's loss: steps / seconds"
 
 
 def of_subject(optimizer: str) -> bool:
@@ -114,45 +118,32 @@ def comparison(setting: Setting) -> str:
     reference = reference_runs(setting)
     if not reference:
         return "(no AdamW runs of this length yet: nothing to compare with)\n"
-    lines = []
     answers = any(record.get("exact_match") for records in setting.runs.values() for record in records)
+    lines = []
     for optimizer in list(setting.runs):
         by_lr = setting.at(optimizer)
         if not by_lr or of_subject(optimizer):
             continue
-        lr = best_lr(by_lr)
+        lr, usual = best_lr(by_lr), optimizer == REFERENCE
         records = by_lr[lr]
         losses = [loss_of(record) for record in records.values()]
         gains = change(records, reference, loss_of)
-        usual = optimizer == REFERENCE
-        row = [
-            f"`{optimizer}`",
-            f"{lr:g} ({enclosure(by_lr)})",
-            f"{spread(losses, 4)} ({len(losses)})",
-            "" if usual else percent(gains),
-            "" if usual else percent(change(records, reference, fresh_loss)),
-            "" if usual else sooner(setting, optimizer, lr, reference),
-            milliseconds(records.values()),
-            state(records.values()),
-            *([right(records.values())] if answers else []),
-        ]
+        row = {
+            "optimizer": f"`{optimizer}`",
+            "best rate": f"{lr:g} ({enclosure(by_lr)})",
+            "held-out loss (seeds)": f"{spread(losses, 4)} ({len(losses)})",
+            "against AdamW": "" if usual else percent(gains),
+            "training loss": "" if usual else percent(change(records, reference, fresh_loss)),
+            SPEED_UP: "" if usual else sooner(setting, optimizer, lr, reference),
+            "ms/step": milliseconds(records.values()),
+            "state, bytes/parameter": state(records.values()),
+            **({"right answers": right(records.values())} if answers else {}),
+        }
         # By the difference on the same seeds: means over other seeds would not be comparable.
         lines.append(((not gains, statistics.mean(gains or losses)), row))
-    head = [
-        "optimizer",
-        "best rate",
-        "held-out loss (seeds)",
-        "against AdamW",
-        "training loss",
-        "speed-up to AdamW's loss: steps / seconds",
-        "ms/step",
-        "state, bytes/parameter",
-        *(["right answers"] if answers else []),
-    ]
     rows = [row for _, row in sorted(lines, key=lambda line: line[0])]
-    notes = [diverged(setting)]
-    notes += [f"Not run: `{name}`: {reason}." for name, reason in sorted(setting.unavailable.items())]
-    return "\n".join([table(head, rows), caption(setting), "", *notes]) + "\n"
+    notes = [f"Not run: `{name}`: {reason}." for name, reason in sorted(setting.unavailable.items())]
+    return table(rows, caption(setting), "", diverged(setting), *notes)
 
 
 def diverged(setting: Setting) -> str:
@@ -200,7 +191,7 @@ def rates(setting: Setting) -> str:
             text = f"{lr:g}: " + (f"diverged ({bad}/{len(seeds)})" if bad else loss)
             texts.append(f"**{text}**" if lr == best_lr(by_lr) else text)
         rows.append([f"`{optimizer}`", ", ".join(texts)])
-    return table(["optimizer", "rate: held-out loss (seeds)"], rows)
+    return grid(["optimizer", "rate: held-out loss (seeds)"], rows)
 
 
 def options(found: Iterable[Setting]) -> str:
@@ -208,7 +199,7 @@ def options(found: Iterable[Setting]) -> str:
 
     ``scao`` and its options have to have run for the same number of steps; single options come first.
     """
-    rows = []
+    rows: list[list[str]] = []
     alone = set()
     for setting in found:
         for optimizer in filter(of_subject, list(setting.runs)):
@@ -221,27 +212,16 @@ def options(found: Iterable[Setting]) -> str:
                         continue
                     if len(passed) == 1:
                         alone.add(passed[0].partition("=")[0])
-                    shared = [usual[lr][seed] for seed in seeds if seed in usual[lr]]
-                    rows.append(
-                        [
-                            ", ".join(f"`{option}`" for option in passed),
-                            f"{brief(setting, steps)}, rate {lr:g}",
-                            f"{percent(gains)} ({len(gains)})",
-                            f"{milliseconds(seeds.values())} ({milliseconds(shared)})",
-                            f"{state(seeds.values())} ({state(shared)})",
-                        ]
-                    )
-    head = [
-        "set",
-        "in",
-        "held-out loss against the default's (seeds)",
-        "ms/step (default)",
-        "state, bytes/parameter (default)",
-    ]
+                    ours, theirs = seeds.values(), [usual[lr][seed] for seed in seeds if seed in usual[lr]]
+                    row = [", ".join(f"`{option}`" for option in passed), f"{brief(setting, steps)}, rate {lr:g}"]
+                    row.append(f"{percent(gains)} ({len(gains)})")
+                    rows.append([*row, *(f"{tell(ours)} ({tell(theirs)})" for tell in (milliseconds, state))])
+    head = ["set", "in", "held-out loss against the default's (seeds)"]
+    head += ["ms/step (default)", "state, bytes/parameter (default)"]
     rows.sort(key=lambda row: (row[0].count(","), row))
     missing = [f"`{name}`" for name in ("betas", *OPTIONS) if name not in alone]
     note = f"\nWithout a record of its own so far: {', '.join(missing)}.\n" if missing else ""
-    return table(head, rows) + note
+    return grid(head, rows) + note
 
 
 def brief(setting: Setting, steps: int) -> str:
@@ -257,16 +237,6 @@ def glance(found: Iterable[Setting]) -> str:
 
     Only settings in which both have run at that rate are there, with the seeds that both have, and AdamW with two or more.
     """
-    head = [
-        "setting",
-        "seeds",
-        "rate",
-        "AdamW",
-        "SCAO",
-        "difference",
-        "speed-up to AdamW's loss: steps / seconds",
-        "state in phase 2, bytes/parameter: SCAO (AdamW)",
-    ]
     rows, elsewhere, ahead = [], [], []
     order = list(sweep.BATCH)  # fine-tuning, what SCAO is meant for, before training from scratch
     for setting in sorted(found, key=lambda it: (order.index(it.cell["task"]), it.cell.get("rank", 0), it.name)):
@@ -274,22 +244,12 @@ def glance(found: Iterable[Setting]) -> str:
         reference, moved = same_rate(setting)
         if not reference or len(reference_runs(setting)) < 2:
             continue
-        lr = best_lr(theirs)
-        name = title(setting)
+        lr, name = best_lr(theirs), title(setting)
         words = {"AdamW": enclosure(theirs), "SCAO": enclosure(ours)}
         marks = ", ".join(f"{who}: {word}" for who, word in words.items() if word != "enclosed")
-        rows.append(
-            [
-                name,
-                str(len(reference)),
-                f"{lr:g}" + (f" ({marks})" if marks else ""),
-                spread([loss_of(record) for record in reference.values()], 4),
-                spread([loss_of(record) for record in moved.values()], 4),
-                percent(change(moved, reference, loss_of)),
-                sooner(setting, SUBJECT, lr, reference),
-                f"{state(moved.values())} ({state(reference.values())})",
-            ]
-        )
+        row = [name, str(len(reference)), f"{lr:g}" + (f" ({marks})" if marks else "")]
+        row += [*both_losses(reference, moved, 4), sooner(setting, SUBJECT, lr, reference)]
+        rows.append([*row, f"{state(moved.values())} ({state(reference.values())})"])
         if best_lr(ours) != lr:
             elsewhere.append(f"{name}: {best_lr(ours):g}")
         for optimizer, gains in ahead_in(setting):
@@ -301,7 +261,14 @@ def glance(found: Iterable[Setting]) -> str:
     ):
         if found_there:
             notes += "\n" + words + "\n\n" + "".join(f"- {item}\n" for item in found_there)
-    return table(head, rows) + notes
+    head = ["setting", "seeds", "rate", "AdamW", "SCAO", "difference", SPEED_UP]
+    return grid([*head, "state in phase 2, bytes/parameter: SCAO (AdamW)"], rows) + notes
+
+
+def both_losses(theirs: dict[int, Record], ours: dict[int, Record], digits: int) -> list[str]:
+    """AdamW's held-out loss, SCAO's, and the difference."""
+    both = [spread([loss_of(record) for record in runs.values()], digits) for runs in (theirs, ours)]
+    return [*both, percent(change(ours, theirs, loss_of))]
 
 
 def same_rate(setting: Setting) -> tuple[dict[int, Record], dict[int, Record]]:
@@ -337,18 +304,11 @@ def evidence(found: Sequence[Setting]) -> str:
     rows = []
     for setting in (setting for name in EVIDENCE for setting in found if setting.name == name):
         theirs, ours = same_rate(setting)
-        rows.append(
-            [
-                title(setting),
-                spread([loss_of(record) for record in theirs.values()], 3),
-                spread([loss_of(record) for record in ours.values()], 3),
-                percent(change(ours, theirs, loss_of)),
-                sooner(setting, SUBJECT, best_lr(setting.at(REFERENCE)), theirs),
-                ", ".join(f"`{name}` {percent(gains)}" for name, gains in ahead_in(setting)) or "none",
-            ]
-        )
+        ahead = ", ".join(f"`{name}` {percent(gains)}" for name, gains in ahead_in(setting)) or "none"
+        speed = sooner(setting, SUBJECT, best_lr(setting.at(REFERENCE)), theirs)
+        rows.append([title(setting), *both_losses(theirs, ours, 3), speed, ahead])
     head = ["setting", "AdamW", "SCAO", "difference", "speed-up: steps / time", "ends lower than SCAO"]
-    return table(head, rows)
+    return grid(head, rows)
 
 
 def ahead_in(setting: Setting) -> list[tuple[str, list[float]]]:

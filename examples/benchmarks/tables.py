@@ -62,10 +62,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Setting], list[costs.Record]]:
 def everything(paths: Sequence[Path]) -> dict[str, str]:
     """The tables of all result files, whatever was measured."""
     found, cost = read(paths)
-    mixtures = moe_tables.tables(path for path in paths if path.name == moe_tables.FILE)
-    survived = survival_tables.tables(path for path in paths if path.name == survival_tables.FILE)
-    experiments = published_tables.tables(found, paths)
-    return {**sweep_tables.tables(found), **costs.tables(cost), **mixtures, **survived, **experiments}
+    others = {**moe_tables.tables(paths), **survival_tables.tables(paths), **published_tables.tables(found, paths)}
+    return {**sweep_tables.tables(found), **costs.tables(cost), **others}
 
 
 def fill(text: str, made: dict[str, str]) -> str:
