@@ -62,7 +62,8 @@ def names_of(group: dict[str, Any]) -> list[str] | None:
         return None
     for wrapper in WRAPPERS:
         names = [name.replace(wrapper, "") for name in names]
-    names = [name.removeprefix("module.") for name in names]
+    if all(name.startswith("module.") for name in names):  # of DDP, not a submodule that is called so
+        names = [name.removeprefix("module.") for name in names]
     return names if len(set(names)) == len(names) == len(group["params"]) else None
 
 

@@ -462,6 +462,18 @@ def test_a_state_goes_to_the_parameters_of_its_names(order: str, cut: int) -> No
     assert [decays[others[name]] for name in "abcd"] == [0.01, 0.01, *[0.0 if cut else 0.01] * 2]
 
 
+def test_a_submodule_that_is_called_module_is_no_wrapper() -> None:
+    params = {name: torch.nn.Parameter(torch.ones(6, 30)) for name in ("weight", "module.weight")}
+    optimizer = SCAO(params.items(), **QUICK)
+    for factor, param in enumerate(params.values()):
+        param.grad = torch.full_like(param, 1.0 + factor)
+    optimizer.step()
+    other = SCAO(reversed(params.items()), **QUICK)
+    other.load_state_dict(optimizer.state_dict())
+    for param in params.values():
+        assert torch.equal(other.state[param]["exp_avg"], optimizer.state[param]["exp_avg"])
+
+
 @pytest.mark.parametrize(
     ("order", "cut", "words"),
     [
