@@ -139,13 +139,14 @@ def build_buckets(
             read += _fill(bucket, before[place] if place < len(before) else {})
         else:
             bucket.state = create(bucket, bucket.members[0].param.device)
-    # The entries change only when every block has been read: the blocks of one parameter may lie in several buckets.
-    for param, entry, own in outer:
+    # The entries change only when every block has been read: the blocks of one parameter may lie in several buckets. New ones
+    # become part of the state when they are complete.
+    for _, entry, own in outer:
         entry.update(own)
-        state[param] = entry
     for bucket in found.values():
         _enter(bucket)
         publish(bucket)
+    state.update((param, entry) for param, entry, _ in outer)
     _detach(state, _storages(read) - _storages(field for bucket in found.values() for field in bucket.state.values()))
     return list(found.values())
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scao_hf import SCAO, create_scao_optimizer, ops, options
+from scao_hf import SCAO, create_scao_optimizer, ops, options, stacks
 from scao_hf.rules import eigenbasis, rule_of
 from scao_hf.stacks import build_buckets
 
@@ -580,6 +580,63 @@ def test_what_ends_a_refresh_at_any_of_its_operations_leaves_the_state_whole(
             steps(broken, 4, first=before + 1)
             assert all(torch.isfinite(param).all() for param in broken.param_groups[0]["params"])
     assert number > 50
+
+
+@pytest.mark.parametrize(
+    ("before", "owner", "function", "stride"),
+    [(0, stacks, "build_buckets", 1), (2, eigenbasis.Eigenbasis, "step", 7)],
+    ids=["new state", "last of phase 1"],
+)
+def test_what_ends_a_step_at_any_of_its_operations_leaves_a_state_that_resumes(
+    before: int, owner: Any, function: str, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "NATIVE", frozenset())
+    optimizer, whole = SCAO(fresh((4, 9)), **QUICK), getattr(owner, function)
+    steps(optimizer, before)
+    for number in itertools.count(1, stride):
+        broken = copy.deepcopy(optimizer)
+        with monkeypatch.context() as patch:
+            mode = Breaking(number, KeyboardInterrupt())
+            patch.setattr(owner, function, lambda *args, mode=mode: within(mode, whole, *args))
+            try:
+                steps(broken, 1, first=before)
+                break
+            except KeyboardInterrupt:
+                pass
+        SCAO(fresh((4, 9)), **QUICK).load_state_dict(broken.state_dict())
+        steps(broken, 2, first=before)
+        assert broken.param_groups[0]["params"][0].isfinite().all(), number
+    assert number > 10
+
+
+def within(mode: Breaking, function: Any, *args: Any) -> Any:
+    with mode:
+        return function(*args)
+
+
+@pytest.mark.skipif("cpu" not in ops.NATIVE, reason="needs the native CPU kernels")
+def test_ctrl_c_in_a_kernel_leaves_a_state_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python raises it once the kernel, which it cannot end, has taken the step."""
+    optimizer = SCAO(fresh((4, 9), (7,)), **QUICK)
+
+    def ended(kernel: Any) -> Any:
+        def call(*args: Any) -> None:
+            kernel(*args)
+            raise KeyboardInterrupt
+
+        return call
+
+    kernels = {name: getattr(ops, name) for name in ("adamw_step_", "eigenbasis_step_")}
+    for _ in range(8):
+        for name, kernel in kernels.items():
+            monkeypatch.setattr(ops, name, ended(kernel))
+        with pytest.raises(KeyboardInterrupt):
+            steps(optimizer, 1)
+        SCAO(fresh((4, 9), (7,)), **QUICK).load_state_dict(optimizer.state_dict())
+        for name, kernel in kernels.items():
+            monkeypatch.setattr(ops, name, kernel)
+        steps(optimizer, 1)
+    assert optimizer.metrics()["scao/phase"] == 2
 
 
 def test_a_decomposition_that_never_worked_leaves_adam_s_direction(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,9 +130,9 @@ class Step:
         return grads
 
     def uncount(self) -> None:
-        """As if the step, which has been taken, had not been counted."""
-        self.bucket.step -= 1
-        self.state["taken"] -= self.finite[:, 0, 0]
+        """Leave the step, wherever it was ended, to be taken once more."""
+        self.bucket.step = self.number - 1
+        self.state["taken"].clamp_(max=self.bucket.step)
 
     def write(self, direction: Tensor) -> None:
         """Decoupled decay and the step, ``w <- w - lr (direction + decay w)``; a skipped matrix stays as it is.
@@ -206,9 +206,9 @@ class Step:
         taken = self.state["taken"]
         before = taken.clone() if refreshes else taken
         params, grads = self.bucket.parts()
+        self.bucket.step += 1  # Ctrl-C in the kernel is raised once it has taken the step
         kernel(params, grads, fields, [*ops.numbers(self.group), *more], *options)
         torch.autograd.graph.increment_version(params)
-        self.bucket.step += 1
         if refreshes:
             self.finite = (taken - before)[:, None, None]
 

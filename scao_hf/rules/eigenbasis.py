@@ -86,13 +86,14 @@ class Eigenbasis(Rule):
         """Phase 1: (E1) and AdamW. Phase 2: (E1), (U11), the ramp (U9), and then the refreshes that are due."""
         start = self.phase1_steps(step.group)
         if step.number <= start:
-            step_adamw(step, refreshes=step.number == start)
-            if step.number == start:
-                try:
+            try:
+                step_adamw(step, refreshes=step.number == start)
+                if step.number == start:
                     self._enter(step)
-                except BaseException:
+            except BaseException:
+                if step.number == start:
                     step.uncount()  # the last step of phase 1 is still to come
-                    raise
+                raise
             return
         state, group, refreshes = step.state, step.group, step.due.start < step.due.stop
         blend = blend_weight(step.number, start, group["blend_steps"])
