@@ -153,14 +153,23 @@ def test_every_cell_runs(chat_model: Path, tmp_path: Path) -> None:  # noqa: F81
         assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(archive.namelist())
 
 
-def test_the_notebook_of_axolotl_finds_the_folder_of_any_yaml(tmp_path: Path) -> None:
-    source = next(cell.source for cell in cells("code", AXOLOTL) if "scao-report.png" in cell.source)
-    config, shown = tmp_path / "config.scao.yml", []
-    names = {"run": lambda *words: None, "Path": Path, "SCAO_YAML": config, "Image": shown.append, "display": id}
-    for line, folder in (('output_dir: "runs/my run"  # quoted', "runs/my run"), ("seed: 1", "model-out")):
-        config.write_text(line + "\n", encoding="utf-8")
-        exec(source, dict(names))
-        assert shown.pop() == f"{folder}/scao-report.png"
+@pytest.mark.parametrize(
+    ("line", "folder", "against"),
+    [
+        ('output_dir: "runs/my run"  # quoted', "runs/my run", "adamw_torch_fused"),
+        ("optimizer: Muon", "model-out", "muon"),
+        ("optimizer: scao", "model-out", "adamw_torch"),
+    ],
+)
+def test_the_notebook_of_axolotl_reads_any_yaml(line: str, folder: str, against: str, tmp_path: Path) -> None:
+    config, shown, commands = tmp_path / "config.yml", [], []
+    config.write_text(line + "\n", encoding="utf-8")
+    names: dict[str, Any] = {"run": lambda *words: commands.append(words), "Image": shown.append, "display": id}
+    names |= {"Path": Path, "YAML": config, "SCAO_YAML": config, "COMPARE_STEPS": 40}
+    for word in ('"compare"', '"report"'):
+        exec(next(cell.source for cell in cells("code", AXOLOTL) if word in cell.source), names)
+    assert shown == [f"{folder}/scao-report.png"]
+    assert commands[0][:5] == ("scao_hf", "compare", config, "--against", against)
 
 
 @pytest.mark.long

@@ -167,10 +167,11 @@ def test_migrate_keeps_the_line_ends_and_names_commands_that_can_be_pasted(tmp_p
         b"\xef\xbb\xbfbase_model: a/b\r\noptimizer: scao\r\nplugins:\r\n  - axolotl_plugin.SCAOPlugin\r\n"
         b"scao_moment_dtype: bfloat16\r\nseed: 1\r\n"
     )
-    assert f"Next: scao-hf plan '{target}', then scao-hf compare '{target}'" in output
+    assert f"Next: scao-hf plan '{target}', then scao-hf compare '{target}' --against muon\n" in output
     assert "torchdistx_path: removed, SCAO does not read it" in output and "None" not in output
     copy = tmp_path / "copy.yml"  # which is asked for, so that the next command finds it
-    assert "nothing to change" in run("migrate", target, "--out", copy).output
+    output = run("migrate", target, "--out", copy).output
+    assert "nothing to change" in output and f"then scao-hf compare {copy}\n" in output
     assert copy.read_bytes() == target.read_bytes()
 
 

@@ -315,7 +315,9 @@ def migrate(
             print(f"  - {sentence}")
     if write:
         name = shlex.quote(str(target))
-        then = "" if result.problems else f". Next: scao-hf plan {name}, then scao-hf compare {name}"
+        # Without --against, compare would take AdamW: the new YAML does not name the former optimizer.
+        against = "" if result.former in ("scao", "adamw_torch") else f" --against {shlex.quote(result.former)}"
+        then = "" if result.problems else f". Next: scao-hf plan {name}, then scao-hf compare {name}{against}"
         print(f"Written: {target}{then}")
     raise typer.Exit(1 if result.problems else 0)
 

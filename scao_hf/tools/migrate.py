@@ -38,6 +38,7 @@ class Migration:
         reasons: what was changed, and why.
         warnings: what the reader should know; the run trains all the same.
         problems: what SCAO will refuse.
+        former: the optimizer that the text named.
         newline: how the file ends its lines.
     """
 
@@ -46,6 +47,7 @@ class Migration:
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
     problems: tuple[str, ...]
+    former: str
     newline: str
 
     def diff(self, before: str, after: str) -> list[str]:
@@ -92,7 +94,7 @@ def migrate(path: Path) -> Migration:
     options = scao_options(wanted, findings)
     warnings = [*_rate(raw, own), *findings.warnings, *_notes(raw, own, options)]
     newline = "\r\n" if b"\r\n" in path.read_bytes() else "\n"
-    return Migration(before, after, tuple(reasons), tuple(warnings), tuple(findings.errors), newline)
+    return Migration(before, after, tuple(reasons), tuple(warnings), tuple(findings.errors), own, newline)
 
 
 def _read(text: str) -> Any:
