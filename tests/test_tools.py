@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 import scao_hf
 from scao_hf import SCAO, create_scao_optimizer, ops, options, reference
 from scao_hf.report import STATISTICS_NAME, StatisticsFile
-from scao_hf.tools import ToolError, axolotl_yaml, doctor, matrices, rivals, run_log, run_report, settings, simulate
+from scao_hf.tools import ToolError, axolotl_yaml, doctor, duration, matrices, rivals, run_report, settings, simulate
 from scao_hf.tools import axolotl_keys as keys_of
 from scao_hf.tools import page as tool_page
 from scao_hf.tools import plan as planning
@@ -984,7 +984,7 @@ def test_a_larger_k_max_is_advised_only_where_little_is_held(tmp_path: Path) -> 
     [(0.0524, "0.052 s"), (9.94, "9.9 s"), (45.2, "45 s"), (200.0, "3 min 20 s"), (7500.0, "2 h 5 min")],
 )
 def test_times_are_told_in_words(seconds: float, words: str) -> None:
-    assert run_log.duration(seconds) == words
+    assert duration(seconds) == words
 
 
 def test_report_takes_the_yaml_and_tells_time_tokens_and_held_out_loss(tmp_path: Path, monkeypatch: Any) -> None:
@@ -1082,8 +1082,8 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
 
 
 def test_bands_follow_the_phases(tmp_path: Path) -> None:
-    bands = run_report.read_run(run_folder(tmp_path, history(60))).bands()
-    assert bands == [(0, 10, FIRST), (10, 20, RAMP), (20, 60, SECOND)]
+    found = run_report.read_run(run_folder(tmp_path, history(60)))
+    assert tool_page.bands(*found.of("scao/blend")) == [(0, 10, FIRST), (10, 20, RAMP), (20, 60, SECOND)]
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from scao_hf.tools import ToolError
+from scao_hf.tools import ToolError, duration, writing
 from scao_hf.tools.arms import Arm, Job, Outcome, Rate, run_arm
+from scao_hf.tools.page import smoothed
 
 #: Runs of one optimizer that ``--lr auto`` makes at most, and the factor between two rates.
 MOST_RUNS, FACTOR = 5, 2.0
@@ -103,8 +104,7 @@ def estimate(outcome: Outcome, steps: int) -> str:
     if len(outcome.seconds) < 4:
         return ""
     each = median(outcome.seconds[1:])  # the first step warms up
-    whole = f"{steps * each / 3600:.1f} hours" if steps * each > 3600 else f"{steps * each / 60:.1f} minutes"
-    return f"{each:.2g} seconds a step: about {whole} of training in all, besides loading and evaluation"
+    return f"{duration(each)} a step: about {duration(steps * each)} of training in all, besides loading and evaluation"
 
 
 def compare(
@@ -138,12 +138,6 @@ def compare(
             arm = Arm(job, side.optimizer, best, seed)
             side.repeats.append(run_arm(arm, watch(arm)))
     return sides
-
-
-def smoothed(losses: list[float]) -> list[float]:
-    """At each step the mean of the last tenth of the run's length, at least five steps, up to there."""
-    width = max(5, len(losses) // 10)
-    return [fmean(losses[max(0, end - width) : end]) for end in range(1, len(losses) + 1)]
 
 
 def times(outcome: Outcome) -> list[float]:
@@ -330,10 +324,9 @@ def write(sides: Sequence[Side], out: Path, about: str = "") -> list[Path]:
     Returns:
         The paths.
     """
-    from scao_hf.tools import comparison_page
+    from scao_hf.tools.comparison_page import write_page
 
-    out.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = [
+    found = [
         {
             "optimizer": side.optimizer,
             "seed": seed,
@@ -344,10 +337,11 @@ def write(sides: Sequence[Side], out: Path, about: str = "") -> list[Path]:
         for side in sides
         for seed, outcome in [*((0, one) for one in side.runs.values()), *enumerate(side.repeats, 1)]
     ]
-    (out / JSON_NAME).write_text(json.dumps(found), encoding="utf-8")
     written = [out / JSON_NAME]
-    if any(side.best for side in sides):
-        comparison_page.draw(sides, next(iter(verdict(sides)), ""), out / PNG_NAME)
-        (out / HTML_NAME).write_text(comparison_page.page(sides, about), encoding="utf-8", errors="replace")
-        written += [out / PNG_NAME, out / HTML_NAME]
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        written[0].write_text(json.dumps(found), encoding="utf-8")
+        if any(side.best for side in sides):
+            written += [out / PNG_NAME, out / HTML_NAME]
+            write_page(sides, about, page=out / HTML_NAME, png=out / PNG_NAME)
     return written

@@ -2,54 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from scao_hf.options import OPTIONS, resolve
 from scao_hf.report import METRICS, STATISTICS_NAME
 from scao_hf.rules import rule_of
-from scao_hf.tools import ToolError, logged
+from scao_hf.tools import ToolError, json_rows, logged
+from scao_hf.tools import page as html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: From how many times the median on a figure counts as out of the ordinary.
-PEAK, JUMP = 10.0, 100.0
+#: A curvature norm that grows this many times between two records is out of the ordinary.
+JUMP = 100.0
 #: Captured mass below which a larger k_max is worth a try; in our runs it changed next to nothing above that.
 LITTLE = 0.6
-
-
-class Map(NamedTuple):
-    """One heat map: the figure, a title, what it tells in plain words, and whether its colours are logarithmic."""
-
-    key: str
-    title: str
-    words: str
-    log: bool = False
-
-
-MAPS = (
-    Map("rank", "Rank by layer", "Directions in use, layer by layer over time; bright: many. Dark until phase 2."),
-    Map(
-        "captured_mass",
+#: The figures that are drawn as heat maps: a title, and what each tells in plain words.
+MAPS = {
+    "rank": ("Rank by layer", "Directions in use, layer by layer over time; bright: many. Dark until phase 2."),
+    "captured_mass": (
         "Captured mass by layer",
         "The share of the curvature that those directions hold: bright where few directions say nearly all.",
     ),
-    Map(
-        "curvature_norm",
+    "curvature_norm": (
         "Curvature norm by layer",
         "How large the curvature is. A bright stripe across all layers is an unusual batch, a bright row a layer that "
         "learns most.",
-        True,
     ),
-)
+}
 
 
 @dataclass
@@ -74,13 +62,29 @@ class Matrices:
     whole: list[float] = field(default_factory=list)
     about: list[tuple[str, str]] = field(default_factory=list)
 
-    def cut(self, step: int) -> None:
-        """Forget what came after ``step``: the run was resumed there."""
-        keep = sum(known <= step for known in self.steps)
+    def begin(self, header: dict[str, Any]) -> None:
+        """Take in a header: what came after its step is forgotten, for the run was resumed there."""
+        names = list(map(str, header["matrices"]))
+        last = (
+            header["from"] if names == self.names else 0
+        )  # records of other matrices cannot be drawn in the same rows
+        keep = sum(step <= last for step in self.steps)
         del self.steps[keep:]
         for rows in self.figures.values():
             del rows[keep:]
-        self.milliseconds = {known: ms for known, ms in self.milliseconds.items() if known <= step}
+        self.milliseconds = {step: ms for step, ms in self.milliseconds.items() if step <= last}
+        known = {name: value for name, value in header["options"].items() if name in OPTIONS and name != "rule"}
+        self.names, self.options = names, resolve(header["options"]["rule"], known)
+        self.about = _settings(header["run"], self.options) if header.get("run") else []
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Take in a record."""
+        step = int(record["step"])
+        self.steps.append(step)
+        for key, rows in self.figures.items():
+            rows.append([logged(value) for _, value in zip(self.names, record[key], strict=True)])
+        self.milliseconds.update(enumerate(map(logged, record["optimizer_ms"]), step - len(record["optimizer_ms"]) + 1))
+        self.whole += map(logged, record.get("step_ms") or ())
 
 
 def read_matrices(folder: Path) -> Matrices | None:
@@ -94,28 +98,8 @@ def read_matrices(folder: Path) -> Matrices | None:
         return None
     found = Matrices()
     try:
-        # The last line of a run that was killed may be half written.
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if not line.endswith("}"):
-                continue
-            row = json.loads(line)
-            if "matrices" in row:
-                found.cut(row["from"])
-                if row["matrices"] != found.names:
-                    found.cut(0)  # other matrices: what came before cannot be drawn in the same rows
-                known = {name: value for name, value in row["options"].items() if name in OPTIONS and name != "rule"}
-                found.names, found.options = list(map(str, row["matrices"])), resolve(row["options"]["rule"], known)
-                found.about = _settings(row["run"], found.options) if row.get("run") else []
-                continue
-            figures = {
-                key: [logged(value) for _, value in zip(found.names, row[key], strict=True)] for key in found.figures
-            }
-            found.steps.append(int(row["step"]))
-            for key, rows in found.figures.items():
-                rows.append(figures[key])
-            first = int(row["step"]) - len(row["optimizer_ms"]) + 1
-            found.milliseconds.update(enumerate(map(logged, row["optimizer_ms"]), first))
-            found.whole += map(logged, row.get("step_ms") or ())
+        for row in json_rows(path):
+            (found.begin if "matrices" in row else found.add)(row)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ToolError(f"{path} is damaged: delete it to have the report without its heat maps") from error
     return found if found.steps and found.names else None
@@ -165,28 +149,25 @@ def grid(found: Matrices, key: str) -> dict[str, tuple[list[str], list[list[floa
     return result
 
 
-def draw_map(figure: Figure, found: Matrices, chosen: Map, ink: str) -> None:
-    """Draw one heat map into a figure, a panel for each side.
+def charts(found: Matrices) -> list[html.Chart]:
+    """The heat maps."""
+    return [html.Chart(title, words, partial(_draw, found, key)) for key, (title, words) in MAPS.items()]
 
-    Args:
-        figure: empty.
-        found: the records.
-        chosen: which map.
-        ink: colour of text and axes.
-    """
+
+def _draw(found: Matrices, key: str, figure: Figure) -> None:
+    """Draw one heat map, a panel for each side; its colours are logarithmic where a curvature norm's range asks for it."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import MaxNLocator
 
-    grids = grid(found, chosen.key)
-    everything = [value for _, rows in grids.values() for row in rows for value in row if math.isfinite(value)]
-    above = [value for value in everything if value > 0]
-    if chosen.log and above and max(above) > 3 * min(above):
+    grids = grid(found, key)
+    above = [value for _, rows in grids.values() for row in rows for value in row if 0 < value < math.inf]
+    if key == "curvature_norm" and above and max(above) > 3 * min(above):
         norm: Normalize = LogNorm(min(above), max(above))
     else:
-        norm = Normalize(0, 1 if chosen.key == "captured_mass" else max([*above, 1e-30]))
+        norm = Normalize(0, 1 if key == "captured_mass" else max([*above, 1e-30]))
     panels = figure.subplots(1, len(grids), squeeze=False)[0]
-    edges = [found.steps[0] - 0.5, *((a + b) / 2 for a, b in pairwise(found.steps))]
-    edges.append(found.steps[-1] + 0.5)
+    between = [(a + b) / 2 for a, b in pairwise(found.steps)]
+    edges = [found.steps[0] - 0.5, *between, found.steps[-1] + 0.5]
     mesh: Any = None
     for axes, (side, (labels, rows)) in zip(panels, grids.items(), strict=True):
         shown = [[value if norm.vmin is None or value >= norm.vmin else norm.vmin for value in row] for row in rows]
@@ -194,45 +175,52 @@ def draw_map(figure: Figure, found: Matrices, chosen: Map, ink: str) -> None:
         every = max(1, -(-len(labels) // 12))
         axes.set_yticks([index + 0.5 for index in range(0, len(labels), every)], labels[::every])
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axes.tick_params(colors=ink, labelsize=10, length=3)
-        axes.set_xlabel("step", color=ink, fontsize=10)
-        axes.set_title(f"LoRA {side}" if side else "", color=ink, fontsize=10)
-        axes.patch.set_alpha(0)
-        for spine in axes.spines.values():
-            spine.set_color(ink)
-    panels[0].set_ylabel("layer", color=ink, fontsize=10)
+        axes.set_title(f"LoRA {side}" if side else "", color=html.INK, fontsize=10)
+        html.tidy(axes, "step", filled=True)
+    panels[0].set_ylabel("layer", color=html.INK, fontsize=10)
     bar = figure.colorbar(mesh, ax=list(panels))
-    bar.ax.tick_params(colors=ink, labelsize=10)
-    bar.outline.set_edgecolor(ink)
-
-
-def _three_digits(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+    bar.ax.tick_params(colors=html.INK, labelsize=10)
+    bar.outline.set_edgecolor(html.INK)
 
 
 def findings(found: Matrices, skipped: bool) -> list[str]:
     """What is out of the ordinary about single matrices, and when bases are refreshed, in plain sentences."""
-    said = [_refreshes(found)]
-    if found.milliseconds:
-        slowest = max(found.milliseconds, key=lambda step: found.milliseconds[step])
-        usual = median(found.milliseconds.values())
-        share = (
-            f" of {median(found.whole):,.0f} ms for the whole step: {usual / median(found.whole):.1%}"
-            if found.whole
-            else ""
-        )
-        said.append(
-            f"An optimizer step took {_three_digits(usual)} ms (median){share}; the slowest was step {slowest} with "
-            f"{_three_digits(found.milliseconds[slowest])} ms."
-        )
-    said += _limited(found)
-    said += _damped(found)
+    said = [_refreshes(found), *_times(found), *_limited(found), *_damped(found)]
     if skipped:
         said += _worst(found, "skipped", lambda rows: rows[-1], "was left as it was for {value:.0f} steps")
-    said += _worst(
+    return said + _worst(
         found, "curvature_norm", _jump, "has seen its curvature jump {value:.0f}-fold between two records", JUMP
     )
-    return said
+
+
+def _refreshes(found: Matrices) -> str:
+    options = found.options
+    turns = (
+        "all at once"
+        if options["rule"] == "published"
+        else "at staggered steps, so that no step has to wait for all of them"
+    )
+    return (
+        f"Each of the {len(found.names)} matrices refreshes its basis every {options['precond_freq']} steps, {turns}; "
+        f"phase 2 begins after step {rule_of(options, matrix=True).phase1_steps(options)}."
+    )
+
+
+def _times(found: Matrices) -> list[str]:
+    """A sentence about the usual and the slowest optimizer step, where they were timed."""
+    if not found.milliseconds:
+        return []
+    slowest, usual = max(found.milliseconds, key=found.milliseconds.__getitem__), median(found.milliseconds.values())
+    whole = median(found.whole) if found.whole else 0.0
+    share = f" of {whole:,.0f} ms for the whole step: {usual / whole:.1%}" if whole else ""
+    return [
+        f"An optimizer step took {_three_digits(usual)} ms (median){share}; the slowest was step {slowest} with "
+        f"{_three_digits(found.milliseconds[slowest])} ms."
+    ]
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _limited(found: Matrices) -> list[str]:
@@ -249,20 +237,6 @@ def _limited(found: Matrices) -> list[str]:
         f"{fmean(held):.0%} of the curvature: compare with k_max {2 * limit}, which takes about as much more state as the "
         "bases have now."
     ]
-
-
-def _refreshes(found: Matrices) -> str:
-    group = found.options
-    start = rule_of(group, matrix=True).phase1_steps(group)
-    turns = (
-        "all at once"
-        if group["rule"] == "published"
-        else "at staggered steps, so that no step has to wait for all of them"
-    )
-    return (
-        f"Each of the {len(found.names)} matrices refreshes its basis every {group['precond_freq']} steps, {turns}; "
-        f"phase 2 begins after step {start}."
-    )
 
 
 def _damped(found: Matrices) -> list[str]:
@@ -305,19 +279,3 @@ def _worst(
     worst = sorted((name for name in values if values[name] > least), key=lambda name: -values[name])
     said = [f"{name or 'A matrix'} {words.format(value=values[name])}." for name in worst[:3]]
     return [*said, f"So have {len(worst) - 3} more matrices."] if len(worst) > 3 else said
-
-
-def peaks(steps: list[int], norms: list[float]) -> list[str]:
-    """A sentence about the steps whose gradient norm is far above the usual."""
-    finite = [value for value in norms if math.isfinite(value)]
-    if len(finite) < 10:
-        return []
-    usual = median(finite)
-    high = [step for step, value in zip(steps, norms, strict=True) if value > PEAK * usual > 0]
-    if not high:
-        return []
-    shown = ", ".join(map(str, high[:5])) + (f" and {len(high) - 5} more" if len(high) > 5 else "")
-    return [
-        f"The gradient norm was over {PEAK:.0f} times its median at step {shown}: look at the data there, or lower "
-        "max_grad_norm."
-    ]

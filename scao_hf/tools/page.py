@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,41 +62,74 @@ footer {{ margin-top: 1.5rem; }}
 """
 
 
-def svg(title: str, draw: Callable[[Figure], object], salt: str) -> str:
-    """An inline picture whose colours and font the page decides.
+class Chart(NamedTuple):
+    """One chart: a title, what it tells in plain words, and what fills an empty figure with it."""
 
-    Args:
-        title: what it shows, for those who do not see it.
-        draw: fills an empty figure.
-        salt: something that no other picture of the page has, for the ids in it.
-    """
+    title: str
+    words: str
+    draw: Callable[[Figure], object]
+
+
+def bands(steps: Iterable[float], blends: Iterable[float]) -> list[tuple[float, float, str]]:
+    """(first step, last step, colour) of phase 1, of the ramp and of phase 2, from the curvature's share in each step."""
+    found: list[tuple[float, float, str]] = []
+    begin = 0.0
+    for step, blend in zip(steps, blends, strict=True):
+        colour = FIRST if blend <= 0 else RAMP if blend < 1 else SECOND
+        if found and found[-1][2] == colour:
+            found[-1] = (found[-1][0], step, colour)
+        else:
+            found.append((begin, step, colour))
+        begin = step
+    return found
+
+
+def shade(axes: Axes, phases: Iterable[tuple[float, float, str]]) -> None:
+    """Colour the background of a chart over steps with its ``bands``."""
+    for begin, end, colour in phases:
+        axes.axvspan(begin, end, color=colour, linewidth=0, zorder=0)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """At each point the mean of what is finite in the last tenth of the length, at least five points, up to there."""
+    width, means = max(5, len(values) // 10), []
+    for end in range(1, len(values) + 1):
+        finite = list(filter(math.isfinite, values[max(0, end - width) : end]))
+        means.append(fmean(finite) if finite else math.nan)
+    return means
+
+
+def tidy(axes: Axes, across: str, filled: bool = False) -> None:
+    """Frame, grid and text of a chart; ``across`` is what the x axis counts. One that is ``filled`` has no grid."""
+    axes.margins(x=0)
+    if not filled:
+        axes.grid(axis="y", color=GRID, linewidth=0.5)
+        axes.set_axisbelow("line")
+    axes.tick_params(colors=INK, labelsize=10, length=3)
+    axes.set_xlabel(across, color=INK, fontsize=10)
+    axes.patch.set_alpha(0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(filled or side in ("left", "bottom"))
+        spine.set_color(INK)
+
+
+def _svg(chart: Chart) -> str:
+    """An inline picture whose colours and font the page decides."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
+    # The title salts the ids in the picture, which must be those of no other on the page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.title, "font.family": "sans-serif"}):
         figure = Figure(figsize=(4.8, 2.5), layout="constrained")
         figure.patch.set_alpha(0)
-        draw(figure)
+        chart.draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, dpi=150)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     for name, (colour, _) in _COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
-
-
-def tidy(axes: Axes, across: str) -> None:
-    """Frame, grid and text of a chart; ``across`` is what the x axis counts."""
-    axes.margins(x=0)
-    axes.grid(axis="y", color=GRID, linewidth=0.5)
-    axes.set_axisbelow("line")
-    axes.tick_params(colors=INK, labelsize=10, length=3)
-    axes.set_xlabel(across, color=INK, fontsize=10)
-    axes.patch.set_alpha(0)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(chart.title)}" ', 1)
 
 
 def key(entries: Sequence[tuple[str, str]]) -> str:
@@ -120,21 +156,42 @@ def _whole(text: str) -> str:
     return re.sub(r"(?<=\d) (?=(MiB|ms|s)\b)", "&nbsp;", text)
 
 
-def chart(title: str, picture: str, words: str) -> str:
-    """A picture with its title and what it tells."""
-    return f"<figure><h2>{escape(title)}</h2>{picture}\n<figcaption>{escape(words)}</figcaption></figure>"
+def png(title: str, charts: Sequence[Chart], path: Path) -> None:
+    """Write the charts as one picture, two in a row.
+
+    Args:
+        title: above them; no part of it is read as a formula, nor of the legend that labelled lines get in the first chart.
+        charts: the same as for ``page``.
+        path: of the file.
+    """
+    from matplotlib.figure import Figure
+
+    rows = -(-len(charts) // 2)
+    figure = Figure(figsize=(11, 2.7 * rows + 0.6), layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=12, color=INK, parse_math=False, wrap=True)
+    for part, chart in zip(figure.subfigures(rows, 2, squeeze=False).flatten(), charts, strict=False):
+        part.suptitle(chart.title, fontsize=11, color=INK, parse_math=False)
+        chart.draw(part)
+    if figure.axes[0].get_legend_handles_labels()[1]:
+        for text in figure.axes[0].legend().get_texts():
+            text.set_parse_math(False)
+    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
 
 
-def page(title: str, lead: Sequence[str], said: Sequence[str], body: str, command: str) -> str:
-    """A whole page: its headlines, further sentences, and what ``table``, ``key`` and ``chart`` have made."""
+def page(title: str, lead: Sequence[str], said: Sequence[str], body: str, charts: Iterable[Chart], command: str) -> str:
+    """A whole page: its headlines, further sentences, what ``table`` and ``key`` have made, and charts."""
     leads = "".join(f'<p class="lead">{escape(sentence)}</p>\n' for sentence in lead)
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
+    figures = "\n".join(
+        f"<figure><h2>{escape(chart.title)}</h2>{_svg(chart)}\n<figcaption>{escape(chart.words)}</figcaption></figure>"
+        for chart in charts
+    )
     title = escape(title)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<link rel="icon" href="data:,"><title>{title}</title><style>{_STYLE}</style></head>\n<body><h1>{title}</h1>\n'
-        f"{leads}<ul>{sentences}</ul>\n{body}\n"
+        f'{leads}<ul>{sentences}</ul>\n{body}\n<main class="charts">{figures}</main>\n'
         f"<footer>Made by {escape(command)} from the run's own log; nothing is loaded from elsewhere.</footer>"
         "</body></html>\n"
     )

@@ -7,10 +7,12 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
-from scao_hf.tools import ToolError, logged, matrices
-from scao_hf.tools.page import FIRST, RAMP, SECOND
+from scao_hf.tools import ToolError, duration, logged, matrices
+
+#: From how many times the median on a gradient norm counts as out of the ordinary.
+PEAK = 10.0
 
 
 @dataclass(frozen=True)
@@ -23,24 +25,13 @@ class Run:
     max_steps: int
     matrices: matrices.Matrices | None = None
 
+    def of(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values under a key, empty where nothing was logged under it."""
+        return self.series.get(key, ([], []))
+
     def final(self, key: str) -> float:
         """The last finite value under a key, 0 where there is none."""
-        return next(filter(math.isfinite, reversed(self.series.get(key, ([], []))[1])), 0.0)
-
-    def bands(self) -> list[tuple[float, float, str]]:
-        """(first step, last step, colour) of phase 1, of the ramp and of phase 2, in the order in which they came."""
-        steps, phases = self.series.get("scao/phase", ([], []))
-        blends = dict(zip(*self.series.get("scao/blend", ([], [])), strict=True))
-        found: list[tuple[float, float, str]] = []
-        begin: float = 0
-        for step, phase in zip(steps, phases, strict=True):
-            colour = FIRST if phase < 2 else RAMP if blends.get(step, 1.0) < 1 else SECOND
-            if found and found[-1][2] == colour:
-                found[-1] = (found[-1][0], step, colour)
-            else:
-                found.append((begin, step, colour))
-            begin = step
-        return found
+        return next(filter(math.isfinite, reversed(self.of(key)[1])), 0.0)
 
 
 def find_state(run_dir: Path) -> Path:
@@ -54,11 +45,11 @@ def find_state(run_dir: Path) -> Path:
     if run_dir.is_file():
         raise ToolError(f"{run_dir} is a file: pass the output_dir of the run, or its Axolotl YAML")
     own = run_dir / "trainer_state.json"
-    saved = [path for path in run_dir.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
-    if saved and not own.exists():
-        return max(saved, key=lambda path: int(path.parent.name[11:]))
     if own.exists():
         return own
+    saved = [path for path in run_dir.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
+    if saved:
+        return max(saved, key=lambda path: int(path.parent.name[11:]))
     if compared := sorted(path for path in run_dir.glob("*/run") if path.is_dir()):
         raise ToolError(
             f"{run_dir} holds the runs of a comparison: pass one of them, {' or '.join(map(str, compared))}"
@@ -103,17 +94,36 @@ def read_run(run_dir: Path) -> Run:
         raise ToolError(f"{path} holds no training loss: the run ended before its first log (logging_steps)")
     found = matrices.read_matrices(path.parent)
     if found is not None and found.milliseconds:
-        series["optimizer_ms"] = (
-            sorted(found.milliseconds),
-            [found.milliseconds[s] for s in sorted(found.milliseconds)],
-        )
+        timed = sorted(found.milliseconds)
+        series["optimizer_ms"] = (timed, [found.milliseconds[step] for step in timed])
     name = os.fsencode(run_dir.resolve().name).decode(errors="replace")  # it may hold bytes that are not text
     return Run(name, series, length or series["loss"][0][-1], planned, found)
 
 
 def findings(run: Run) -> list[str]:
     """What happened, in plain sentences."""
-    steps, losses = run.series["loss"]
+    said = [*_loss(run), *_held_out(run), *_speed(run), *_peaks(*run.of("grad_norm"))]
+    if not run.of("scao/blend")[0]:
+        return [
+            *said,
+            "The log has no scao/ figures: the run used another optimizer, or SCAOCallback was not attached "
+            "(SCAOTrainer and the Axolotl plugin attach it).",
+        ]
+    said += _phases(run)
+    skipped = max(filter(math.isfinite, run.of("scao/skipped")[1]), default=0.0)
+    if skipped:
+        said.append(
+            f"{skipped:.0f} times a matrix was left as it was for a step, because its gradient held NaN or Inf. In "
+            "float16 a few at the start are usual (loss scaling); many mean a learning rate that is too high."
+        )
+    else:
+        said.append("No step was skipped: every gradient was finite.")
+    return said + (matrices.findings(run.matrices, bool(skipped)) if run.matrices else [])
+
+
+def _loss(run: Run) -> list[str]:
+    """Where the training loss went, and whether the run is whole."""
+    steps, losses = run.of("loss")
     finite = [value for value in losses if math.isfinite(value)]
     said = []
     if finite:
@@ -128,47 +138,18 @@ def findings(run: Run) -> list[str]:
         said.append(f"The loss was NaN or infinite at step {bad}: lower the learning rate, or look at the data there.")
     if run.max_steps > run.steps:
         said.append(f"The log ends at step {run.steps} of {run.max_steps}: the run is not over, or was stopped.")
-    said += _held_out(run) + _speed(run)
-    said += matrices.peaks(*run.series.get("grad_norm", ([], [])))
-    if "scao/phase" not in run.series:
-        said.append(
-            "The log has no scao/ figures: the run used another optimizer, or SCAOCallback was not attached "
-            "(SCAOTrainer and the Axolotl plugin attach it)."
-        )
-        return said
-    said += _phase_findings(run)
-    skipped = max(filter(math.isfinite, run.series.get("scao/skipped", ([], []))[1]), default=0.0)
-    if skipped:
-        said.append(
-            f"{skipped:.0f} times a matrix was left as it was for a step, because its gradient held NaN or Inf. In "
-            "float16 a few at the start are usual (loss scaling); many mean a learning rate that is too high."
-        )
-    else:
-        said.append("No step was skipped: every gradient was finite.")
-    if run.matrices is not None:
-        said += matrices.findings(run.matrices, bool(skipped))
     return said
 
 
 def _held_out(run: Run) -> list[str]:
     """A sentence about the loss on other data, where it was measured."""
-    steps, losses = run.series.get("eval_loss", ([], []))
+    steps, losses = run.of("eval_loss")
     measured = [(loss, step) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
     if not measured:
         return []
     (best, at), (last, end) = min(measured), measured[-1]
     where = "its lowest value" if best == last else f"and {best:.4g} at its lowest, at step {at}"
     return [f"The held-out loss was {last:.4g} at step {end}, {where}."]
-
-
-def duration(seconds: float) -> str:
-    """A time in words: 45 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _speed(run: Run) -> list[str]:
@@ -184,24 +165,36 @@ def _speed(run: Run) -> list[str]:
     return [f"Training took {duration(seconds)}, {duration(seconds / max(1.0, trained))} a step{speed}."]
 
 
-def _phase_findings(run: Run) -> list[str]:
-    steps, phases = run.series["scao/phase"]
-    second = next((step for step, phase in zip(steps, phases, strict=True) if phase >= 2), None)
+def _peaks(steps: list[int], norms: list[float]) -> list[str]:
+    """A sentence about the steps whose gradient norm is far above the usual."""
+    finite = [value for value in norms if math.isfinite(value)]
+    if len(finite) < 10:
+        return []
+    high = [step for step, value in zip(steps, norms, strict=True) if value > PEAK * median(finite) > 0]
+    if not high:
+        return []
+    shown = ", ".join(map(str, high[:5])) + (f" and {len(high) - 5} more" if len(high) > 5 else "")
+    return [
+        f"The gradient norm was over {PEAK:.0f} times its median at step {shown}: look at the data there, or lower "
+        "max_grad_norm."
+    ]
+
+
+def _phases(run: Run) -> list[str]:
+    """When the curvature began to act, and what it was worth at the end."""
+    steps, blends = run.of("scao/blend")
+    second = next((step for step, blend in zip(steps, blends, strict=True) if blend > 0), None)
+    full = next((step for step, blend in zip(steps, blends, strict=True) if blend >= 1), None)
     if second is None:
         return [
             f"Phase 2 was never reached in {run.steps} steps: every step was a plain AdamW step. Train longer, or "
             "lower warmup_steps, min_precond_updates or precond_freq (in a YAML scao_warmup_steps and so on)."
         ]
-    blend_steps, blends = run.series.get("scao/blend", ([], []))
-    full = next((step for step, blend in zip(blend_steps, blends, strict=True) if blend >= 1), None)
-    said = f"Phase 2, with curvature, is first logged at step {second}"
-    said += (
-        f" and is in full effect from step {full}."
-        if full is not None
-        else "; the run ended on the ramp to its full effect."
+    effect = (
+        "; the run ended on the ramp to its full effect" if full is None else f" and is in full effect from step {full}"
     )
     rank, mass = (run.series.get(key, ([], [0.0]))[1][-1] for key in ("scao/rank", "scao/captured_mass"))
     return [
-        said,
+        f"Phase 2, with curvature, is first logged at step {second}{effect}.",
         f"At the end {rank:.3g} directions were in use on average, holding {mass:.0%} of the measured curvature.",
     ]

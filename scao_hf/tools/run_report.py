@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from scao_hf.tools import ToolError, matrices
+from scao_hf.tools import matrices, writing
 from scao_hf.tools import page as html
-from scao_hf.tools.page import INK, LINE
+from scao_hf.tools.page import LINE
 from scao_hf.tools.run_log import Run, findings, read_run, run_folder
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ PANELS = (
         "scao/skipped", "Skipped steps", "How often so far a matrix was left as it was: its gradient held NaN or Inf."
     ),
 )
+#: Of these a sentence says that they are zero throughout.
+SILENT = ("scao/skipped", "scao/damped")
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,13 @@ class Report:
     findings: list[str]
 
 
-def smooth(values: list[float], width: int) -> list[float]:
-    """Mean of the last ``width`` finite values at each point."""
-    out, window = [], list[float]()
-    for value in values:
-        if math.isfinite(value):
-            window = [*window, value][-width:]
-        out.append(fmean(window) if window else math.nan)
-    return out
-
-
-def _draw(axes: Axes, run: Run, panel: Panel) -> None:
-    steps, values = run.series[panel.key]
-    for begin, end, colour in run.bands():
-        axes.axvspan(begin, end, color=colour, linewidth=0, zorder=0)
+def _draw(run: Run, panel: Panel, figure: Figure) -> None:
+    axes = figure.add_subplot()
+    steps, values = run.of(panel.key)
+    html.shade(axes, html.bands(*run.of("scao/blend")))
     if panel.key == "loss" and len(values) > 20:
         axes.plot(steps, values, color=LINE, linewidth=0.7, alpha=0.35)
-        values = smooth(values, max(5, len(values) // 20))
+        values = html.smoothed(values)
     axes.plot(steps, values, color=LINE, linewidth=1.6, marker="o" if len(steps) < 13 else None, markersize=4)
     if panel.log and all(value > 0 for value in values if math.isfinite(value)) and max(values) > 20 * min(values):
         axes.set_yscale("log")
@@ -104,45 +95,14 @@ def _plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _pictures(run: Run, panels: list[Panel]) -> list[tuple[Panel | matrices.Map, Callable[[Figure], object]]]:
-    """Every chart and heat map with what draws it."""
-    charts: list[tuple[Panel | matrices.Map, Callable[[Figure], object]]] = [
-        (panel, lambda figure, panel=panel: _draw(figure.add_subplot(), run, panel))  # type: ignore[misc]
-        for panel in panels
+def _charts(run: Run) -> list[html.Chart]:
+    """Every panel that the run has figures for, and its heat maps."""
+    charts = [
+        html.Chart(panel.title, panel.words, partial(_draw, run, panel))
+        for panel in PANELS
+        if any(map(math.isfinite, values := run.of(panel.key)[1])) and (panel.key not in SILENT or any(values))
     ]
-    if (found := run.matrices) is not None:
-        charts += [
-            (chosen, lambda figure, chosen=chosen: matrices.draw_map(figure, found, chosen, INK))  # type: ignore[misc]
-            for chosen in matrices.MAPS
-        ]
-    return charts
-
-
-def _png(run: Run, panels: list[Panel], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    pictures = _pictures(run, panels)
-    rows = -(-len(pictures) // 2)
-    figure = Figure(figsize=(11, 2.7 * rows + 0.6), layout="constrained", facecolor="white")
-    title = f"{run.name}: grey phase 1 (AdamW), amber ramp, green phase 2 (curvature)"
-    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
-    parts = figure.subfigures(rows, 2, squeeze=False).flatten()
-    for part, (panel, draw) in zip(parts, pictures, strict=False):
-        part.suptitle(panel.title, fontsize=11, color=INK)
-        draw(part)
-    figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.2)
-
-
-def _page(run: Run, panels: list[Panel], said: list[str]) -> str:
-    key = html.key(html.PHASES) if "scao/phase" in run.series else ""
-    charts = "\n".join(
-        html.chart(panel.title, html.svg(f"{panel.title} over steps", draw, panel.key), panel.words)
-        for panel, draw in _pictures(run, panels)
-    )
-    about = run.matrices.about if run.matrices else []
-    settings = html.table((), [(name, [value]) for name, value in about]) if about else ""
-    body = f'{settings}{key}\n<main class="charts">{charts}</main>'
-    return html.page(f"Run {run.name}", said[:1], said[1:], body, "scao-hf report")
+    return charts + (matrices.charts(run.matrices) if run.matrices else [])
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Report:
@@ -157,21 +117,14 @@ def write_report(run_dir: Path, out: Path | None = None) -> Report:
     """
     run_dir = run_folder(run_dir)
     run = read_run(run_dir)
-    panels = [panel for panel in PANELS if any(map(math.isfinite, run.series.get(panel.key, ([], []))[1]))]
-    # Where these are zero throughout, a sentence says it.
-    silent = [key for key in ("scao/skipped", "scao/damped") if not any(run.series.get(key, ([], []))[1])]
-    panels = [panel for panel in panels if panel.key not in silent]
-    said = findings(run)
-    folder = out or run_dir
+    charts, said, folder = _charts(run), findings(run), out or run_dir
+    about = run.matrices.about if run.matrices else []
+    body = html.table((), [(name, [value]) for name, value in about]) if about else ""
+    body += html.key(html.PHASES) if run.of("scao/blend")[0] else ""
     page, png = folder / HTML_NAME, folder / PNG_NAME
-    actions: list[Callable[[], Any]] = [
-        lambda: folder.mkdir(parents=True, exist_ok=True),
-        lambda: page.write_text(_page(run, panels, said), encoding="utf-8", errors="replace"),
-        lambda: _png(run, panels, png),
-    ]
-    try:
-        for action in actions:
-            action()
-    except OSError as error:
-        raise ToolError(f"{folder} cannot be written to ({error.strerror}): choose another with --out") from error
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        text = html.page(f"Run {run.name}", said[:1], said[1:], body, charts, "scao-hf report")
+        page.write_text(text, encoding="utf-8", errors="replace")
+        html.png(f"{run.name}: grey phase 1 (AdamW), amber ramp, green phase 2 (curvature)", charts, png)
     return Report(page, png, said)
