@@ -18,7 +18,8 @@ pytest.importorskip("transformers")
 
 from test_tools import mistake, run
 
-from scao_hf.tools import ToolError, arms, comparison, comparison_page, measure
+from scao_hf.tools import ToolError, arms, comparison, measure
+from scao_hf.tools import page as tool_page
 from scao_hf.tools.arms import Arm, Job, Outcome, Rate
 from scao_hf.tools.comparison import Side
 from scao_hf.tools.page import FIRST, RAMP, SECOND
@@ -41,7 +42,7 @@ def test_arms_differ_in_the_optimizer_alone(tmp_path: Path) -> None:
     asked = job(tmp_path, plugins=["axolotl_plugin.SCAOPlugin", "some.Other"], evals_per_epoch=3, wandb_project="x")
     adamw, scao = (Arm(asked, name, Rate(1.0, relative=True)).config() for name in ("adamw_torch", "scao"))
     assert adamw["plugins"] == ["some.Other", arms.ARM_PLUGIN]
-    assert scao["plugins"] == ["some.Other", arms.SCAO_PLUGIN, arms.ARM_PLUGIN]
+    assert scao["plugins"] == ["some.Other", "axolotl_plugin.SCAOPlugin", arms.ARM_PLUGIN]
     assert scao["scao_k_max"] == 8 and not any(key.startswith("scao_") for key in adamw)
     assert not {"evals_per_epoch", "wandb_project"} & set(scao)
     assert (scao["max_steps"], scao["logging_steps"], scao["seed"], scao["eval_steps"]) == (20, 1, 42, 20)
@@ -54,7 +55,7 @@ def test_arms_differ_in_the_optimizer_alone(tmp_path: Path) -> None:
 def test_fused_experts_are_fused_in_both_arms(tmp_path: Path) -> None:
     pytest.importorskip("axolotl")
     config = Arm(job(tmp_path, scao_fuse_moe=True, adapter="lora"), "adamw_torch", Rate(1e-3)).config()
-    assert config["plugins"] == [arms.SCAO_PLUGIN, arms.ARM_PLUGIN] and config["scao_fuse_moe"]
+    assert config["plugins"] == ["axolotl_plugin.SCAOPlugin", arms.ARM_PLUGIN] and config["scao_fuse_moe"]
     assert "scao_k_max" not in config
 
 
@@ -105,6 +106,9 @@ def test_the_yamls_own_optimizer_is_what_scao_is_compared_with(tmp_path: Path) -
     assert arms.rivals_of(own) == ["adamw_bnb_8bit"] and arms.rivals_of(own, "lion_8bit") == ["lion_8bit"]
     assert "optim_args" in Arm(own, "adamw_bnb_8bit", Rate(1e-3)).config()
     assert "optim_args" not in Arm(own, "scao", Rate(1e-3)).config()
+    unnamed = job(tmp_path, optimizer=None, optim_args={"foreach": True})  # Axolotl takes adamw_torch_fused then
+    kept = ["optim_args" in Arm(unnamed, f"adamw_torch{kind}", Rate(1e-3)).config() for kind in ("_fused", "")]
+    assert kept == [True, False]
     assert arms.rivals_of(job(tmp_path, optimizer="muon")) == ["muon"]  # Axolotl's, not one of transformers
     assert arms.rivals_of(own, "adamw_torch, muon,adamw_torch") == ["adamw_torch", "muon"]
 
@@ -359,7 +363,7 @@ def test_the_page_has_the_verdict_the_figures_and_a_chart_for_each_other(tmp_pat
     for title in ("Loss by step", "Loss by time", "Loss by learning rate", "scao minus muon, batch by batch"):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<svg ") == 5 and "ramp" in page and "src=" not in page
-    assert comparison_page.bands([0.0, 0.0, 0.5, 1.0]) == [(0, 2, FIRST), (2, 3, RAMP), (3, 4, SECOND)]
+    assert tool_page.bands(range(1, 5), [0.0, 0.0, 0.5, 1.0]) == [(0, 2, FIRST), (2, 3, RAMP), (3, 4, SECOND)]
 
 
 def noisy(gap: float, spread: float = 0.01, **fields: Any) -> Outcome:
@@ -454,8 +458,8 @@ def test_verdict_names_what_is_wrong(scao: Outcome, words: str, tmp_path: Path) 
 def test_the_time_of_all_runs_is_estimated_from_the_first_steps() -> None:
     assert comparison.estimate(outcome([1.0] * 3), 400) == ""
     said = "about {} of training in all, besides loading and evaluation"
-    assert comparison.estimate(outcome([1.0] * 9, each=0.5), 400) == "0.5 seconds a step: " + said.format("3.3 minutes")
-    assert said.format("1.7 hours") in comparison.estimate(outcome([1.0] * 9, each=30.0), 200)
+    assert comparison.estimate(outcome([1.0] * 9, each=0.5), 400) == "0.5 s a step: " + said.format("3 min 20 s")
+    assert said.format("1 h 40 min") in comparison.estimate(outcome([1.0] * 9, each=30.0), 200)
 
 
 # --- real runs

@@ -13,39 +13,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import yaml  # type: ignore[import-untyped, unused-ignore]
+
 from axolotl_plugin.values import Findings
 from scao_hf.options import did_you_mean, resolve_arguments
 from scao_hf.rules import rule_of
-from scao_hf.tools import ToolError, logged
+from scao_hf.tools import ToolError, axolotl_yaml, json_rows, logged, writing
 from scao_hf.tools.axolotl_keys import unknown
-from scao_hf.tools.axolotl_yaml import collection, missing_inputs, optimizer_of, plugin_note, read_yaml, scao_options
+from scao_hf.tools.axolotl_yaml import PLUGIN, collection
 
-ARM_PLUGIN, SCAO_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin", "axolotl_plugin.SCAOPlugin"
+#: Records a run that Axolotl makes.
+ARM_PLUGIN = "scao_hf.tools.axolotl_arm.MeasurePlugin"
 #: Environment variables of a run: where its measurements go, and for a script what is to be run (JSON).
 FILE_VARIABLE, ARM_VARIABLE = "SCAO_COMPARE_FILE", "SCAO_COMPARE_ARM"
 #: Keys of a YAML that a short run must not keep: schedules of saving and evaluating, early ends, other services.
 DROPPED = (
-    "evals_per_epoch",
-    "saves_per_epoch",
-    "eval_strategy",
-    "save_strategy",
-    "save_first_step",
-    "save_only_model",
-    "early_stopping_patience",
-    "load_best_model_at_end",
-    "resume_from_checkpoint",
-    "hub_model_id",
-    "hub_strategy",
-    "use_tensorboard",
+    *("evals_per_epoch", "saves_per_epoch", "eval_strategy", "save_strategy", "save_first_step", "save_only_model"),
+    *("early_stopping_patience", "load_best_model_at_end", "resume_from_checkpoint", "use_tensorboard"),
+    *("hub_model_id", "hub_strategy"),
 )
+SERVICES = ("wandb_", "mlflow_", "comet_", "trackio_", "swanlab_", "use_wandb", "use_mlflow", "use_comet")
 #: Optimizers that SCAO is compared with at most: each takes as long as SCAO.
 MOST_RIVALS = 4
-SERVICES = ("wandb_", "mlflow_", "comet_", "trackio_", "swanlab_", "use_wandb", "use_mlflow", "use_comet")
 
 
 @dataclass(frozen=True)
@@ -83,10 +78,15 @@ class Job:
     def script(self) -> bool:
         return self.source.suffix == ".py"
 
+    @cached_property
+    def raw(self) -> dict[str, Any]:
+        """The YAML with its changes, as it was when it was first read."""
+        return {**axolotl_yaml.read_yaml(self.source), **self.changes}
+
     @property
     def note(self) -> str | None:
         """What the reader should know about the YAML as it stands."""
-        return None if self.script else plugin_note({**read_yaml(self.source), **self.changes})
+        return None if self.script else axolotl_yaml.plugin_note(self.raw)
 
     def __post_init__(self) -> None:
         if not self.source.is_file():
@@ -101,48 +101,42 @@ class Job:
             raise ToolError(
                 "--set changes keys of a YAML: pass a script's arguments after --, and --seeds for more seeds"
             )
-        if not self.script and self.arguments:
-            raise ToolError("arguments after -- are for a script: change keys of a YAML with --set KEY=VALUE")
         if not self.script:
-            self._check_keys()
-            self._check_scao()
-            if importlib.util.find_spec("axolotl") is None:
-                raise ToolError("comparing with an Axolotl YAML needs axolotl: pip install 'scao-hf[axolotl]'")
+            self._check_yaml()
 
-    def _check_keys(self) -> None:
-        """Refuse a misspelt key, which Axolotl would ignore."""
-        strange = unknown(set(self.changes) - set(read_yaml(self.source)))
-        if strange:
+    def _check_yaml(self) -> None:
+        """Refuse what Axolotl would ignore and what SCAO would refuse, before the others' runs have taken their time."""
+        if self.arguments:
+            raise ToolError("arguments after -- are for a script: change keys of a YAML with --set KEY=VALUE")
+        if strange := unknown(set(self.changes) - set(axolotl_yaml.read_yaml(self.source))):
             named = ", ".join(f"{key!r}{near}" for key, near in strange.items())
             raise ToolError(
                 f"--set has {named}, which Axolotl does not read; a key that is newer than this goes into the YAML"
             )
-
-    def _check_scao(self) -> None:
-        """Refuse what SCAO would refuse, before the other optimizer's run has taken its time."""
-        raw = {key: value for key, value in {**read_yaml(self.source), **self.changes}.items() if key != "max_steps"}
         findings = Findings()
-        passed = scao_options(raw, findings)
-        if problems := findings.errors + missing_inputs(raw):
+        options = axolotl_yaml.scao_options(
+            {key: value for key, value in self.raw.items() if key != "max_steps"}, findings
+        )
+        if problems := findings.errors + axolotl_yaml.missing_inputs(self.raw):
             raise ToolError(f"{self.source}: {'; '.join(problems)}")
-        if raw.get("deepspeed"):
+        if self.raw.get("deepspeed"):
             raise ToolError(
-                f"{self.source}: deepspeed: {raw['deepspeed']}: compare trains in one process, without DeepSpeed's launcher, "
-                "where ZeRO has nothing to share out: add --set deepspeed=null"
+                f"{self.source}: deepspeed: {self.raw['deepspeed']}: compare trains in one process, without DeepSpeed's "
+                "launcher, where ZeRO has nothing to share out: add --set deepspeed=null"
             )
-        options = resolve_arguments(passed)
+        options = resolve_arguments(options)
         start = rule_of(options, matrix=True).phase1_steps(options)
         if self.steps <= start:
             raise ToolError(
                 f"--steps {self.steps} would end before SCAO's phase 2, which begins after step {start}: pass more steps, "
                 "or lower scao_warmup_steps and scao_precond_freq"
             )
+        if importlib.util.find_spec("axolotl") is None:
+            raise ToolError("comparing with an Axolotl YAML needs axolotl: pip install 'scao-hf[axolotl]'")
 
 
 def parse_changes(pairs: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` texts as a mapping, the values read as YAML."""
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
     changes = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
@@ -165,7 +159,7 @@ def rivals_of(job: Job, against: str | None = None) -> list[str]:
     Raises:
         ToolError: one of them is not an optimizer.
     """
-    own = "scao" if job.script else optimizer_of({"optimizer": "scao", **read_yaml(job.source), **job.changes})
+    own = "scao" if job.script else axolotl_yaml.optimizer_of({"optimizer": "scao", **job.raw})
     default = "adamw_torch" if own == "scao" else own
     names = list(dict.fromkeys(filter(None, map(str.strip, (against or default).split(",")))))
     if not names or len(names) > MOST_RIVALS:
@@ -193,23 +187,6 @@ def axolotl_optimizers() -> list[str]:
     return done.stdout.split() if done.returncode == 0 else []
 
 
-def _number(value: Any) -> float:
-    """A number in a YAML, NaN where there is none; YAML reads 5e-4 as text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
-
-
-def _seed(raw: dict[str, Any]) -> int:
-    value = raw.get("seed")
-    if value is None:
-        return 42  # Axolotl's default
-    if not isinstance(value, int):
-        raise ToolError(f"seed is {value!r}: it must be an integer")
-    return value
-
-
 @dataclass(frozen=True)
 class Arm:
     """One run: an optimizer at a learning rate; ``seed`` is added to the configuration's own."""
@@ -221,80 +198,65 @@ class Arm:
 
     def config(self) -> dict[str, Any]:
         """The YAML of the run, without its folders; for a script, what ``measure.prepare_trainer`` takes."""
-        save = max(1, self.job.steps // 4)
+        steps, save = self.job.steps, max(1, self.job.steps // 4)
         if self.job.script:
-            rate = {"learning_rate": None, "scale": self.rate.value} if self.rate.relative else {}
-            rate = rate or {"learning_rate": self.rate.value, "scale": 1.0}
-            return {
-                "optimizer": self.optimizer,
-                "steps": self.job.steps,
-                "save_steps": save,
-                "seed": self.seed,
-                **rate,
-            }
-        raw = {**read_yaml(self.job.source), **self.job.changes}
-        own = str(raw.get("optimizer") or "adamw_torch").strip().lower()
+            rate, scale = (None, self.rate.value) if self.rate.relative else (self.rate.value, 1.0)
+            run = {"optimizer": self.optimizer, "steps": steps, "save_steps": save, "seed": self.seed}
+            return {**run, "learning_rate": rate, "scale": scale}
+        raw, ours = self.job.raw, self.optimizer == "scao"
         kept = {key: value for key, value in raw.items() if key not in DROPPED and not key.startswith(SERVICES)}
-        plugins = [plugin for plugin in collection(raw, "plugins", list) if plugin not in (ARM_PLUGIN, SCAO_PLUGIN)]
-        if self.optimizer == "scao" or raw.get("scao_fuse_moe"):  # the latter acts with any optimizer
-            plugins.append(SCAO_PLUGIN)
-        if self.optimizer != "scao":
+        if not ours:
             kept = {key: value for key, value in kept.items() if not key.startswith("scao_") or key == "scao_fuse_moe"}
-        if self.optimizer != own:
+        if self.optimizer != axolotl_yaml.optimizer_of(raw):
             kept.pop("optim_args", None)
-        base = _number(raw.get("learning_rate"))
-        if self.rate.relative and not base > 0:
-            raise ToolError(
-                f"{self.job.source} has no learning_rate above 0 ({raw.get('learning_rate')!r}): add one, or pass --lr NUMBER"
-            )
-        kept |= {
+        plugins = [plugin for plugin in collection(raw, "plugins", list) if plugin not in (ARM_PLUGIN, PLUGIN)]
+        if ours or raw.get("scao_fuse_moe"):  # the latter acts with any optimizer
+            plugins.append(PLUGIN)
+        if self.rate.relative and raw.get("learning_rate") is None:
+            raise ToolError(f"{self.job.source} has no learning_rate: add one, or pass --lr NUMBER")
+        seed = 42 if raw.get("seed") is None else raw["seed"]  # Axolotl's default
+        if not isinstance(seed, int):
+            raise ToolError(f"seed is {seed!r}: it must be an integer")
+        kept.pop("eval_steps", None)
+        if raw.get("val_set_size") or raw.get("test_datasets"):
+            kept["eval_steps"] = steps
+        return {
+            "dataset_prepared_path": str(self.job.out / "prepared"),
+            **kept,
             "plugins": [*plugins, ARM_PLUGIN],
             "optimizer": self.optimizer,
-            "learning_rate": base * self.rate.value if self.rate.relative else self.rate.value,
-            "max_steps": self.job.steps,
+            "learning_rate": float(raw["learning_rate"]) * self.rate.value if self.rate.relative else self.rate.value,
+            "max_steps": steps,
             "logging_steps": 1,
             "save_steps": save,
             "save_total_limit": 1,
-            "seed": _seed(raw) + self.seed,
+            "seed": seed + self.seed,
             "auto_resume_from_checkpoints": True,
         }
-        kept.setdefault("dataset_prepared_path", str(self.job.out / "prepared"))
-        if raw.get("val_set_size") or raw.get("test_datasets"):
-            kept["eval_steps"] = self.job.steps
-        else:
-            kept.pop("eval_steps", None)
-        return kept
 
     @property
     def folder(self) -> Path:
         """Its name holds a digest of everything that defines the run, so that another run never continues in it."""
         text = json.dumps(self.config(), sort_keys=True, default=str)
-        if self.job.script:
-            source = self.job.source.read_text(
-                encoding="utf-8", errors="backslashreplace"
-            )  # it may say its own encoding
-            text += "\0".join([source, *self.job.arguments])
+        if self.job.script:  # which may say its own encoding
+            text += "\0".join(
+                [self.job.source.read_text(encoding="utf-8", errors="backslashreplace"), *self.job.arguments]
+            )
         name = re.sub(r"[^\w.-]", "_", f"{self.optimizer}-{self.rate.text}")
         return self.job.out / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def command(self) -> tuple[list[str], dict[str, str]]:
         """What starts the run, after writing its configuration, and the environment that it needs."""
-        import yaml  # type: ignore[import-untyped, unused-ignore]
-
-        output = str(self.folder / "run")
+        config = {**self.config(), "output_dir": str(self.folder / "run")}
         environment = {FILE_VARIABLE: str(self.folder / "measurements.jsonl")}
         if self.job.script:
-            environment[ARM_VARIABLE] = json.dumps({**self.config(), "output_dir": output})
-            return [
-                sys.executable,
-                "-m",
-                "scao_hf.tools.measure",
-                str(self.job.source),
-                *self.job.arguments,
-            ], environment
-        path = self.folder / "config.yml"
-        path.write_text(yaml.safe_dump({**self.config(), "output_dir": output}, sort_keys=False), encoding="utf-8")
-        return [sys.executable, "-m", "axolotl.cli.main", "train", str(path), "--launcher", "python"], environment
+            words = ["scao_hf.tools.measure", str(self.job.source), *self.job.arguments]
+            environment[ARM_VARIABLE] = json.dumps(config)
+        else:
+            path = self.folder / "config.yml"
+            path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            words = ["axolotl.cli.main", "train", str(path), "--launcher", "python"]
+        return [sys.executable, "-m", *words], environment
 
 
 @dataclass(frozen=True)
@@ -349,31 +311,29 @@ class Outcome:
 
 def read_outcome(path: Path, steps: int) -> Outcome:
     """What the recorder has written; the later line counts where a resumed run has repeated a step."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be half written
+    rows = json_rows(path) if path.is_file() else []
     by_step = {row["step"]: row for row in rows if "loss" in row}
     ordered = [by_step[step] for step in sorted(by_step)]
     begin: dict[str, Any] = next((row for row in rows if "begin" in row), {})
     complete = any(row.get("end") == steps for row in rows) and len(ordered) == steps
+
+    def figures(key: str) -> list[Any]:  # of every step, nothing where a step lacks it
+        values = [row.get(key) for row in ordered]
+        return [] if None in values else values
+
     return Outcome(
         learning_rate=begin.get("learning_rate", math.nan),
-        losses=[logged(row["loss"]) for row in ordered],
-        seconds=[row["seconds"] for row in ordered],
-        data=[row["data"] for row in ordered],
+        losses=list(map(logged, figures("loss"))),
+        seconds=figures("seconds"),
+        data=figures("data"),
         eval_loss=next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None),
-        state_bytes=max((row["state_bytes"] for row in ordered), default=0),
-        peak_bytes=max((row["peak_bytes"] for row in ordered), default=0),
+        state_bytes=max(figures("state_bytes"), default=0),
+        peak_bytes=max(figures("peak_bytes"), default=0),
         device=begin.get("device", "cpu"),
-        blends=_of_all(ordered, "blend"),
-        rewards=_of_all(ordered, "reward"),
+        blends=figures("blend"),
+        rewards=list(map(logged, figures("reward"))),
         failure=None if complete else f"it stopped after step {len(ordered)} of {steps}",
     )
-
-
-def _of_all(rows: list[dict[str, Any]], key: str) -> list[float]:
-    """A figure of every step, nothing where a step lacks it."""
-    values = [row.get(key) for row in rows]
-    return [] if None in values else [logged(value) for value in values if value is not None]
 
 
 def reason(log: str) -> str:
@@ -406,10 +366,8 @@ def run_arm(arm: Arm, progress: Callable[[Outcome], None]) -> Outcome:
     if done.failure is None:
         progress(done)
         return done
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ToolError(f"{folder} cannot be written to ({error.strerror}): choose another with --out") from error
     # A run is resumed only where both are there: its checkpoint and what it has written down until then.
     if not measurements.exists():
         shutil.rmtree(folder / "run", ignore_errors=True)
@@ -431,4 +389,4 @@ def run_arm(arm: Arm, progress: Callable[[Outcome], None]) -> Outcome:
     if outcome.failure is None:
         return outcome
     said = reason(log.read_text(encoding="utf-8", errors="replace"))
-    return Outcome(**{**vars(outcome), "failure": f"{outcome.failure}: {said} (log: {log})"})
+    return replace(outcome, failure=f"{outcome.failure}: {said} (log: {log})")
