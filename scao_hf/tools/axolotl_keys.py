@@ -17,49 +17,40 @@ READ = frozenset(
     """.split()
 )
 
-SPREAD = "weights and state are spread over several cards; without the key, one card that holds all of it is counted"
-
-#: Keys that change what a run holds in a way that is not counted, and why; refused wherever they are set.
-REFUSED = {
-    "deepspeed": SPREAD,
-    "dp_shard_size": SPREAD,
-    "fsdp": SPREAD,
-    "fsdp_config": SPREAD,
-    "lora_target_parameters": "LoRA on stacked experts would not be counted; docs/moe.md has measured figures",
-    "quantize_moe_experts": "stacked experts in 4 bit would not be counted; docs/moe.md has measured figures",
-    "dense_mixer": "the routing of all experts would not be counted",
-    "lora_model_dir": "the rank and the layers of a saved adapter are not read",
-    "llama4_linearized_experts": "experts as linear layers are not counted",
-    "lora_rank_pattern": "layers with ranks of their own are not counted",
-    "peft_layer_replication": "it changes the number of layers",
-    "peft_layers_pattern": "which layers have LoRA is not worked out",
-    "peft_layers_to_transform": "which layers have LoRA is not worked out",
-    "peft_trainable_token_indices": "trained rows of the embeddings are not counted",
-    "peft_use_dora": "the magnitudes of DoRA and what it keeps for the backward pass are not counted",
-    "unfrozen_parameters": "which weights are trained is not worked out",
-    "spectrum_top_fraction": "which weights are trained is not worked out",
-    "freeze_mm_modules": "images and sound are not counted",
-    "processor_type": "images and sound are not counted",
-    "reward_model": "a model with a score instead of logits is not counted",
-    "process_reward_model": "a model with a score instead of logits is not counted",
-    "kd_trainer": "what distillation holds is not counted",
-    "diffusion": "what diffusion training holds is not counted",
-    "use_mora": "the shapes of MoRA are not counted",
-    "model_kwargs": "what they change is not known",
-    "trainer_cls": "what a trainer of your own holds is not known",
-    "fp8": "weights in 8-bit floating point are not counted",
-    "gptq": "weights in GPTQ are not counted",
-    "model_quantization_config": "weights in that format are not counted",
-    "nonexpert_quantization": "weights in that format are not counted",
-    "gemma4_fp8_nonexpert": "weights in that format are not counted",
-    "gemma4_nf4_nonexpert": "weights in that format are not counted",
-    "use_onebitllms": "weights in that format are not counted",
-    "qat": "the simulated quantisation is not counted",
-    "use_eaft": "its loss keeps more than cross-entropy",
-    "selective_checkpointing": "which activations are kept is not worked out",
-    "max_memory": "layers that stay in the host's memory are not told apart",
-    "gpu_memory_limit": "layers that stay in the host's memory are not told apart",
+#: What changes what a run holds in a way that is not counted, and the keys that do; refused wherever they are set.
+REASONS = {
+    "weights and state are spread over several cards; without the key, one card that holds all of it is counted": (
+        "deepspeed dp_shard_size fsdp fsdp_config"
+    ),
+    "LoRA on stacked experts would not be counted; docs/moe.md has measured figures": "lora_target_parameters",
+    "stacked experts in 4 bit would not be counted; docs/moe.md has measured figures": "quantize_moe_experts",
+    "the routing of all experts would not be counted": "dense_mixer",
+    "the rank and the layers of a saved adapter are not read": "lora_model_dir",
+    "experts as linear layers are not counted": "llama4_linearized_experts",
+    "layers with ranks of their own are not counted": "lora_rank_pattern",
+    "it changes the number of layers": "peft_layer_replication",
+    "which layers have LoRA is not worked out": "peft_layers_pattern peft_layers_to_transform",
+    "trained rows of the embeddings are not counted": "peft_trainable_token_indices",
+    "the magnitudes of DoRA and what it keeps for the backward pass are not counted": "peft_use_dora",
+    "which weights are trained is not worked out": "unfrozen_parameters spectrum_top_fraction",
+    "images and sound are not counted": "freeze_mm_modules processor_type",
+    "a model with a score instead of logits is not counted": "reward_model process_reward_model",
+    "what distillation holds is not counted": "kd_trainer",
+    "what diffusion training holds is not counted": "diffusion",
+    "the shapes of MoRA are not counted": "use_mora",
+    "what they change is not known": "model_kwargs",
+    "what a trainer of your own holds is not known": "trainer_cls",
+    "weights in 8-bit floating point are not counted": "fp8",
+    "weights in GPTQ are not counted": "gptq",
+    "weights in that format are not counted": (
+        "model_quantization_config nonexpert_quantization gemma4_fp8_nonexpert gemma4_nf4_nonexpert use_onebitllms"
+    ),
+    "the simulated quantisation is not counted": "qat",
+    "its loss keeps more than cross-entropy": "use_eaft",
+    "which activations are kept is not worked out": "selective_checkpointing",
+    "layers that stay in the host's memory are not told apart": "max_memory gpu_memory_limit",
 }
+REFUSED = frozenset(" ".join(REASONS.values()).split())
 
 #: Keys with which a run needs less than is counted, which is said.
 LESS = frozenset(

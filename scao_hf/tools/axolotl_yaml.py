@@ -8,11 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import yaml  # type: ignore[import-untyped, unused-ignore]
+
 from axolotl_plugin import rules
 from axolotl_plugin.values import Findings, read_raw
 from scao_hf.options import did_you_mean
 from scao_hf.tools import ToolError
-from scao_hf.tools.axolotl_keys import LESS, MORE, REFUSED, unknown
+from scao_hf.tools.axolotl_keys import LESS, MORE, REASONS, unknown
 from scao_hf.tools.settings import PREFERENCES, Settings, local_folder
 
 #: Numbers that the rules calculate with; YAML reads 5e-4 as text, and Axolotl takes that as the number.
@@ -22,8 +24,8 @@ NUMBERS = (
 )
 #: Whole numbers, which Axolotl takes as text ("16") and with a point (16.0) as well.
 COUNTS = ("lora_r", "micro_batch_size", "sequence_len", "max_steps")
-#: Kinds of reinforcement learning that generate while they train.
-ON_POLICY = ("grpo", "gdpo", "ebft")
+#: The line that a YAML needs for ``optimizer: scao`` to be this SCAO.
+PLUGIN = "axolotl_plugin.SCAOPlugin"
 #: Attention that needs 16-bit activations, for which Axolotl leaves no weight in 32 bit when everything is trained.
 SIXTEEN_BIT_ATTENTION = ("flash_attention", "flex_attention", "sage_attention", "xformers_attention")
 #: Endings of files with data, which no name on the hub has.
@@ -34,8 +36,6 @@ PLUGINS = ("axolotl_plugin", "cut_cross_entropy", "liger", "lm_eval", "swanlab",
 
 def parse(text: str) -> Any:
     """What a YAML says, its whole numbers as Axolotl has them."""
-    import yaml  # type: ignore[import-untyped, unused-ignore]
-
     raw = yaml.safe_load(text)
     for key in COUNTS if isinstance(raw, dict) else ():
         if isinstance(raw.get(key), (str, float)):
@@ -45,14 +45,18 @@ def parse(text: str) -> Any:
     return raw
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, instead: str = "") -> dict[str, Any]:
     """The mapping in a YAML file.
 
-    Raises:
-        ToolError: it is not a YAML mapping, or names no model.
-    """
-    import yaml  # type: ignore[import-untyped, unused-ignore]
+    Args:
+        path: of the file.
+        instead: what else may be passed, for the message where there is no file.
 
+    Raises:
+        ToolError: there is no such file, it is not a YAML mapping, or names no model.
+    """
+    if not path.is_file():
+        raise ToolError(f"there is no file {path}: pass the path of an Axolotl YAML{instead}")
     try:
         raw = parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -131,11 +135,9 @@ def from_yaml(path: Path) -> Settings:
         ToolError: the file is missing, is not a YAML mapping, lacks ``base_model``, would not train with SCAO, or asks for what
             cannot be planned; everything that is wrong is named.
     """
-    if not path.is_file():
-        raise ToolError(f"there is no file {path}: pass the path of an Axolotl YAML, or --model NAME instead of a file")
     if path.suffix == ".py":
         raise ToolError(f"{path} is a script, which cannot be planned: pass --model NAME, or an Axolotl YAML")
-    raw = read_yaml(path)
+    raw = read_yaml(path, instead=", or --model NAME instead of a file")
     findings = Findings()
     values: dict[str, Any] = {"scao": scao_options(raw, findings)}
     problems = [*findings.errors, *_refusals(raw)]
@@ -180,11 +182,10 @@ _READERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def _refusals(raw: dict[str, Any]) -> list[str]:
     """Everything in the YAML that cannot be planned, each by its key."""
-    reasons: dict[str, list[str]] = {}
-    for key, reason in REFUSED.items():
-        if raw.get(key):
-            reasons.setdefault(reason, []).append(key)
-    problems = [f"{', '.join(keys)} cannot be planned: {reason}" for reason, keys in reasons.items()]
+    problems: list[str] = []
+    for reason, refused in REASONS.items():
+        if keys := list(filter(raw.get, refused.split())):
+            problems.append(f"{', '.join(keys)} cannot be planned: {reason}")
     adapter, kind = raw.get("adapter"), raw.get("rl")
     if adapter not in (None, "lora", "qlora"):
         problems.append(f"adapter {adapter!r} cannot be planned: it must be lora, qlora or absent")
@@ -192,7 +193,7 @@ def _refusals(raw: dict[str, Any]) -> list[str]:
         problems.append("adapter: qlora needs load_in_4bit: true")
     if adapter == "lora" and raw.get("load_in_4bit"):
         problems.append("load_in_4bit has no effect in Axolotl with adapter: lora: write adapter: qlora")
-    if kind in ON_POLICY:
+    if kind in rules.ON_POLICY:
         problems.append(f"rl: {kind} cannot be planned: {_generation(raw)}")
     elif kind not in (None, False, *PREFERENCES):
         problems.append(f"rl: {kind} cannot be planned: only {', '.join(PREFERENCES)} and plain fine-tuning can")
@@ -240,25 +241,26 @@ def _targets(raw: dict[str, Any]) -> str | tuple[str, ...]:
     return targets if isinstance(targets, str) else tuple(map(str, collection(raw, "lora_target_modules", list)))
 
 
+def has_plugin(raw: dict[str, Any]) -> bool:
+    """Whether the YAML loads this SCAO."""
+    return any("axolotl_plugin" in str(plugin) for plugin in collection(raw, "plugins", list))
+
+
 def plugin_note(raw: dict[str, Any]) -> str | None:
     """What a YAML with ``optimizer: scao`` trains with where it lacks the plugin's line; None for any other."""
-    named = any("axolotl_plugin" in str(plugin) for plugin in collection(raw, "plugins", list))
-    if named or str(raw.get("optimizer")).strip().lower() != "scao":
+    if has_plugin(raw) or optimizer_of(raw) != "scao":
         return None
     return (
-        "the YAML lacks `plugins: [axolotl_plugin.SCAOPlugin]`, without which `optimizer: scao` is not this SCAO: Axolotl "
+        f"the YAML lacks `plugins: [{PLUGIN}]`, without which `optimizer: scao` is not this SCAO: Axolotl "
         "up to 0.19 refuses it, later releases take the PyPI package scao, another project's"
     )
 
 
 def _notes(raw: dict[str, Any]) -> list[str]:
-    notes, plugins = [], list(map(str, collection(raw, "plugins", list)))
-    if note := plugin_note(raw):
-        notes.append(note)
+    notes, plugins = [note] if (note := plugin_note(raw)) else [], list(map(str, collection(raw, "plugins", list)))
     if optimizer_of(raw) != "scao":
         notes.append(
-            f"the YAML says `optimizer: {optimizer_of(raw)}`: planned as if it said scao, with the line "
-            "`plugins: [axolotl_plugin.SCAOPlugin]`"
+            f"the YAML says `optimizer: {optimizer_of(raw)}`: planned as if it said scao, with the line `plugins: [{PLUGIN}]`"
         )
     if others := [plugin for plugin in plugins if not any(known in plugin for known in PLUGINS)]:
         notes.append(f"what these plugins change is not counted: {', '.join(others)}")
@@ -270,5 +272,9 @@ def _notes(raw: dict[str, Any]) -> list[str]:
         )
     if more := [key for key in sorted(MORE) if raw.get(key)]:
         notes.append(f"what these keys add is not counted: {', '.join(more)}")
-    notes += [f"Axolotl does not read `{key}`{near}" for key, near in unknown(raw).items()]
-    return notes
+    return notes + unread(raw)
+
+
+def unread(raw: dict[str, Any]) -> list[str]:
+    """A note for each key that Axolotl does not know, which it would ignore."""
+    return [f"Axolotl does not read `{key}`{near}" for key, near in unknown(raw).items()]

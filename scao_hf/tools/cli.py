@@ -17,10 +17,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from scao_hf import __version__
-from scao_hf.tools import ToolError
+from scao_hf.tools import ToolError, writing
 
 if TYPE_CHECKING:
     from scao_hf.tools.plan import Plan
@@ -31,9 +31,7 @@ TRAINER_LOGITS = (
 )
 
 app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
 
@@ -58,23 +56,17 @@ def common(
 
 
 @contextmanager
-def _mistakes_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except ToolError as error:
-        print(f"scao-hf: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
-
-
-@contextmanager
-def _libraries_silent() -> Iterator[None]:
-    """Silence what transformers and its optional parts print on import."""
+def _quiet() -> Iterator[None]:
+    """Tell the user's mistakes in one line, and silence what transformers and its optional parts print on import."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except ToolError as error:
+        print(f"scao-hf: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
     finally:
         logging.disable(before)
 
@@ -103,18 +95,16 @@ def plan(
 
     CONFIG is an Axolotl YAML; without one, --model names a model. Options override the YAML.
     """
-    with _mistakes_in_one_line():
+    with _quiet():
         from scao_hf.tools import settings as asked
+        from scao_hf.tools.axolotl_yaml import from_yaml
         from scao_hf.tools.plan import make_plan
 
         if config is None and not model:
             raise ToolError("nothing to plan: pass an Axolotl YAML, or --model NAME (try --model Qwen/Qwen2.5-3B)")
         if gpu is not None and not 0 < gpu < 2**20:
             raise ToolError(f"--gpu is {gpu:g}: it must be above 0 and below {2**20}, for example --gpu 16")
-        with _libraries_silent():
-            from scao_hf.tools.axolotl_yaml import from_yaml
-
-            base = from_yaml(config) if config is not None else asked.Settings(model or "", notes=(TRAINER_LOGITS,))
+        base = from_yaml(config) if config is not None else asked.Settings(model or "", notes=(TRAINER_LOGITS,))
         chosen = asked.with_overrides(
             base,
             model=model,
@@ -127,8 +117,7 @@ def plan(
             eight_bit=False if four_bit else None,
             upcast=upcast,
         )
-        with _libraries_silent():
-            result = make_plan(chosen)
+        result = make_plan(chosen)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
@@ -148,10 +137,7 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
         f"{'' if chosen.objective == 'sft' else f', chosen and rejected ({chosen.objective})'}, "
         f"gradient checkpointing {'on' if chosen.checkpointing else 'off'}"
     )
-    table = Table()
-    table.add_column("on the card")
-    table.add_column("MiB", justify="right")
-    table.add_column("")
+    table = Table("on the card", Column("MiB", justify="right"), "")
     for row in plan.rows:
         known = "exact" if row.exact else "estimate"
         table.add_row(row.name, _mib(row.size), f"{known}: {row.remark}" if row.remark else known)
@@ -168,23 +154,23 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
         console.print(
             f"With `scao_moment_dtype: int8` and `scao_use_int8_ema: true` it is {_mib(plan.small)} MiB at its peak."
         )
-    without, with_it = plan.peaks["off"].peak, plan.peaks["on"].peak
     console.print(
-        f"Activations, logits and loss: {_mib(with_it)} MiB with gradient checkpointing, {_mib(without)} MiB without."
+        f"Activations, logits and loss: {_mib(plan.peaks['on'].peak)} MiB with gradient checkpointing, "
+        f"{_mib(plan.peaks['off'].peak)} MiB without."
     )
-    cards = Table()
-    for title in ("card", "usable", "verdict", "to make it fit"):
-        cards.add_column(title, justify="right" if title in ("card", "usable") else "left", overflow="fold")
+    columns = [Column(title, justify="right", overflow="fold") for title in ("card", "usable")]
+    cards = Table(*columns, *(Column(title, overflow="fold") for title in ("verdict", "to make it fit")))
     for card in sorted({*map(float, CARDS), *([gpu] if gpu else [])}):
         free = plan.free(card)
         room, hint = f"{abs(free) / 2**30:.1f} GiB", ""
-        verdict = f"[red]does not fit[/], {room} too much" if free < 0 else f"[green]fits[/], {room} free"
+        if free < 0:
+            verdict = f"[red]does not fit[/], {room} too much"
+        else:
+            verdict = f"{'[green]fits[/]' if free >= plan.margin else '[yellow]tight[/]'}, {room} free"
         if free < plan.margin:
-            verdict = f"[yellow]tight[/], {room} free" if free >= 0 else verdict
             changes = advice(plan, card)
-            left = free + sum(size for _, size in changes)
             hint = "\n".join(f"{text} (-{size / 2**30:.1f} GiB)" for text, size in changes)
-            if left < 0:
+            if (left := free + sum(size for _, size in changes)) < 0:
                 hint = f"a smaller model: the settings can save all but {-left / 2**30:.1f} GiB of it"
         cards.add_row(f"{card:g} GB{' (yours)' if card == gpu else ''}", f"{card * USABLE:.1f} GiB", verdict, hint)
     console.print(cards)
@@ -202,8 +188,7 @@ def compare(
     arguments: Annotated[list[str] | None, typer.Argument()] = None,
     steps: Annotated[int, typer.Option(help="Length of each run.")] = 100,
     lr: Annotated[
-        str,
-        typer.Option(help="config: the configuration's own for all; auto: each optimizer's best; or a number."),
+        str, typer.Option(help="config: the configuration's own for all; auto: each optimizer's best; or a number.")
     ] = "config",
     seeds: Annotated[int, typer.Option(help="Seeds for each optimizer; 3 or more to trust a small gap.")] = 1,
     against: Annotated[
@@ -222,24 +207,23 @@ def compare(
     Repeat the command to resume where it was stopped: finished runs are kept, the others continue from their checkpoints.
     """
     console = Console(highlight=False)
-    with _mistakes_in_one_line():
+    with _quiet():
+        from scao_hf.tools import arms, comparison
+
         if seeds < 1:
             raise ToolError(f"--seeds is {seeds}: it must be at least 1, and 3 to tell a small gap from chance")
-        with _libraries_silent():
-            from scao_hf.tools import arms, comparison
-
-            rate = comparison.parse_rate(lr)
-            job = arms.Job(config, steps, out, tuple(arguments or ()), arms.parse_changes(changes or []))
-            optimizers = [*arms.rivals_of(job, against), "scao"]
+        rate = comparison.parse_rate(lr)
+        job = arms.Job(config, steps, out, tuple(arguments or ()), arms.parse_changes(changes or []))
+        optimizers = [*arms.rivals_of(job, against), "scao"]
         runs = comparison.most_runs(rate, seeds, len(optimizers))
-        told = (
-            f"{'' if rate else 'Up to '}{runs} runs of {steps} steps, {', '.join(optimizers[:-1])} and scao, into {out}"
-        )
-        print(told, flush=True)
+        names = f"{', '.join(optimizers[:-1])} and scao"
+        print(f"{'' if rate else 'Up to '}{runs} runs of {steps} steps, {names}, into {out}", flush=True)
         if job.note:
             console.print(f"[yellow]Note:[/] {escape(job.note)}; the runs with SCAO are given it.")
+        # A notebook's shell asks for colours without being a terminal: bars would be thousands of lines there.
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         estimated = ""
-        with _progress(console) as bars:
+        with Progress(*columns, console=console, disable=not sys.stdout.isatty()) as bars:
 
             def watch(arm: arms.Arm) -> Callable[[arms.Outcome], None]:
                 text = f"{escape(arm.optimizer)}{f', seed + {arm.seed}' if arm.seed else ''}"
@@ -262,32 +246,29 @@ def compare(
                 bars.stop()
                 print(f"scao-hf: interrupted; repeat the command to resume from {out}", file=sys.stderr)
                 raise typer.Exit(130) from None
-    table = Table()
-    table.add_column("" if seeds == 1 else "first seed")
-    for side in sides:
-        table.add_column(escape(side.optimizer), justify="right")
-    for name, values in comparison.summary(sides):
-        table.add_row(name, *values)
-    if table.row_count:
-        console.print(table)
-    for sentence in comparison.verdict(sides):
-        print(sentence)
-    about = f"{config}, {steps} steps a run; {len(optimizers)} optimizers, {seeds} seed{'s' if seeds > 1 else ''}, --lr {lr}."
-    for path in comparison.write(sides, out, about):
-        print(path)
+        table = Table("" if seeds == 1 else "first seed")
+        for side in sides:
+            table.add_column(escape(side.optimizer), justify="right")
+        for name, values in comparison.summary(sides):
+            table.add_row(name, *values)
+        if table.row_count:
+            console.print(table)
+        print(*comparison.verdict(sides), sep="\n")
+        seeds_in_words = f"{seeds} seed{'s' if seeds > 1 else ''}"
+        about = f"{config}, {steps} steps a run; {len(optimizers)} optimizers, {seeds_in_words}, --lr {lr}."
+        print(*comparison.write(sides, out, about), sep="\n")
     raise typer.Exit(1 if any(side.failure for side in sides) else 0)
 
 
 @app.command()
 def migrate(
-    config: Path,
-    out: Annotated[Path | None, typer.Option(help="The new YAML; CONFIG.scao.yml if not given.")] = None,
+    config: Path, out: Annotated[Path | None, typer.Option(help="The new YAML; CONFIG.scao.yml if not given.")] = None
 ) -> None:
     """Writes an Axolotl YAML for another optimizer as one for SCAO, and shows what it changes and why.
 
     Exit code 1: SCAO will refuse the result until something else is changed; it says what.
     """
-    with _mistakes_in_one_line(), _libraries_silent():
+    with _quiet():
         from scao_hf.tools.migrate import migrate as rewrite
 
         result = rewrite(config)
@@ -296,10 +277,8 @@ def migrate(
         if write := changed or out is not None:
             if target.exists() and target.read_text(encoding="utf-8", errors="replace") != result.after:
                 raise ToolError(f"{target} exists with other content: remove it, or choose another with --out")
-            try:
+            with writing(target):
                 target.write_text(result.after, encoding="utf-8", newline=result.newline)
-            except OSError as error:
-                raise ToolError(f"{target} cannot be written ({error.strerror}): choose another with --out") from error
     if not changed:
         print(f"{config}: nothing to change, it trains with SCAO already")
     for line in result.diff(str(config), str(target)):
@@ -310,9 +289,7 @@ def migrate(
         ("SCAO will refuse this until you change", result.problems),
     ):
         if sentences:
-            print(f"{title}:")
-        for sentence in sentences:
-            print(f"  - {sentence}")
+            print(f"{title}:", *(f"  - {sentence}" for sentence in sentences), sep="\n")
     if write:
         name = shlex.quote(str(target))
         # Without --against, compare would take AdamW: the new YAML does not name the former optimizer.
@@ -320,17 +297,6 @@ def migrate(
         then = "" if result.problems else f". Next: scao-hf plan {name}, then scao-hf compare {name}{against}"
         print(f"Written: {target}{then}")
     raise typer.Exit(1 if result.problems else 0)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    # A notebook's shell asks for colours without being a terminal: bars would be thousands of lines there.
-    return Progress(*columns, console=console, disable=not sys.stdout.isatty())
 
 
 @app.command()
@@ -342,29 +308,27 @@ def report(
 
     RUN_DIR is the output folder of a Trainer or of Axolotl, a checkpoint in it, or the Axolotl YAML that names it.
     """
-    with _mistakes_in_one_line(), _libraries_silent():
+    with _quiet():
         from scao_hf.tools.run_report import write_report
 
         result = write_report(run_dir, out)
-    for sentence in result.findings:
-        print(sentence)
-    print(f"{result.html}\n{result.png}")
+    print(*result.findings, result.html, result.png, sep="\n")
 
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, show_default=False)] = None,
+    config: Annotated[Path | None, typer.Argument(show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The rows and the problems as JSON.")] = False,
 ) -> None:
     """Is the installation sound? Versions, backend, self-test; a block to paste into a bug report.
 
     With CONFIG, an Axolotl YAML: also whether it trains with this SCAO.
     """
-    with _mistakes_in_one_line(), _libraries_silent():
+    with _quiet():
         from scao_hf.tools.doctor import examine
 
         note = None
-        if config:
+        if config:  # reading it needs transformers
             from scao_hf.tools.axolotl_yaml import plugin_note, read_yaml
 
             note = plugin_note(read_yaml(config))

@@ -48,9 +48,8 @@ class Findings:
         width = max(len(name) for name, _ in self.rows)
         rows = "\n".join(f"{name:<{width}}  {text}" for name, text in self.rows)
         end = "\n".join(f"BROKEN: {problem}" for problem in self.problems) or "Nothing is broken."
-        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
         built = dict(self.rows)
-        slow = [device for device in devices if "builds and installs it" in built.get(f"backend, {device}", "")]
+        slow = [device for device in _devices() if "builds and installs it" in built.get(f"backend, {device}", "")]
         if slow:
             end += (
                 f"\nSteps on {' and '.join(slow)} would be faster with native kernels: the backend row has the command."
@@ -69,20 +68,19 @@ def examine() -> Findings:
         *((f"backend, {device}", text) for device, text in ops.backend().items()),
     ]
     problems = []
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    tests: list[tuple[str, Callable[[str], tuple[str, bool]]]] = [
-        *((f"{rule} rule", functools.partial(self_test, rule)) for rule in options.MATRIX_RULES),
-        ("int8 average", average_test),
-    ]
-    for name, test in tests:
-        for device in devices:
-            text, sound = test(device)
+    checks: dict[str, Callable[[str], tuple[str, bool]]] = {
+        **{f"{rule} rule": functools.partial(self_test, rule) for rule in options.MATRIX_RULES},
+        "int8 average": average_test,
+    }
+    for name, check in checks.items():
+        for device in _devices():
+            text, sound = check(device)
             lines.append((f"self-test, {name}, {device}", text))
             if not sound:
                 problems.append(
                     f"the {name} is wrong on {device}: try SCAO_DISABLE_EXT=1, install scao-hf again, report it"
                 )
-    for device in devices:
+    for device in _devices():
         text, sound = four_bit(device)
         lines.append((f"bitsandbytes in 4 bit, {device}", text))
         if not sound:
@@ -94,6 +92,15 @@ def examine() -> Findings:
     if not sound:
         problems.append("Axolotl cannot load the plugin: pip install 'scao-hf[axolotl]' where Axolotl is installed")
     return Findings(lines, problems)
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _judged(error: float, bound: float) -> tuple[str, bool]:
+    """An error in words with its bound, and whether it is within it, which NaN is not."""
+    return f"{'ok' if error < bound else 'WRONG'} ({error:.1e}, bound {bound:g})", error < bound
 
 
 def _version(package: str) -> str:
@@ -138,14 +145,9 @@ def self_test(rule: str, device: str) -> tuple[str, bool]:
     """
     from scao_hf import reference
 
-    references = {
-        "eigenbasis": reference.eigenbasis,
-        "orthogonal": reference.orthogonal,
-        "published": reference.published,
-    }
     weight, *grads = _gradients("cpu")
     settings: dict[str, Any] = {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.01, **options.resolve(rule, _OPTIONS)}
-    expected = references[rule](weight, grads, settings)[-1]
+    expected = getattr(reference, rule)(weight, grads, settings)[-1]
     distance = float((expected - weight).norm())
     said, sound = [], True
     for dtype, bound in PRECISIONS:
@@ -155,9 +157,9 @@ def self_test(rule: str, device: str) -> tuple[str, bool]:
             param.grad = grad.to(device, dtype)
             optimizer.step()
         error = float((param.detach().cpu().double() - expected).norm()) / distance
-        fits = error < bound  # False for NaN
+        text, fits = _judged(error, bound)
         sound &= fits
-        said.append(f"{str(dtype).removeprefix('torch.')} {'ok' if fits else 'WRONG'} ({error:.1e}, bound {bound:g})")
+        said.append(f"{str(dtype).removeprefix('torch.')} {text}")
     return ", ".join(said), sound
 
 
@@ -180,9 +182,7 @@ def average_test(device: str) -> tuple[str, bool]:
         average_codes(codes, scales, outer.float().to(device), torch.tensor([weight], device=device), seed)
         expected.lerp_(outer, weight)
     found = quantization.decode(codes, scales, shape, torch.float32).cpu().double()
-    error = float((found - expected).norm() / expected.norm())
-    fits = error < INT8_ERROR  # False for NaN
-    return f"{'ok' if fits else 'WRONG'} ({error:.1e}, bound {INT8_ERROR:g})", fits
+    return _judged(float((found - expected).norm() / expected.norm()), INT8_ERROR)
 
 
 def four_bit(device: str) -> tuple[str, bool]:
@@ -200,8 +200,7 @@ def four_bit(device: str) -> tuple[str, bool]:
         back = functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4"))
     except (ImportError, OSError, RuntimeError, NotImplementedError) as error:
         return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}", False
-    lost = float((back - weight).norm() / weight.norm())
-    return f"{'ok' if lost < NF4_ERROR else 'WRONG'} ({lost:.1e}, bound {NF4_ERROR:g})", lost < NF4_ERROR
+    return _judged(float((back - weight).norm() / weight.norm()), NF4_ERROR)
 
 
 def axolotl_plugin() -> tuple[str, bool]:

@@ -14,12 +14,10 @@ from axolotl_plugin.values import FOREIGN_PREFIXES, PREFIX, WITHOUT_EFFECT, Find
 from scao_hf import SCAO
 from scao_hf.namesake import other_package
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, eight_bit_hint
-from scao_hf.tools import ToolError
-from scao_hf.tools.axolotl_keys import unknown
-from scao_hf.tools.axolotl_yaml import half_precision, optimizer_of, parse, read_yaml, scao_options
+from scao_hf.tools import ToolError, axolotl_yaml
+from scao_hf.tools.axolotl_yaml import PLUGIN
 from scao_hf.tools.rivals import STATES, state_bytes
 
-PLUGIN = "axolotl_plugin.SCAOPlugin"
 #: Below so many steps the defaults of phase 1 and ramp are more than half of a run, and below so few SCAO is AdamW.
 SHORT, TOO_SHORT = 40, 20
 #: Kinds of AdamW whose rates are not AdamW's.
@@ -62,24 +60,19 @@ def migrate(path: Path) -> Migration:
     Raises:
         ToolError: the file is missing or no YAML with a ``base_model``, or is laid out so that it cannot be edited.
     """
-    if not path.is_file():
-        raise ToolError(f"there is no file {path}: pass the path of an Axolotl YAML")
     if path.suffix == ".py":
         raise ToolError(f"{path} is a script: use SCAOTrainerMixin there, as the README shows; migrate rewrites YAMLs")
-    raw = read_yaml(path)
+    raw = axolotl_yaml.read_yaml(path)
     before = path.read_text(encoding="utf-8")
-    own = optimizer_of(raw)
+    own = axolotl_yaml.optimizer_of(raw)
     if said := misspelt(own):
         raise ToolError(f"{path}: {said}")
     chosen, reasons = _options(raw, own)
     gone = [] if own == "scao" else _of_others(raw)
     reasons += [f"{key}: removed, SCAO does not read it" for key in gone]
-    plugins = raw.get("plugins") or []
-    if not isinstance(plugins, list):
-        raise ToolError(f"plugins is {plugins!r}: it must be a list")
     wanted: dict[str, Any] = {key: value for key, value in raw.items() if key not in gone}
-    if not any("axolotl_plugin" in str(plugin) for plugin in plugins):
-        wanted["plugins"] = [PLUGIN, *plugins]
+    if not axolotl_yaml.has_plugin(raw):
+        wanted["plugins"] = [PLUGIN, *axolotl_yaml.collection(raw, "plugins", list)]
         reasons.insert(0, f"plugins: {PLUGIN}, without which `optimizer: scao` is not this SCAO")
     if own != "scao":
         wanted["optimizer"] = "scao"
@@ -91,7 +84,7 @@ def migrate(path: Path) -> Migration:
             "without anchors, and nothing after `...`"
         )
     findings = Findings()
-    options = scao_options(wanted, findings)
+    options = axolotl_yaml.scao_options(wanted, findings)
     warnings = [*_rate(raw, own), *findings.warnings, *_notes(raw, own, options)]
     newline = "\r\n" if b"\r\n" in path.read_bytes() else "\n"
     return Migration(before, after, tuple(reasons), tuple(warnings), tuple(findings.errors), own, newline)
@@ -100,7 +93,7 @@ def migrate(path: Path) -> Migration:
 def _read(text: str) -> Any:
     """What a text says as YAML, None where it is none."""
     try:
-        return parse(text)
+        return axolotl_yaml.parse(text)
     except yaml.YAMLError:
         return None
 
@@ -125,7 +118,7 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
             reasons.append(
                 f"scao_k_max: {chosen['k_max']}: at rank {rank} more directions would fill most of the state"
             )
-    elif not raw.get("adapter") and half_precision(raw):
+    elif not raw.get("adapter") and axolotl_yaml.half_precision(raw):
         chosen["moment_dtype"] = "bfloat16"
         reasons.append("scao_moment_dtype: bfloat16: what is trained is in 16 bit, and AdamW's moments are too")
     steps = raw.get("max_steps")
@@ -158,14 +151,14 @@ def _notes(raw: dict[str, Any], own: str, options: dict[str, Any]) -> list[str]:
         notes.append(_memory(raw, own, options))
     if folder := other_package():
         notes.append(f"the PyPI package scao, another project's, is installed in {folder}; the plugin's line decides")
-    return notes + [f"Axolotl does not read `{key}`{near}" for key, near in unknown(raw).items()]
+    return notes + axolotl_yaml.unread(raw)
 
 
 def _memory(raw: dict[str, Any], own: str, options: dict[str, Any]) -> str:
     """Bytes of state for each trained parameter, before and after, on matrices of a usual size."""
     rank = raw.get("lora_r") or 8
     rows = rank if raw.get("adapter") and isinstance(rank, int) and rank > 0 else 2048
-    half = not raw.get("adapter") and half_precision(raw)
+    half = not raw.get("adapter") and axolotl_yaml.half_precision(raw)
     dtype = torch.bfloat16 if half else torch.float32
     params = [torch.empty(rows, 2048, device="meta", dtype=dtype, requires_grad=True)]
     passed = {name: value for name, value in options.items() if name in OPTIONS}
@@ -182,24 +175,28 @@ def _rewritten(text: str, raw: dict[str, Any], wanted: dict[str, Any]) -> str:
     if root.flow_style:
         raise ToolError("the YAML is written in braces: write each key on a line of its own")
     nodes = {key.value: (key, value) for key, value in root.value}
-    edits: list[tuple[int, int, str]] = []  # from, to, what to put there
-    for key in raw:
-        if key not in wanted and key in nodes:  # a key that an anchor brings in cannot be taken out
-            start, end = nodes[key][0].start_mark.index, _last(nodes[key][1]).end_mark.index
-            stop = text.find("\n", end)
-            edits.append((start, len(text) if stop < 0 else stop + 1, ""))
-    lines = [f"{key}: {yaml.safe_dump(value).split(chr(10))[0]}" for key, value in wanted.items() if key not in raw]
-    if "plugins" in wanted and wanted.get("plugins") != raw.get("plugins"):
-        if "plugins" in nodes:
-            edits.append(_with_plugin(nodes["plugins"][1]))
-        else:
-            lines = [f"plugins:\n  - {PLUGIN}", *(line for line in lines if not line.startswith("plugins: "))]
-    if "optimizer" in nodes and wanted.get("optimizer") != raw.get("optimizer"):
+
+    def line_end(at: int) -> int:
+        stop = text.find("\n", at)
+        return len(text) if stop < 0 else stop + 1
+
+    edits = [  # from, to, what to put there
+        (nodes[key][0].start_mark.index, line_end(_last(nodes[key][1]).end_mark.index), "")
+        for key in raw
+        if key not in wanted and key in nodes  # a key that an anchor brings in cannot be taken out
+    ]
+    lines = [
+        f"plugins:\n  - {PLUGIN}" if key == "plugins" else f"{key}: {yaml.safe_dump(value).splitlines()[0]}"
+        for key, value in wanted.items()
+        if key not in raw
+    ]
+    if "plugins" in nodes and wanted["plugins"] != raw["plugins"]:
+        edits.append(_with_plugin(nodes["plugins"][1]))
+    if "optimizer" in nodes and wanted["optimizer"] != raw["optimizer"]:
         value = nodes["optimizer"][1]
         edits.append((value.start_mark.index, value.end_mark.index, "scao" if value.value else " scao"))
     if lines:
-        stop = text.find("\n", nodes["optimizer"][1].end_mark.index) if "optimizer" in nodes else -1
-        at = len(text) if stop < 0 else stop + 1
+        at = line_end(nodes["optimizer"][1].end_mark.index) if "optimizer" in nodes else len(text)
         begin = "" if not at or text[at - 1] == "\n" else "\n"
         edits.append((at, at, begin + "\n".join(lines) + "\n"))
     for start, end, new in sorted(edits, reverse=True):

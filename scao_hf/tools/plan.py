@@ -17,7 +17,7 @@ from scao_hf.tools.rivals import STATES, state_bytes
 from scao_hf.tools.settings import Settings, load_config
 from scao_hf.tools.simulate import STATED_ERROR, AutocastLinear, Peaks, fused_attention, optimizer_peak, step_peaks
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 #: Nominal sizes that every plan answers for.
 CARDS = (8, 12, 16, 24)
 #: Share of a card's nominal gigabytes that PyTorch can use, in GiB: a T4's 16 GB are 14.56 GiB.
@@ -123,77 +123,62 @@ def make_plan(settings: Settings) -> Plan:
     for name, value in settings.shape.items():
         setattr(config, name, value)
     model = build_model(config, torch.float32 if settings.float32 else torch.bfloat16)
-    parameters = sum(param.numel() for param in model.parameters())
-    frozen, pairs = prepare(model, settings)
-    trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    words = find_vocabulary(model)
+    parameters, notes = sum(param.numel() for param in model.parameters()), list(settings.notes)
+    rows, pairs = prepare(model, settings)
+    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    trainable, words = [param for _, param in named], find_vocabulary(model)
 
     def optimizer(**options: Any) -> SCAO:
-        return SCAO(trainable, vocabulary=words, **{**settings.scao, **options})
-
-    def memory(**options: Any) -> dict[str, int]:
-        return optimizer(**options).memory_report()
+        return SCAO(named, vocabulary=words, **{**settings.scao, **options})
 
     try:
-        scao = memory()
+        scao = optimizer().memory_report()
     except (ValueError, TypeError) as error:
         raise ToolError(str(error)) from error
-    small, notes = memory(moment_dtype="int8", use_int8_ema=True)["peak"], list(settings.notes)
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-    states = {
-        name: state_bytes(name, (param for _, param in trainable), embeddings)
-        for name in ("adamw_torch", settings.rival)
-        if name in STATES
-    }
-    if settings.rival not in states:
+    adamw = state_bytes("adamw_torch", trainable, embeddings)
+    if settings.rival in STATES:
+        rival = (settings.rival, state_bytes(settings.rival, trainable, embeddings))
+    else:
+        rival = ("adamw_torch", adamw)
         notes.append(f"the state of {settings.rival} is not known: SCAO is compared with AdamW")
-    if "moment_dtype" not in settings.scao and any(param.element_size() <= 2 for _, param in trainable):
-        notes.append(_moments_note(scao["peak"], memory(moment_dtype="bfloat16")["peak"], states["adamw_torch"]))
+    if "moment_dtype" not in settings.scao and any(param.element_size() <= 2 for param in trainable):
+        smaller = optimizer(moment_dtype="bfloat16").memory_report()["peak"]
+        notes.append(
+            "AdamW holds the moments of 16-bit weights in 16 bit and SCAO in 32: scao_moment_dtype: bfloat16 takes SCAO's "
+            f"state from {scao['peak'] / MIB:,.0f} to {smaller / MIB:,.0f} MiB at its peak (AdamW: {adamw / MIB:,.0f} MiB)"
+        )
+    peaks = {"off": Peaks(0, 0, 0), "on": Peaks(0, 0, 0)}
     try:
-        flags = {"off": False, "on": True}
-        kind = {
-            name: getattr(settings, name) for name in ("sequences", "sequence", "objective", "reference", "reentrant")
-        }
-        peaks = {name: step_peaks(model, checkpointing=flag, **kind) for name, flag in flags.items()}
+        kind = (settings.objective, settings.reference, settings.reentrant)
+        peaks = {name: step_peaks(model, settings.sequences, settings.sequence, name == "on", *kind) for name in peaks}
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         # A model may read values in its forward pass, which a tensor without data cannot answer.
-        peaks = {"off": Peaks(0, 0, 0), "on": Peaks(0, 0, 0)}
         reason = str(error).split("\n")[0]
         notes.append(f"NOT counted: activations and logits, for this model's step cannot be followed ({reason})")
     if settings.reference and not settings.adapter:
-        copy = sum(row.size for row in frozen)
-        frozen.append(
-            Row("reference model", copy, True, "the weights as they were; with an adapter it would need none")
-        )
-    rows = [*frozen, *_training_rows(settings, model, trainable, scao)]
+        remark = "the weights as they were; with an adapter it would need none"
+        rows.append(Row("reference model", sum(row.size for row in rows), True, remark))
     temporary = optimizer_peak(optimizer())
-    rows += _step_rows(settings, peaks["on" if settings.checkpointing else "off"], temporary)
-    rows.append(Row("CUDA context, workspaces, allocator", OVERHEAD, False, "assumed"))
-    count = sum(param.numel() for _, param in trainable)
-    rival = settings.rival if settings.rival in states else "adamw_torch"
     return Plan(
-        settings,
-        source,
-        rows,
-        parameters,
-        count,
-        pairs,
-        scao,
-        states["adamw_torch"],
-        (rival, states[rival]),
-        small,
-        temporary,
-        peaks,
-        notes,
-    )
-
-
-def _moments_note(peak: int, smaller: int, adamw: int) -> str:
-    """Which option holds SCAO's moments in the 16 bits of the parameters, as AdamW does."""
-    sizes = " to ".join(f"{size / 2**20:,.0f}" for size in (peak, smaller))
-    return (
-        "AdamW holds the moments of 16-bit weights in 16 bit and SCAO in 32: scao_moment_dtype: bfloat16 takes SCAO's state "
-        f"from {sizes} MiB at its peak (AdamW: {adamw / 2**20:,.0f} MiB)"
+        settings=settings,
+        source=source,
+        rows=[
+            *rows,
+            *_training_rows(settings, sum(map(size_of, trainable)), sum(map(size_of, lora_factors(model))), scao),
+            *_step_rows(settings, peaks["on" if settings.checkpointing else "off"], temporary),
+            Row("CUDA context, workspaces, allocator", OVERHEAD, False, "assumed"),
+        ],
+        parameters=parameters,
+        trainable=sum(param.numel() for param in trainable),
+        lora_pairs=pairs,
+        scao=scao,
+        adamw=adamw,
+        rival=rival,
+        small=optimizer(moment_dtype="int8", use_int8_ema=True).memory_report()["peak"],
+        temporary=temporary,
+        peaks=peaks,
+        notes=notes,
     )
 
 
@@ -208,11 +193,6 @@ def _check_checkpoint(config: Any, settings: Settings) -> None:
             f"the weights of {settings.model} are quantised already ({method}): only bitsandbytes in 4 bit can be planned, "
             "with adapter: qlora and load_in_4bit: true"
         )
-
-
-def int8_bytes(rows: int, cols: int) -> tuple[int, int]:
-    """Bytes of a weight in int8 and of its scales, one for each row, as bitsandbytes holds them."""
-    return rows * cols, 4 * rows
 
 
 def build_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
@@ -246,47 +226,41 @@ def prepare(model: nn.Module, settings: Settings) -> tuple[list[Row], int]:
     anything: Any = model
     head = anything.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: module for name, module in linear.items() if module is not head}
     if settings.upcast:  # biases stay: bitsandbytes brings them back to 16 bit in the first step
-        layers = {module for module in linear.values() if module is not head}
-        for other in model.modules():
-            if other not in layers:
-                for param in other.parameters(recurse=False):
-                    param.data = param.data.float()
+        for other in set(model.modules()) - set(layers.values()):
+            for param in other.parameters(recurse=False):
+                param.data = param.data.float()
+    if settings.adapter and (missing := settings.unmatched(layers)):
+        known = sorted({name.rpartition(".")[2] for name in layers})
+        raise ToolError(f"no layer matches the LoRA targets {', '.join(missing)}: this model has {', '.join(known)}")
     packed = constants = pairs = 0
     taken: set[Tensor] = set()
     for name, module in linear.items():
-        quantised = settings.quantised and module is not head
-        lora = None
-        if settings.adapter and module is not head and settings.targeted(name):
+        bits, lora, weight = 16, None, module.weight
+        if settings.adapter and name in layers and settings.targeted(name):
             sides = ((settings.rank, module.in_features), (module.out_features, settings.rank))
             kind = torch.bfloat16 if settings.half_adapter else torch.float32
-            down, up = (nn.Parameter(torch.empty(side, dtype=kind, device=module.weight.device)) for side in sides)
+            down, up = (nn.Parameter(torch.empty(side, dtype=kind, device=weight.device)) for side in sides)
             lora, pairs = (down, up), pairs + 1
-        if quantised:
-            if settings.four_bit:
-                packed_here, constants_here = nf4_bytes(module.weight.numel(), settings.double_quant)
-            else:
-                packed_here, constants_here = int8_bytes(*module.weight.shape)
-            packed, constants = packed + packed_here, constants + constants_here
-            taken.add(module.weight)
-        dtype = torch.bfloat16 if settings.upcast else module.weight.dtype
-        bits = (4 if settings.four_bit else 8) if quantised else 16
+        if settings.quantised and name in layers:
+            bits = 4 if settings.four_bit else 8
+            # In int8 a scale for each row.
+            sizes = nf4_bytes(weight.numel(), settings.double_quant) if bits == 4 else (weight.numel(), 4 * len(weight))
+            packed, constants = packed + sizes[0], constants + sizes[1]
+            taken.add(weight)
+        dtype = torch.bfloat16 if settings.upcast else weight.dtype
         model.set_submodule(name, AutocastLinear(module, bits, lora, settings.dropout, dtype))
-    counted = [name for name, module in linear.items() if module is not head]
-    if settings.adapter and (missing := settings.unmatched(counted)):
-        known = sorted({name.rpartition(".")[2] for name in counted})
-        raise ToolError(f"no layer matches the LoRA targets {', '.join(missing)}: this model has {', '.join(known)}")
-    taken_or_lora = {*taken, *lora_factors(model)}
-    rest = [param for param in model.parameters() if param not in taken_or_lora]
+    counted_else = {*taken, *lora_factors(model)}
+    rest = [param for param in model.parameters() if param not in counted_else]
     plain = sum(map(size_of, rest)) + sum(map(size_of, model.buffers()))
-    rows = []
+    rows, remark = [], "all weights of the model"
     if settings.quantised:
-        double = "double quantisation" if settings.double_quant else "no double quantisation"
-        name = "4-bit NF4 weights" if settings.four_bit else "int8 weights"
-        rows.append(Row(name, packed, True, f"{len(taken)} linear layers"))
-        remark = double if settings.four_bit else "one for each row"
-        rows.append(Row("their quantisation constants", constants, True, remark))
-    remark = "embeddings, norms, biases, output layer" if settings.quantised else "all weights of the model"
+        double = f"{'' if settings.double_quant else 'no '}double quantisation"
+        form, constant = ("4-bit NF4", double) if settings.four_bit else ("int8", "one for each row")
+        rows.append(Row(f"{form} weights", packed, True, f"{len(taken)} linear layers"))
+        rows.append(Row("their quantisation constants", constants, True, constant))
+        remark = "embeddings, norms, biases, output layer"
     rows.append(Row("unquantised weights", plain, True, remark + (", in 32 bit" if settings.upcast else "")))
     for weight in taken:
         weight.data = weight.data.new_empty(0)  # decoded in the step, never there as a whole
@@ -326,11 +300,8 @@ def _copy(module: nn.Module, tied: bool) -> None:
                 param.requires_grad_(True)
 
 
-def _training_rows(
-    settings: Settings, model: nn.Module, trainable: list[tuple[str, nn.Parameter]], scao: dict[str, int]
-) -> list[Row]:
-    size = sum(size_of(param) for _, param in trainable)
-    lora = sum(map(size_of, lora_factors(model)))
+def _training_rows(settings: Settings, size: int, lora: int, scao: dict[str, int]) -> list[Row]:
+    """What is trained, of ``size`` bytes in all and ``lora`` in LoRA's factors, its gradients and SCAO's state."""
     rows = []
     if settings.adapter:
         rows.append(Row("LoRA weights", lora, True, "16 bit" if settings.half_adapter else "32 bit"))
@@ -357,9 +328,8 @@ def advice(plan: Plan, card: float) -> list[tuple[str, int]]:
 
     First what leaves the result as it is (a smaller micro-batch, no logits), then what costs time, then what trains otherwise.
     """
-    settings = plan.settings
+    settings, missing = plan.settings, plan.margin - plan.free(card)
     changes: list[tuple[str, int]] = []
-    missing = plan.margin - plan.free(card)
     run = {"batch": settings.batch, "head": 1, "checkpointing": settings.checkpointing, "sequence": settings.sequence}
 
     def peak(batch: int, head: int, checkpointing: int, sequence: int) -> int:
@@ -368,6 +338,7 @@ def advice(plan: Plan, card: float) -> list[tuple[str, int]]:
         return int(share * (peaks.kept + max(head * peaks.head, peaks.layer)))
 
     def change(text: str, saved: int = 0, **to: int) -> bool:
+        """Add a change where it saves anything; whether the changes are enough."""
         saved = saved or peak(**run) - peak(**{**run, **to})
         if saved > 0:
             changes.append((text, saved))
@@ -375,16 +346,15 @@ def advice(plan: Plan, card: float) -> list[tuple[str, int]]:
         return sum(size for _, size in changes) >= missing
 
     fused = "the cut_cross_entropy plugin" if settings.objective == "sft" else "dpo_use_liger_kernel: true"
-    if change(f"micro_batch_size: 1, accumulation steps x {settings.batch}", batch=1):
+    loose = sum(row.size for row in plan.rows if row.name == "unquantised weights")
+    plain = loose if settings.adapter and not settings.quantised else 0
+    if (
+        change(f"micro_batch_size: 1, accumulation steps x {settings.batch}", batch=1)
+        or change(f"{fused}, which never holds the logits", head=0)
+        or change("gradient_checkpointing: true", checkpointing=True)
+        or (plain and change("load_in_4bit: true with adapter: qlora (about)", int(0.7 * plain)))
+    ):
         return changes
-    if change(f"{fused}, which never holds the logits", head=0):
-        return changes
-    if change("gradient_checkpointing: true", checkpointing=True):
-        return changes
-    if settings.adapter and not settings.quantised:
-        linear = sum(row.size for row in plan.rows if row.name == "unquantised weights")
-        if change("load_in_4bit: true with adapter: qlora (about)", int(0.7 * linear)):
-            return changes
     left, sequence = missing - sum(size for _, size in changes), settings.sequence
     while sequence >= 512 and peak(**run) - peak(**{**run, "sequence": sequence}) < left:
         sequence //= 2

@@ -92,7 +92,6 @@ class Settings:
             )
         if self.four_bit and self.eight_bit:
             raise ToolError("load_in_4bit and load_in_8bit exclude each other: keep one of the two")
-
         if isinstance(self.targets, str):
             try:
                 re.compile(self.targets)
@@ -112,13 +111,16 @@ class Settings:
 
     def targeted(self, name: str) -> bool:
         """Whether the linear layer of that full name gets LoRA, by peft's rules."""
-        targets = [self.targets] if isinstance(self.targets, str) else self.targets
-        return any(self._matches(target, name) for target in targets)
+        return len(self.unmatched([name])) < len(self._targets)
 
     def unmatched(self, names: Iterable[str]) -> list[str]:
         """The targets that none of the linear layers of those full names matches."""
-        targets, names = [self.targets] if isinstance(self.targets, str) else self.targets, list(names)
-        return [target for target in targets if not any(self._matches(target, name) for name in names)]
+        names = list(names)
+        return [target for target in self._targets if not any(self._matches(target, name) for name in names)]
+
+    @property
+    def _targets(self) -> tuple[str, ...]:
+        return (self.targets,) if isinstance(self.targets, str) else self.targets
 
     def _matches(self, target: str, name: str) -> bool:
         if isinstance(self.targets, str):
@@ -168,13 +170,9 @@ def load_config(model: str) -> tuple[Any, str]:
     from transformers import AutoConfig
 
     folder, known = local_folder(model), builtin(model)
-    if folder is not None:
-        name, source = str(folder), "the local folder"
-    elif known is not None:
-        config = AutoConfig.for_model(known[0], **known[1])
-        return config, "the shapes built into scao-hf"
-    else:
-        name, source = _hub_config(model), "the hub"
+    if folder is None and known is not None:
+        return AutoConfig.for_model(known[0], **known[1]), "the shapes built into scao-hf"
+    name, source = (str(folder), "the local folder") if folder else (_hub_config(model), "the hub")
     transformers.logging.set_verbosity_error()
     try:
         return AutoConfig.from_pretrained(name), source

@@ -6,14 +6,8 @@ import re
 from typing import Any
 
 _COLUMNS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "tie_word_embeddings"),
 )
 
 #: name -> (model_type, parameters, the columns above). ``parameters`` is the published count; tests hold the row to it.

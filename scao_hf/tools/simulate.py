@@ -137,12 +137,7 @@ class AutocastLinear(nn.Module):
     """
 
     def __init__(
-        self,
-        base: nn.Linear,
-        bits: int,
-        lora: tuple[Tensor, Tensor] | None,
-        dropout: float,
-        dtype: torch.dtype,
+        self, base: nn.Linear, bits: int, lora: tuple[Tensor, Tensor] | None, dropout: float, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.out_features, self.bits, self.dropout = base.out_features, bits, dropout
