@@ -11,6 +11,7 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.logging import get_logger
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import Trainer
 
 # scao_hf is imported inside the hooks: an ImportError here would be swallowed by Axolotl, and the user would be told
@@ -103,11 +104,12 @@ def _log_choice(trainer: Trainer, kwargs: dict[str, Any], told: str) -> None:
     not_this = f", not the package scao in {other}, another project's" if other else ""
     LOG.info("optimizer: scao is SCAO of scao-hf %s in %s%s", __version__, folder, not_this)
     trainable = [param for param in trainer.model.parameters() if param.requires_grad]
-    own = {name: value for name, value in kwargs.items() if not name.startswith("loraplus_")}
+    own = {name: value for name, value in kwargs.items() if not name.startswith(("loraplus_", "partial_resume"))}
     int8 = {**own, "moment_dtype": "int8", "use_int8_ema": True}
-    state, least = (SCAO(trainable, **options).memory_report()["peak"] for options in (own, int8))
+    state, least = (_peak(trainable, options) for options in (own, int8))
     smaller = f", or {least / 2**20:.1f} MiB with scao_moment_dtype: int8 and scao_use_int8_ema: true"
-    adamw = sum(2 * param.numel() * param.element_size() for param in trainable)
+    numbers = [getattr(param, "ds_numel", param.numel()) for param in trainable]
+    adamw = sum(2 * number * param.element_size() for number, param in zip(numbers, trainable, strict=True))
     LOG.log(
         logging.WARNING if state > 4 * adamw else logging.INFO,
         "optimizer: scao with %s. Its state takes %.1f MiB%s (AdamW's %.1f MiB) for %d trainable parameters",
@@ -115,5 +117,14 @@ def _log_choice(trainer: Trainer, kwargs: dict[str, Any], told: str) -> None:
         state / 2**20,
         smaller if least < state else "",
         adamw / 2**20,
-        sum(param.numel() for param in trainable),
+        sum(numbers),
     )
+
+
+def _peak(params: list[Tensor], options: dict[str, Any]) -> int:
+    """Bytes of the state, of all processes together, also where DeepSpeed has cut the parameters while they were loaded."""
+    from scao_hf.report import memory_report
+    from scao_hf.zero import ZeroSCAO
+
+    groups = ZeroSCAO(params, **options).shapes
+    return memory_report(groups, {shape for group in groups for shape in group["params"]})["peak"]

@@ -276,6 +276,16 @@ def test_the_log_has_the_state_of_adamw_in_the_precision_of_the_weights(caplog: 
         assert f"(AdamW's {size} MiB)" in caplog.messages[-1]
 
 
+def test_the_log_knows_the_weights_that_zero_3_has_cut_while_they_were_loaded(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = torch.nn.Linear(1024, 1024, bias=False)
+    vocabulary, trainer = {model.weight}, SimpleNamespace(model=model)
+    model.weight.ds_id, model.weight.ds_shape, model.weight.ds_numel = 0, model.weight.shape, 2**20
+    model.weight.data = torch.empty(0)
+    with caplog.at_level(logging.INFO):
+        _log_choice(trainer, {"vocabulary": vocabulary, "partial_resume": False}, "")
+    assert "(AdamW's 8.0 MiB) for 1048576 trainable parameters" in caplog.messages[-1]
+
+
 ALLOWED = {
     "clipping": {"max_grad_norm": 1.0},
     "accumulation": {"gradient_accumulation_steps": 8},
