@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scao_hf.buckets import Packing, Side, check_packing
+from scao_hf.blocks import Packing, Side, check_packing
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:

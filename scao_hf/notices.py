@@ -7,10 +7,10 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from scao_hf.buckets import Bucket
 from scao_hf.distributed.exchange import is_sharded, local_gradient
 from scao_hf.names import name_of
 from scao_hf.rules import Groups, is_entrywise, members
+from scao_hf.rules.base import Bucket
 
 #: Steps in a row without a finite gradient that end a run.
 PATIENCE = 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,16 +13,16 @@ from torch.optim import Optimizer
 
 from scao_hf import checkpoint, notices, report
 from scao_hf import options as opt
-from scao_hf.buckets import Bucket, Packing, is_matrix
+from scao_hf.blocks import Packing, is_matrix
 from scao_hf.distributed.exchange import agreed, check_flattened, check_placement
 from scao_hf.distributed.shards import Shards
 from scao_hf.distributed.sharing import Sharing
 from scao_hf.experts import find_experts, find_vocabulary, split_group
 from scao_hf.initial import is_untrained
-from scao_hf.linalg import full_precision
 from scao_hf.names import name_of, with_names
-from scao_hf.rules import State, is_large, rule_of
-from scao_hf.rules.base import Step, idle_experts_kept
+from scao_hf.ops import full_precision
+from scao_hf.rules import State, is_large
+from scao_hf.rules.base import Bucket, Step, idle_experts_kept
 from scao_hf.rules.low_bit import decoded
 from scao_hf.stacks import Stacks, publish
 
@@ -226,7 +227,8 @@ class SCAO(Optimizer):
             # The step may be taken inside the training loop's autocast block: its own arithmetic must not be lowered.
             device = bucket.members[0].param.device.type
             with full_precision(), torch.autocast(device, enabled=False):
-                self._step_bucket(bucket, None if sharing is None else parts[index].get(sharing.rank, slice(0, 0)))
+                due = parts[index].get(sharing.rank, slice(0, 0)) if sharing else bucket.due(bucket.step + 1)
+                self._step_bucket(bucket, due)
         if sharing is not None:
             sharing.exchange(buckets, parts)
         if shards is not None:
@@ -258,6 +260,7 @@ class SCAO(Optimizer):
             ValueError: an illegal option, or one that existing state cannot follow. Nothing is changed then.
         """
         if self._edits.shaping(self.param_groups):
+            self._stacks = None  # built for the options that were
             self._stack_all().close()
             self._edits.accept(self.param_groups)
 
@@ -274,17 +277,12 @@ class SCAO(Optimizer):
         """Of every parameter with state, whether or not it has a gradient now."""
         return self._stack(lambda param: "step" in self.state.get(param, ()))
 
-    def _step_bucket(self, bucket: Bucket, due: slice | None) -> None:
-        """One step of one bucket, whose moments are decoded for it where they are kept encoded.
-
-        ``due``: the members to be refreshed, None for all whose turn it is.
-        """
-        rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
-        if due is None:
-            due = bucket.due(bucket.step + 1, rule.phase1_steps(bucket.group))
+    def _step_bucket(self, bucket: Bucket, due: slice) -> None:
+        """One step of one bucket, whose moments are decoded for it where they are kept encoded; ``due`` are refreshed."""
+        encoded = bucket.group["moment_dtype"] != "float32"
         try:
-            with idle_experts_kept(bucket, rule), decoded(bucket, rule) as state:
-                rule.step(Step(bucket, state, bucket.step + 1, due))
+            with idle_experts_kept(bucket), decoded(bucket) if encoded else nullcontext(bucket.state) as state:
+                bucket.rule.step(Step(bucket, state, bucket.step + 1, due))
         finally:
             publish(bucket)
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf.buckets import Bucket
-from scao_hf.rules import Groups, expected, is_large, rule_for, rule_of
-from scao_hf.rules.base import COUNTERS, blend_weight
+from scao_hf.rules import Groups, expected, is_large, rule_for
+from scao_hf.rules.base import COUNTERS, Bucket, blend_weight
 
 METRICS = ("rank", "captured_mass", "curvature_norm", "damped")
 #: Next to a run's trainer_state.json: the figures of every matrix over time.
@@ -25,8 +24,7 @@ def _phase(bucket: Bucket) -> tuple[int, float]:
     """(phase, blend) of the bucket's latest step."""
     if bucket.step == 0:
         return 0, 0.0
-    start = rule_of(bucket.group, bucket.matrix, bucket.shape).phase1_steps(bucket.group)
-    blend = blend_weight(bucket.step, start, bucket.group["blend_steps"])
+    blend = blend_weight(bucket.step, bucket.phase1_steps, bucket.group["blend_steps"])
     return (2 if blend else 1), blend
 
 
@@ -41,7 +39,7 @@ def metrics(buckets: list[Bucket]) -> dict[str, float]:
     if not buckets:
         return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": 0.0}
     device = buckets[0].state["taken"].device
-    summaries = [rule_of(bucket.group, True, bucket.shape).figures(bucket) for bucket in matrices]
+    summaries = [bucket.rule.figures(bucket) for bucket in matrices]
     columns = [[summary[name] for summary in summaries] for name in METRICS if summaries]
     columns.append([_skipped(bucket) for bucket in buckets])
     joined = [torch.cat([part.to(device) for part in column]) for column in columns]
@@ -67,9 +65,7 @@ def statistics(buckets: list[Bucket], names: dict[Tensor, str]) -> list[dict[str
         if not bucket.matrix:
             continue
         phase, blend = _phase(bucket)
-        summary = {
-            name: values.tolist() for name, values in rule_of(bucket.group, True, bucket.shape).figures(bucket).items()
-        }
+        summary = {name: values.tolist() for name, values in bucket.rule.figures(bucket).items()}
         skipped = _skipped(bucket).tolist()
         matrices = [
             (names.get(owner, "") + suffix + (f"[{expert}]" if bucket.packed else ""), shape)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from scao_hf import options
-from scao_hf.buckets import Bucket, Layout, arithmetic_dtype, offsets_of
+from scao_hf.blocks import arithmetic_dtype, offsets_of
 from scao_hf.distributed.shards import BYTES, Shards
 from scao_hf.names import name_of
 from scao_hf.rules import Groups, State, Wholes, create, low_bit, members, rule_of
+from scao_hf.rules.base import Bucket, Layout
 
 META = torch.device("meta")
 
@@ -127,7 +128,8 @@ def build_buckets(
                 if group["moment_dtype"] != "float32":
                     key += (sizes[key] // low_bit.chunk(param.device),)
                     sizes[key[:-1]] += member.size * shape[0] * shape[1]
-                bucket = found.setdefault(key, Bucket(group, shape, step, dtype, cycle=cycle))
+                rule = rule_of(group, member.block is not None, shape)
+                bucket = found.setdefault(key, Bucket(group, shape, step, dtype, rule, cycle=cycle))
                 bucket.members.append(member)
                 bucket.owners.append(param)
                 bucket.entries.append(own.get(BYTES, entry))
@@ -192,7 +194,7 @@ def _fill(bucket: Bucket, before: dict[str, Any]) -> list[Tensor]:
             pieces = [piece.to(device, like.dtype) for piece in pieces]
             bucket.state[name] = torch.cat(pieces) if bucket.packed else torch.stack(pieces)
     if fields.keys() != own.keys():
-        low_bit.convert(bucket, rule_of(bucket.group, bucket.matrix, bucket.shape))
+        low_bit.convert(bucket)
     return found
 
 

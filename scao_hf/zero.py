@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from scao_hf import report
-from scao_hf.buckets import Packing
+from scao_hf.blocks import Packing
 from scao_hf.distributed.exchange import Exchange, agreed_among, as_bytes
 from scao_hf.distributed.shards import balance, size_of
 from scao_hf.names import listed

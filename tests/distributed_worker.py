@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from scao_hf import SCAO, create_scao_optimizer, ops
-from scao_hf.buckets import Packing, unpack
+from scao_hf.blocks import Packing, unpack
 
 #: Curvature from step 3 on, a refresh of every matrix within 2 steps.
 QUICK: dict[str, Any] = {"warmup_steps": 3, "blend_steps": 2, "precond_freq": 2, "min_precond_updates": 1, "k_max": 4}

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 #: Equations are read in this order: where a label is defined comes before where it is used.
 SOURCES = [
-    *(ROOT / "scao_hf" / name for name in ("rules/base.py", "linalg.py", "buckets.py", "experts.py", "initial.py")),
+    *(ROOT / "scao_hf" / name for name in ("rules/base.py", "blocks.py", "initial.py")),
     *sorted((ROOT / "scao_hf" / "moe").glob("*.py")),
     *(ROOT / "scao_hf" / "rules" / f"{name}.py" for name in ("eigenbasis", "published", "orthogonal")),
 ]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from scao_hf import ops, options
-from scao_hf.buckets import Block, Bucket, Member
+from scao_hf.blocks import Block, Member
 from scao_hf.rules import rule_of
-from scao_hf.rules.base import Step, blend_weight
+from scao_hf.rules.base import Bucket, Step, blend_weight
 from scao_hf.rules.eigenbasis import Eigenbasis
 
 #: lr, betas, eps, weight decay and rho.
@@ -64,7 +64,9 @@ def take_step(
     """One step of all ``params``, stored as [r, l] or [l, r], by the native kernel or by the rule's PyTorch code."""
     _, r, l = state["exp_avg"].shape
     phase2 = "vectors" in state
-    bucket = Bucket(group(**changed), (r, l), LATE if phase2 else 0, torch.float32)
+    options = group(**changed)
+    rule = rule_of(options, r > 1)
+    bucket = Bucket(options, (r, l), LATE if phase2 else 0, torch.float32, rule)
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
         sides = (0, param.shape[0]), (0, param.shape[-1])
@@ -74,5 +76,5 @@ def take_step(
     kernel = mock.Mock(side_effect=getattr(ops, name))
     kernels = mock.patch.object(ops, "NATIVE", ops.NATIVE if native else frozenset())
     with mock.patch.object(ops, name, kernel), kernels, torch.no_grad():
-        rule_of(bucket.group, r > 1).step(Step(bucket, state, bucket.step + 1, slice(0, 0)))
+        rule.step(Step(bucket, state, bucket.step + 1, slice(0, 0)))
     assert kernel.called == native

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from scao_hf import SCAO, create_scao_optimizer, linalg, ops, options, reference
-from scao_hf.buckets import Bucket, Packing, unpack
+from scao_hf import SCAO, create_scao_optimizer, ops, options, reference
+from scao_hf.blocks import Packing, unpack
 from scao_hf.experts import find_experts
 from scao_hf.rules import eigenbasis
-from scao_hf.rules.base import Step
-from scao_hf.rules.eigenbasis import plain_row
+from scao_hf.rules.base import Bucket, Step
+from scao_hf.rules.eigenbasis import Eigenbasis, plain_row
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -144,7 +144,7 @@ def test_the_second_moment_from_the_curvature_is_adamws_at_every_activity(
         optimizer.step()
         if step > 5:
             state = {name: value for name, value in optimizer.state[whole].items() if isinstance(value, Tensor)}
-            bucket = Bucket(optimizer.param_groups[0], (4, 60), step, torch.float32)
+            bucket = Bucket(optimizer.param_groups[0], (4, 60), step, torch.float32, Eigenbasis())
             row = plain_row(Step(bucket, state, step, slice(0, 0), finite=torch.ones(EXPERTS, 1, 1)))
             assert (row.mean((1, 2)) / square.mean((1, 2)) - 1).abs().max() < 0.1
 
@@ -229,7 +229,7 @@ def test_steps_do_not_depend_on_the_basis_of_directions_without_gradients(
     A decomposition may return another one each time. Momentum and second moments move along with it, so that nothing
     jumps; in float32 but for the ramp, in which rounding errors of those directions still count.
     """
-    right, random = linalg.eigh, torch.Generator().manual_seed(3)
+    right, random = ops.eigh, torch.Generator().manual_seed(3)
     turned: list[int] = []
 
     def turning(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import SCAO, ops, options
-from scao_hf.buckets import Packing, unpack
+from scao_hf.blocks import Packing, unpack
 
 #: Both orientations, twice the same shape, a side above max_precond_dim, vectors.
 SHAPES = ((8, 40), (40, 8), (8, 40), (16, 300), (90, 70), (130, 80), (11,), (3, 4, 5))

@@ -20,7 +20,7 @@ import torch
 from kernel_states import NUMBERS, eigenbasis_state, take_step
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scao_hf import SCAO, linalg, ops, quantization
+from scao_hf import SCAO, ops, quantization
 from scao_hf.rules.eigenbasis import Eigenbasis
 
 ROOT = Path(__file__).parent.parent
@@ -197,10 +197,8 @@ def test_eigh_marks_matrices_that_are_not_finite(bad: float) -> None:
     good = torch.arange(20) != 11
     assert values[good].isfinite().all() and vectors[good].isfinite().all()
     assert values[11].isnan().all() and vectors[11].isnan().all()
-    with pytest.raises(torch.linalg.LinAlgError, match="not finite"):
-        ops.eigh(matrices)
     with pytest.warns(RuntimeWarning, match="side 9 failed"):
-        linalg.eigh(matrices, torch.zeros(20))
+        assert ops.eigh(matrices, torch.zeros(20)) is None
 
 
 @native

@@ -279,7 +279,7 @@ def test_turns_are_even_on_a_large_model() -> None:
     assert len(buckets) == 3
     total, refreshed = sum(param.numel() for param in params), []
     for step in range(30, 40):
-        rows = [range(*bucket.due(step, start=20).indices(len(bucket.members))) for bucket in buckets]
+        rows = [range(*bucket.due(step).indices(len(bucket.members))) for bucket in buckets]
         refreshed.append(
             sum(len(run) * bucket.shape[0] * bucket.shape[1] for run, bucket in zip(rows, buckets, strict=True))
         )
@@ -842,35 +842,34 @@ ROOT = Path(__file__).parent.parent
 ARROWS = {
     "__init__": {"optimizer", "trainer", "ops"},
     "__main__": {"tools"},
-    "buckets": set(),
+    "blocks": set(),
     "checkpoint": {"distributed", "experts", "integrity", "names", "options", "rules"},
     "checks": {"experts", "optimizer", "rules", "zero"},
-    "distributed": {"distributed", "buckets", "integrity", "names", "rules"},
-    "experts": {"buckets"},
+    "distributed": {"distributed", "blocks", "integrity", "names", "rules"},
+    "experts": {"blocks"},
     "initial": {"distributed"},
     "integrity": set(),
-    "linalg": {"ops"},
-    "moe": {"moe", "buckets", "experts"},
+    "moe": {"moe", "blocks", "experts"},
     "names": set(),
-    "notices": {"buckets", "distributed", "names", "rules"},
+    "notices": {"distributed", "names", "rules"},
     "ops": set(),
     "optimizer": {
-        *("buckets", "checkpoint", "distributed", "experts", "initial", "linalg", "names", "notices"),
+        *("blocks", "checkpoint", "distributed", "experts", "initial", "names", "notices", "ops"),
         *("options", "report", "rules", "stacks"),
     },
     "options": set(),
     "presets": {"options"},
     "quantization": set(),
     "reference": set(),
-    "report": {"buckets", "rules"},
-    "rules": {"rules", "buckets", "experts", "linalg", "ops", "quantization"},
-    "stacks": {"buckets", "distributed", "names", "options", "rules"},
+    "report": {"rules"},
+    "rules": {"rules", "blocks", "experts", "ops", "quantization"},
+    "stacks": {"blocks", "distributed", "names", "options", "rules"},
     "tools": {
         *("tools", "experts", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),
         *("stacks", "trainer", "zero", "__init__"),
     },
     "trainer": {"checks", "distributed", "experts", "names", "optimizer", "options", "report", "rules", "zero"},
-    "zero": {"buckets", "distributed", "experts", "names", "optimizer", "report"},
+    "zero": {"blocks", "distributed", "experts", "names", "optimizer", "report"},
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from scao_hf import SCAO
-from scao_hf.linalg import full_precision
+from scao_hf.ops import full_precision
 
 NEW = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 newer = pytest.mark.skipif(not NEW, reason=f"torch {torch.__version__} has no fp32_precision: it came with 2.9")

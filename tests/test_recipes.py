@@ -15,8 +15,8 @@ from torch import Tensor
 
 from axolotl_plugin.values import Findings, read_optim_args, read_raw
 from scao_hf import SCAO, options, rules
-from scao_hf.buckets import Bucket, Packing
-from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step
+from scao_hf.blocks import Packing
+from scao_hf.rules.base import NOT_NEGATIVE, Bucket, Field, Rule, Step
 from scao_hf.trainer import check_scao_kwargs
 
 CONTRIBUTING = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scao_hf import SCAO, options, quantization
-from scao_hf.buckets import Packing
+from scao_hf.blocks import Packing
 from scao_hf.rules import low_bit
 
 KINDS = ("bfloat16", "int8")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scao_hf import SCAO
-from scao_hf.buckets import Packing, unpack
+from scao_hf.blocks import Packing, unpack
 from scao_hf.experts import find_experts
 
 Figures = dict[str, Any]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scao_hf import SCAO, ops
-from scao_hf.buckets import blocks_of
+from scao_hf.blocks import blocks_of
 from scao_hf.experts import find_vocabulary
 from scao_hf.initial import is_untrained
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES

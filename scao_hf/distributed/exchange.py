@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scao_hf.buckets import is_matrix
+from scao_hf.blocks import is_matrix
 
 INSTEAD = "Train with DDP, or with FSDP2 (fully_shard; fsdp_version: 2), which keeps the shapes"
 ZERO = "Give DeepSpeed a scao_hf.zero.ZeroSCAO instead"

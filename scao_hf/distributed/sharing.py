@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scao_hf.buckets import Bucket
 from scao_hf.distributed.exchange import as_bytes, is_sharded
-from scao_hf.rules import Groups, rule_of
+from scao_hf.rules import Groups
+from scao_hf.rules.base import Bucket
 
 
 class Sharing:
@@ -50,8 +50,7 @@ class Sharing:
         """
         dues, total = [], 0
         for bucket in buckets:
-            rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
-            due = bucket.due(bucket.step + 1, rule.phase1_steps(bucket.group)) if rule.staggered else slice(0, 0)
+            due = bucket.due(bucket.step + 1)
             dues.append((due, bucket.shape[0] * bucket.shape[1]))
             total += (due.stop - due.start) * dues[-1][1]
         shift = buckets[0].step if buckets else 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scao_hf.buckets import Packing, unpack
+from scao_hf.blocks import Packing, unpack
 from scao_hf.experts import wrappers
 from scao_hf.moe.grouped import GroupedLoRA, Routing, Stacked, Weights, has_grouped_product, route
 from scao_hf.moe.nf4 import quantized

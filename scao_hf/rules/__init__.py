@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scao_hf.buckets import Bucket, Member, arithmetic_dtype, as_real, members_of
+from scao_hf.blocks import Member, arithmetic_dtype, as_real, members_of
 from scao_hf.experts import packing_of
 from scao_hf.rules.adamw import AdamW
-from scao_hf.rules.base import Rule
+from scao_hf.rules.base import Bucket, Rule
 from scao_hf.rules.eigenbasis import Eigenbasis
 from scao_hf.rules.low_bit import encoded_zeros
 from scao_hf.rules.orthogonal import Orthogonal
@@ -73,8 +73,7 @@ def rule_for(param: Tensor, group: dict[str, Any]) -> Rule:
 def create(bucket: Bucket, device: torch.device) -> dict[str, Tensor]:
     """Zeroed stacked state of a bucket of its age on ``device``; ``taken`` counts the finite gradients of each member,
     ``level`` is how large they were (U3), ``activity`` which of those of an expert were not zero (X3)."""
-    rule = rule_of(bucket.group, bucket.matrix, bucket.shape)
-    size = bucket.size
+    rule, size = bucket.rule, bucket.size
     taken = torch.zeros(size, dtype=bucket.dtype, device=device)
     fields = rule.create(size, bucket.shape, bucket.dtype, device, bucket.group, bucket.step)
     counters = {"taken": taken, "level": torch.zeros_like(taken)}
@@ -84,14 +83,15 @@ def create(bucket: Bucket, device: torch.device) -> dict[str, Tensor]:
         and any(rule.field(name).kind == "curvature" for name in fields)
     ):
         counters["activity"] = torch.zeros(size, 2, dtype=bucket.dtype, device=device)
-    return counters | encoded_zeros(fields, rule, bucket.group)
+    return counters | encoded_zeros(bucket, fields)
 
 
 def expected(param: Tensor, group: dict[str, Any], step: int) -> dict[str, Tensor]:
     """The fields of a parameter's state after ``step`` steps as meta tensors, for checks and for counting bytes."""
     fields: dict[str, Tensor] = {}
     for shape, member in members(param, group):
-        bucket = Bucket(group, shape, step, arithmetic_dtype(param), [member])
+        rule = rule_of(group, member.block is not None, shape)
+        bucket = Bucket(group, shape, step, arithmetic_dtype(param), rule, [member])
         for name, stack in create(bucket, torch.device("meta")).items():
             fields[name + member.suffix] = bucket.split(stack)[0]
     return fields

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from scao_hf.buckets import Bucket
-from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step, step_adamw
+from scao_hf.rules.base import NOT_NEGATIVE, Bucket, Field, Rule, Step, step_adamw
 
 
 class AdamW(Rule):

@@ -5,10 +5,12 @@ The shared equations are functions on stacks, below the class: G is ``[N, r, l]`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scao_hf import ops, quantization
-from scao_hf.buckets import Bucket, as_real
+from scao_hf.blocks import Member, as_real
 
 Pair = tuple[Tensor, Tensor]
 
@@ -97,6 +99,132 @@ class Field(NamedTuple):
 COUNTERS = {"taken": Legal(0, whole=True), "level": Legal(0, LARGEST_GRADIENT), "activity": Legal(0)}
 
 _UNKNOWN = torch.empty(0)
+
+
+class Layout(NamedTuple):
+    """What a tensor's memory means."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """Of ``tensor``, without keeping it alive."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@dataclass
+class Bucket:
+    """Blocks of one shape, group, device and age, stacked to ``[N, r, l]`` and stepped by one sequence of operations.
+
+    They are of ordinary parameters, or of such as pack E experts each. The number of operations of a step depends on the
+    number of distinct shapes, not of layers.
+
+    Attributes:
+        group: the parameter group whose options hold.
+        shape: ``(r, l)`` of every block; ``(1, numel)`` for parameters without two sides.
+        step: how many steps these blocks have taken, skipped ones included.
+        dtype: arithmetic and moment dtype: float64 for float64 parameters, float32 for all others.
+        rule: what steps them.
+        members: what is stacked, in order.
+        owners: the parameter in whose state each member's is: the member's own, or the sharded one that it is the whole of.
+        fields: the fields of the state and how each is stacked.
+        pointers: where each field of each member has been put in memory.
+        entries: where each member's state is entered. This and the next one are filled during a step alone.
+        state: the stacked state, one tensor of leading size N, the number of matrices, per field.
+        offsets: how many entries of the group's matrices come before each of the N (``offsets_of``), rising.
+        cycle: how many entries the group's matrices have.
+    """
+
+    group: dict[str, Any]
+    shape: tuple[int, int]
+    step: int
+    dtype: torch.dtype
+    rule: Rule
+    members: list[Member] = dataclasses.field(default_factory=list)
+    owners: list[Tensor] = dataclasses.field(default_factory=list)
+    fields: dict[str, Layout] = dataclasses.field(default_factory=dict)
+    pointers: list[int] = dataclasses.field(default_factory=list)
+    entries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    offsets: list[int] = dataclasses.field(default_factory=list)
+    cycle: int = 1
+
+    @property
+    def matrix(self) -> bool:
+        """Whether the members are matrices; the others take plain AdamW steps."""
+        return self.members[0].block is not None
+
+    @property
+    def size(self) -> int:
+        """N, the number of matrices (or vectors): E for each member that packs E experts."""
+        return len(self.members) * self.members[0].size
+
+    @property
+    def packed(self) -> bool:
+        """Whether each member packs the factors of several experts."""
+        return self.members[0].size > 1
+
+    def split(self, stack: Tensor) -> Sequence[Tensor]:
+        """A field of the state, ``[N, ...]``, as views by member: ``[...]`` each, or ``[E, ...]`` of E experts."""
+        return stack.chunk(len(self.members)) if self.packed else stack.unbind(0)
+
+    def largest(self) -> Tensor | None:
+        """The largest magnitude of each expert's gradient, ``[N]``, zero where it had no token; None for ordinary members."""
+        if not self.packed:
+            return None
+        tops = [
+            torch.linalg.vector_norm(block.part(param.grad), ord=math.inf, dim=(1, 2))
+            for param, _, block in self.members
+            if param.grad is not None and block is not None
+        ]
+        return torch.cat(tops)
+
+    def gradients(self) -> Tensor:
+        """A stacked copy ``[N, r, l]`` of the gradients in the bucket's arithmetic dtype."""
+        grads = []
+        for param, _, block in self.members:
+            if param.grad is not None:
+                grads.append(block.of(param.grad) if block else as_real(param.grad).reshape(1, -1))
+        return torch.stack(grads).to(self.dtype).reshape(-1, *self.shape)
+
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and gradients as they are stored, without a copy (vectors' gradients: contiguous)."""
+        params, grads = [], []
+        for param, _, block in self.members:
+            if param.grad is None:
+                continue
+            if block is None:
+                params.append(param)
+                grads.append(param.grad.contiguous())
+            elif block.packing:
+                params.extend(block.part(param).unbind(0))
+                grads.extend(block.part(param.grad).unbind(0))
+            else:
+                params.append(block.part(param))
+                grads.append(block.part(param.grad))
+        return params, grads
+
+    @property
+    def phase1_steps(self) -> int:
+        """The last step of phase 1."""
+        return self.rule.phase1_steps(self.group)
+
+    def due(self, step: int) -> slice:
+        """(S1) The members whose turn it is to be refreshed at ``step``, phase 1 having ended at ``start``.
+
+        Each has a slot, ``precond_freq * offset // cycle``, and is refreshed at the steps with ``(step - start) %
+        precond_freq == slot``: every step refreshes about as many entries, in one run of each stack. None in phase 1, and by
+        rules that refresh all matrices in the same step.
+        """
+        start = self.phase1_steps
+        if step <= start or not self.rule.staggered:
+            return slice(0, 0)
+        period = self.group["precond_freq"]
+        slot = (step - start) % period
+        first, last = (-(-part * self.cycle // period) for part in (slot, slot + 1))
+        return slice(bisect_left(self.offsets, first), bisect_left(self.offsets, last))
 
 
 @dataclass(eq=False)
@@ -391,6 +519,25 @@ def debias(factor: Tensor, rho: float, count: Tensor) -> Tensor:
     return factor / (1 - torch.pow(rho, count)).clamp_min(1e-30)
 
 
+def adaptive_rank(values: Tensor, total: Tensor, epsilon_sparse: float, k_min: int, k_max: int) -> Tensor:
+    """(E4) The smallest k in ``[k_min, k_max]`` whose eigenvalues hold at least ``1 - epsilon_sparse`` of the mass.
+
+    Args:
+        values: ``[N, d]``, falling.
+        total: ``[N]``, the trace (larger than the sum of ``values`` where these are truncated already).
+
+    Returns:
+        ``[N]``, int64, at most d.
+    """
+    # The tolerance keeps a rounding error in the running sum from costing one more direction.
+    threshold = (1 - epsilon_sparse) * total * (1 - 1e-6)
+    side = values.shape[-1]
+    # A product, because torch.use_deterministic_algorithms refuses cumsum on CUDA.
+    running = values @ torch.ones(side, side, dtype=values.dtype, device=values.device).triu_()
+    rank = (running < threshold[:, None]).sum(-1) + 1
+    return rank.clamp(min(k_min, side), min(k_max, side))
+
+
 def schedule(betas: tuple[float, float], rho: float, finite: Tensor, count: Tensor) -> tuple[Pair, Pair, Tensor]:
     """What this gradient weighs in the two moments, 0 for a skipped matrix; (U5); what it weighs in the curvature.
 
@@ -472,7 +619,7 @@ def averaged(state: dict[str, Tensor], count: Tensor, bias2: Tensor) -> tuple[Te
 
 
 @contextmanager
-def idle_experts_kept(bucket: Bucket, rule: Rule) -> Iterator[None]:
+def idle_experts_kept(bucket: Bucket) -> Iterator[None]:
     """Leave the curvature of experts without a token as it is: an average over the steps in which they had some.
 
     Their moments decay as AdamW's do; ``activity`` knows by how much these are smaller than the average (X3).
@@ -484,7 +631,7 @@ def idle_experts_kept(bucket: Bucket, rule: Rule) -> Iterator[None]:
     idle = largest == 0
     if "activity" in bucket.state:
         count_activity(bucket.state["activity"], largest, bucket.group["betas"][1])
-    names = [name for name in bucket.state if name not in COUNTERS and rule.field(name).kind == "curvature"]
+    names = [name for name in bucket.state if name not in COUNTERS and bucket.rule.field(name).kind == "curvature"]
     before = {name: bucket.state[name].clone() for name in names}
     try:
         yield

@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from scao_hf import ops, quantization
-from scao_hf.buckets import Bucket
-from scao_hf.linalg import adaptive_rank, eigh
+from scao_hf.ops import eigh
 from scao_hf.rules.base import (
     COUNTERS,
     FACTOR,
     NOT_NEGATIVE,
     SHARE,
     VECTORS,
+    Bucket,
     Field,
     Legal,
     Rule,
     Step,
     accumulate,
     adam_direction,
+    adaptive_rank,
     all_or_nothing,
     averaged,
     blend_weight,

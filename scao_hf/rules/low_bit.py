@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scao_hf import quantization
-from scao_hf.buckets import Bucket
-from scao_hf.rules.base import COUNTERS, Rule
+from scao_hf.rules.base import COUNTERS, Bucket
 
 #: At most so many fields of a rule are encoded (``Field.levels``): each has noise of its own in every step.
 MOST = 5
@@ -27,17 +25,10 @@ def chunk(device: torch.device) -> int:
     return CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE
 
 
-def is_encoded(name: str, like: Tensor, rule: Rule, group: dict[str, Any]) -> bool:
-    """Whether a field is kept encoded; int8 only where it takes fewer bytes, as its blocks are padded.
-
-    Args:
-        name: the field.
-        like: the field as the rule has it, ``[N, ...]``, any device.
-        rule: whose it is.
-        group: the parameter group.
-    """
-    kind = group["moment_dtype"]
-    if kind == "float32" or name in COUNTERS or not rule.field(name).levels:
+def _is_encoded(bucket: Bucket, name: str, like: Tensor) -> bool:
+    """Whether a field, ``[N, ...]`` as the rule has it, is kept encoded; int8 only where its padded blocks take fewer bytes."""
+    kind = bucket.group["moment_dtype"]
+    if kind == "float32" or name in COUNTERS or not bucket.rule.field(name).levels:
         return False
     if kind == "bfloat16":
         return True
@@ -45,13 +36,13 @@ def is_encoded(name: str, like: Tensor, rule: Rule, group: dict[str, Any]) -> bo
     return codes + 4 * scales < like[0].numel() * like.element_size()
 
 
-def encoded_zeros(fields: dict[str, Tensor], rule: Rule, group: dict[str, Any]) -> dict[str, Tensor]:
+def encoded_zeros(bucket: Bucket, fields: dict[str, Tensor]) -> dict[str, Tensor]:
     """The fields of a new state, all zero in those that are kept encoded, as they are kept."""
     kept: dict[str, Tensor] = {}
     for name, field in fields.items():
-        if not is_encoded(name, field, rule, group):
+        if not _is_encoded(bucket, name, field):
             kept[name] = field
-        elif group["moment_dtype"] == "bfloat16":
+        elif bucket.group["moment_dtype"] == "bfloat16":
             kept[name] = torch.zeros_like(field, dtype=torch.bfloat16)
         else:
             codes, scales = quantization.zeros(len(field), field[0].numel(), field.device)
@@ -60,55 +51,54 @@ def encoded_zeros(fields: dict[str, Tensor], rule: Rule, group: dict[str, Any]) 
 
 
 @contextmanager
-def decoded(bucket: Bucket, rule: Rule) -> Iterator[dict[str, Tensor]]:
-    """A bucket's state as its rule knows it, for one step; what the step leaves behind is kept encoded again.
+def decoded(bucket: Bucket) -> Iterator[dict[str, Tensor]]:
+    """The state of a bucket with encoded moments as its rule knows it, for one step; afterwards it is encoded again.
 
     A matrix that the step has skipped keeps its codes to the bit.
     """
-    if bucket.group["moment_dtype"] == "float32":
-        yield bucket.state
-        return
     before = bucket.state["taken"].clone()
-    state = _decoded(bucket, rule)
+    state = _decoded(bucket)
     try:
         yield state
     finally:  # a step whose refresh has been ended is one without it
-        _encode(bucket, rule, state, bucket.state["taken"] != before)
+        _encode(bucket, state, bucket.state["taken"] != before)
 
 
-def convert(bucket: Bucket, rule: Rule) -> None:
+def convert(bucket: Bucket) -> None:
     """Keep the moments of a bucket as its group's ``moment_dtype`` says, where they were kept in another way."""
-    fields, bucket.state = _decoded(bucket, rule), {}
-    _encode(bucket, rule, fields, torch.ones_like(fields["taken"], dtype=torch.bool))
+    fields, bucket.state = _decoded(bucket), {}
+    _encode(bucket, fields, torch.ones_like(fields["taken"], dtype=torch.bool))
 
 
-def _decoded(bucket: Bucket, rule: Rule) -> dict[str, Tensor]:
+def _decoded(bucket: Bucket) -> dict[str, Tensor]:
     """The whole state in the rule's dtypes; what is not encoded is the bucket's own tensor."""
-    likes = rule.create(1, bucket.shape, bucket.dtype, torch.device("meta"), bucket.group, bucket.step)
+    likes = bucket.rule.create(1, bucket.shape, bucket.dtype, torch.device("meta"), bucket.group, bucket.step)
     state = {name: bucket.state[name] for name in COUNTERS if name in bucket.state}
     for name, like in likes.items():
         if name in bucket.state:
             state[name] = bucket.state[name].to(like.dtype)
         else:
             codes, scales = (bucket.state[f"{name}_{part}"] for part in ("codes", "scales"))
-            values = quantization.decode(codes, scales, tuple(like.shape[1:]), like.dtype, rule.field(name).levels)
+            values = quantization.decode(
+                codes, scales, tuple(like.shape[1:]), like.dtype, bucket.rule.field(name).levels
+            )
             state[name] = values.contiguous()  # without the padding of the last block
     return state
 
 
-def _encode(bucket: Bucket, rule: Rule, state: dict[str, Tensor], changed: Tensor) -> None:
+def _encode(bucket: Bucket, state: dict[str, Tensor], changed: Tensor) -> None:
     """Put the fields of ``state`` into the bucket, in place where they were there before."""
     kept: dict[str, Tensor] = {}
-    encoded = [name for name, field in rule.fields.items() if field.levels]
+    encoded = [name for name, field in bucket.rule.fields.items() if field.levels]
     for name, field in state.items():
-        if not is_encoded(name, field, rule, bucket.group):
+        if not _is_encoded(bucket, name, field):
             kept[name] = field
             continue
         seed = bucket.step * MOST + encoded.index(name)
         if bucket.group["moment_dtype"] == "bfloat16":
             fresh = {name: quantization.to_bfloat16(field, seed)}
         else:
-            codes, scales = quantization.encode(field, seed, rule.field(name).levels)
+            codes, scales = quantization.encode(field, seed, bucket.rule.field(name).levels)
             fresh = {f"{name}_codes": codes, f"{name}_scales": scales}
         for key, value in fresh.items():
             old = bucket.state.get(key)

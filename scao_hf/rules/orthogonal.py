@@ -15,8 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scao_hf.buckets import Bucket
-from scao_hf.rules.base import NOT_NEGATIVE, Field, Rule, Step, clip_norm
+from scao_hf.rules.base import NOT_NEGATIVE, Bucket, Field, Rule, Step, clip_norm
 
 #: Coefficients of the Newton-Schulz iteration ``X <- a X + (b A + c A^2) X`` with ``A = X X^T``: steep at zero rather than
 #: exact at one, so that five iterations take singular values from 1e-2 up to between 0.7 and 1.2.

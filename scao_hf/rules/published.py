@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from scao_hf import ops, quantization
-from scao_hf.buckets import Bucket
-from scao_hf.linalg import adaptive_rank, eigh
+from scao_hf.ops import eigh
 from scao_hf.rules.base import (
     FACTOR,
     NOT_NEGATIVE,
     SHARE,
     VECTORS,
+    Bucket,
     Field,
     Legal,
     Rule,
@@ -26,6 +26,7 @@ from scao_hf.rules.base import (
     accumulate,
     adam_direction,
     adam_moments,
+    adaptive_rank,
     all_or_nothing,
     averaged,
     blend_weight,

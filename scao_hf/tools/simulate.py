@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scao_hf.optimizer import SCAO
-from scao_hf.rules import create, rule_of
+from scao_hf.rules import create
 from scao_hf.rules.base import Step
 from scao_hf.rules.low_bit import decoded
 from scao_hf.stacks import build_buckets
@@ -78,20 +79,20 @@ def optimizer_peak(optimizer: SCAO) -> int:
     """
     peaks = [0]
     for bucket in build_buckets(optimizer.param_groups, {}, lambda param: param.grad is not None):
-        rule, group = rule_of(bucket.group, bucket.matrix, bucket.shape), bucket.group
-        start, steps = rule.phase1_steps(group), {1}
+        start, steps = bucket.phase1_steps, {1}
         if bucket.matrix:
-            cycle = range(start + 1, start + 1 + group["precond_freq"])
-            due = {number: bucket.due(number, start) for number in cycle}
+            cycle = range(start + 1, start + 1 + bucket.group["precond_freq"])
+            due = {number: bucket.due(number) for number in cycle}
             most = max(cycle, key=lambda number: due[number].stop - due[number].start)
-            steps |= {max(1, start), start + 1, most, group["precond_freq"]}
+            steps |= {max(1, start), start + 1, most, bucket.group["precond_freq"]}
         for number in steps:
             bucket.step = number - 1
             bucket.state = create(bucket, torch.device("meta"))
             members = [member.param for member in bucket.members]
             grads = [param.grad for param in members if param.grad is not None]
-            with _Everywhere([*members, *grads, *bucket.state.values()]) as meter, decoded(bucket, rule) as state:
-                rule.step(Step(bucket, state, number, bucket.due(number, start)))
+            kept = nullcontext(bucket.state) if bucket.group["moment_dtype"] == "float32" else decoded(bucket)
+            with _Everywhere([*members, *grads, *bucket.state.values()]) as meter, kept as state:
+                bucket.rule.step(Step(bucket, state, number, bucket.due(number)))
             peaks.append(meter.peak)
     return max(peaks)
 

@@ -1,18 +1,11 @@
-"""Which parts of which parameters are matrices, and which of them are stepped together.
-
-A parameter with two sides becomes one or more blocks, oriented with the small side first. Blocks of one shape,
-group, device and age form a bucket: their gradients are stacked to ``[N, r, l]`` and stepped by one sequence of
-tensor operations, so the number of operations depends on the number of distinct shapes and not of layers.
-"""
+"""Which parts of a parameter are matrices: blocks, oriented with the small side first, and packed experts as stacks."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,120 +127,6 @@ class Member(NamedTuple):
     def size(self) -> int:
         """How many rows of the bucket it fills."""
         return self.block.size if self.block else 1
-
-
-class Layout(NamedTuple):
-    """What a tensor's memory means."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        """Of ``tensor``, without keeping it alive."""
-        return cls(tensor.shape, tensor.stride(), tensor.dtype)
-
-
-@dataclass
-class Bucket:
-    """Blocks of one shape that are stepped together: of ordinary parameters, or of such as pack E experts each.
-
-    Attributes:
-        group: the parameter group whose options hold.
-        shape: ``(r, l)`` of every block; ``(1, numel)`` for parameters without two sides.
-        step: how many steps these blocks have taken, skipped ones included.
-        dtype: arithmetic and moment dtype: float64 for float64 parameters, float32 for all others.
-        members: what is stacked, in order.
-        owners: the parameter in whose state each member's is: the member's own, or the sharded one that it is the whole of.
-        fields: the fields of the state and how each is stacked.
-        pointers: where each field of each member has been put in memory.
-        entries: where each member's state is entered. This and the next one are filled during a step alone.
-        state: the stacked state, one tensor of leading size N, the number of matrices, per field.
-        offsets: how many entries of the group's matrices come before each of the N (``offsets_of``), rising.
-        cycle: how many entries the group's matrices have.
-    """
-
-    group: dict[str, Any]
-    shape: tuple[int, int]
-    step: int
-    dtype: torch.dtype
-    members: list[Member] = field(default_factory=list)
-    owners: list[Tensor] = field(default_factory=list)
-    fields: dict[str, Layout] = field(default_factory=dict)
-    pointers: list[int] = field(default_factory=list)
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    state: dict[str, Tensor] = field(default_factory=dict)
-    offsets: list[int] = field(default_factory=list)
-    cycle: int = 1
-
-    @property
-    def matrix(self) -> bool:
-        """Whether the members are matrices; the others take plain AdamW steps."""
-        return self.members[0].block is not None
-
-    @property
-    def size(self) -> int:
-        """N, the number of matrices (or vectors): E for each member that packs E experts."""
-        return len(self.members) * self.members[0].size
-
-    @property
-    def packed(self) -> bool:
-        """Whether each member packs the factors of several experts."""
-        return self.members[0].size > 1
-
-    def split(self, stack: Tensor) -> Sequence[Tensor]:
-        """A field of the state, ``[N, ...]``, as views by member: ``[...]`` each, or ``[E, ...]`` of E experts."""
-        return stack.chunk(len(self.members)) if self.packed else stack.unbind(0)
-
-    def largest(self) -> Tensor | None:
-        """The largest magnitude of each expert's gradient, ``[N]``, zero where it had no token; None for ordinary members."""
-        if not self.packed:
-            return None
-        tops = [
-            torch.linalg.vector_norm(block.part(param.grad), ord=math.inf, dim=(1, 2))
-            for param, _, block in self.members
-            if param.grad is not None and block is not None
-        ]
-        return torch.cat(tops)
-
-    def gradients(self) -> Tensor:
-        """A stacked copy ``[N, r, l]`` of the gradients in the bucket's arithmetic dtype."""
-        grads = []
-        for param, _, block in self.members:
-            if param.grad is not None:
-                grads.append(block.of(param.grad) if block else as_real(param.grad).reshape(1, -1))
-        return torch.stack(grads).to(self.dtype).reshape(-1, *self.shape)
-
-    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters and gradients as they are stored, without a copy (vectors' gradients: contiguous)."""
-        params, grads = [], []
-        for param, _, block in self.members:
-            if param.grad is None:
-                continue
-            if block is None:
-                params.append(param)
-                grads.append(param.grad.contiguous())
-            elif block.packing:
-                params.extend(block.part(param).unbind(0))
-                grads.extend(block.part(param.grad).unbind(0))
-            else:
-                params.append(block.part(param))
-                grads.append(block.part(param.grad))
-        return params, grads
-
-    def due(self, step: int, start: int) -> slice:
-        """(S1) The members whose turn it is to be refreshed at ``step``, phase 1 having ended at ``start``.
-
-        Each has a slot, ``precond_freq * offset // cycle``, and is refreshed at the steps with ``(step - start) %
-        precond_freq == slot``: every step refreshes about as many entries, in one run of each stack.
-        """
-        if step <= start:
-            return slice(0, 0)
-        period = self.group["precond_freq"]
-        slot = (step - start) % period
-        first, last = (-(-part * self.cycle // period) for part in (slot, slot + 1))
-        return slice(bisect_left(self.offsets, first), bisect_left(self.offsets, last))
 
 
 def as_real(tensor: Tensor) -> Tensor:
