@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scao_hf.experts import without_gradient
+from scao_hf.experts import packing_of
 from scao_hf.optimizer import SCAO
 from scao_hf.rules import members, rule_of
 from scao_hf.rules.base import blend_weight
@@ -115,7 +115,8 @@ def check_experts(optimizer: SCAO, named: Iterable[tuple[str, Tensor]]) -> None:
     Raises:
         RuntimeError: the LoRA of some expert stacks has had no gradient: it would stay as it is for the whole run.
     """
-    missing = without_gradient(named, optimizer.param_groups, optimizer.state)
+    packed = {param for group, param in _parameters(optimizer) if packing_of(group) is not None}
+    missing = [name for name, param in named if param in packed and param not in optimizer.state]
     if missing:
         raise RuntimeError(
             f"no gradient has reached the LoRA of these experts, so that they do not train: {', '.join(missing)}. With "

@@ -6,12 +6,13 @@ and B, ``[out, E r]``, rank by rank. Each expert's own factor is a matrix of its
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from scao_hf.blocks import Packing, Side, check_packing
+from scao_hf.names import listed
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -80,7 +81,7 @@ def split_group(
     params = group["params"]
     if isinstance(params, set) or not (experts or vocabulary):
         return [group]  # torch has its own words for a set
-    params = [params] if isinstance(params, Tensor) else list(params)
+    params = listed(params)
     words = set(vocabulary)
     kinds: dict[tuple[tuple[str, Any], ...], list[Any]] = {(): []}
     for entry in params:
@@ -94,14 +95,3 @@ def split_group(
         kinds.setdefault(tuple(kind.items()), []).append(entry)
     split = [{**group, "params": members, **dict(kind)} for kind, members in kinds.items() if members]
     return split or [{**group, "params": params}]
-
-
-def without_gradient(names: Iterable[tuple[str, Tensor]], groups: Iterable[Mapping[str, Any]], state: Any) -> list[str]:
-    """The packed factors that no gradient has reached yet, by name.
-
-    Args:
-        names: the model's named parameters.
-        groups, state: an optimizer's, after at least one step.
-    """
-    packed = {param for group in groups if packing_of(group) is not None for param in group["params"]}
-    return [name for name, param in names if param in packed and param not in state]

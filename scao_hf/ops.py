@@ -27,7 +27,6 @@ __all__ = [
     "full_precision",
     "has",
     "int8_ema_",
-    "numbers",
     "supports",
     "symmetric_eigh",
 ]
@@ -36,8 +35,8 @@ __all__ = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Each operation does what a rule's PyTorch code does, on one bucket, in place. ``state`` are stacked fields in the order of the
-# rule's table after the counters, ``numbers`` those of ``numbers(group)``, in the ramp with its weight. csrc checks what it is
-# given.
+# rule's table after the counters, ``numbers`` lr, betas, eps, weight decay and rho, and in the ramp its weight. csrc checks
+# what it is given.
 _LIBRARY = torch.library.Library("scao", "DEF")
 #: Schemas, and what an operation returns where tensors have no numbers (FakeTensorMode).
 _OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -169,11 +168,6 @@ for _device in filter(None, _REQUIRED.split(",")):
     _kernels, _, _reason = backend()[_device].partition(": ")
     if _kernels == "pytorch":
         raise ImportError(f"SCAO_REQUIRE_EXT={_REQUIRED}: no native {_device} kernels: {_reason}")
-
-
-def numbers(group: dict[str, Any]) -> list[float]:
-    """lr, betas, eps, weight decay and rho of a parameter group, in the order in which the operations take them."""
-    return [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["rho"]]
 
 
 def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> bool:

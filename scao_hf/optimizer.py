@@ -205,7 +205,7 @@ class SCAO(Optimizer):
                 notices.check_finite(self.param_groups)
                 stacks = self._current()
                 self._watch.check(stacks.buckets)
-            self._step_stacks(stacks.buckets, stacks.shards)
+            self._step_stacks(stacks)
             self._idleness.count(self.param_groups, stacks.idle)
         finally:
             if self._stacks is not None:
@@ -218,10 +218,10 @@ class SCAO(Optimizer):
             self._stacks = stacks = self._stack(lambda param: param.grad is not None)
         return stacks
 
-    def _step_stacks(self, buckets: list[Bucket], shards: Shards | None) -> None:
+    def _step_stacks(self, stacks: Stacks) -> None:
+        buckets, shards, sharing = stacks.buckets, stacks.shards, self._sharing
         if shards is not None:
             shards.gather()
-        sharing = self._sharing
         parts = [] if sharing is None else sharing.split(buckets)
         for index, bucket in enumerate(buckets):
             # The step may be taken inside the training loop's autocast block: its own arithmetic must not be lowered.

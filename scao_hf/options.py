@@ -335,9 +335,8 @@ def check_group(group: dict[str, Any]) -> None:
     check_torch_options(0, group["betas"], group["eps"], group["weight_decay"])
     for name, option in OPTIONS.items():
         check(name, group[name], option)  # None is a default in a constructor alone
-    own = RULE_DEFAULTS[group["rule"]].keys() - {
-        "from_scratch"
-    }  # what was found under "auto" remains when that is edited
+    # What was found under "auto" remains when that is edited.
+    own = RULE_DEFAULTS[group["rule"]].keys() - {"from_scratch"}
     resolve(group["rule"], {name: group[name] for name in own})
 
 

@@ -21,7 +21,7 @@ from scao_hf.blocks import arithmetic_dtype, offsets_of
 from scao_hf.distributed.shards import BYTES, Shards
 from scao_hf.names import name_of
 from scao_hf.rules import Groups, State, Wholes, create, low_bit, members, rule_of
-from scao_hf.rules.base import Bucket, Layout
+from scao_hf.rules.base import Bucket
 
 META = torch.device("meta")
 
@@ -177,8 +177,7 @@ def _step(param: Tensor, entry: dict[str, Any]) -> int:
 def _fill(bucket: Bucket, before: dict[str, Any]) -> list[Tensor]:
     """Stack what the entries hold, on the parameters' device and in the rule's dtypes; returns the tensors found there."""
     own, device, found = create(bucket, META), bucket.members[0].param.device, []
-    fields = own if _holds(bucket, own) else _other_form(bucket, own)
-    bucket.fields = {name: Layout.of(like) for name, like in fields.items()}
+    bucket.fields = fields = own if _holds(bucket, own) else _other_form(bucket, own)
     for name, like in fields.items():
         part = bucket.split(like)[0]
         pieces: list[Tensor] = []
@@ -263,7 +262,7 @@ def _enter(bucket: Bucket) -> None:
         for entry, member, part in zip(bucket.entries, bucket.members, bucket.split(stack), strict=True):
             # Detached: a view keeps its base, even where a user moves it to the CPU by its ``data``.
             entry[name + member.suffix] = part.detach()
-    bucket.fields = {name: Layout.of(stack) for name, stack in bucket.state.items()}
+    bucket.fields = {name: stack.to(META) for name, stack in bucket.state.items()}
     bucket.pointers = _pointers(bucket)
 
 
@@ -286,13 +285,13 @@ def _open(bucket: Bucket, state: State) -> bool:
             return False
     except (KeyError, TypeError):
         return False
-    for name, (shape, stride, dtype) in bucket.fields.items():
+    for name, like in bucket.fields.items():
         first = bucket.entries[0][name + bucket.members[0].suffix]
-        end = (first.storage_offset() + shape.numel()) * first.element_size()
+        end = (first.storage_offset() + like.numel()) * first.element_size()
         # Memory that was freed may be given out again for parts of the same sizes, each on its own.
-        if first.dtype != dtype or first.untyped_storage().nbytes() < end:
+        if first.dtype != like.dtype or first.untyped_storage().nbytes() < end:
             return False
-        bucket.state[name] = first.detach().as_strided(shape, stride)
+        bucket.state[name] = first.detach().as_strided(like.shape, like.stride())
     return True
 
 

@@ -140,7 +140,8 @@ def test_sketch_is_the_top_of_the_dense_matrix_and_accounts_for_the_rest() -> No
 
 
 def test_schedule() -> None:
-    assert base.curvature_start(100, 10, 20) == 200
-    assert base.curvature_start(10, 1, 10) == 10
+    for warmup, updates, freq, start in ((100, 10, 20, 200), (10, 1, 10, 10)):
+        group = {"warmup_steps": warmup, "min_precond_updates": updates, "precond_freq": freq}
+        assert published.Published().phase1_steps(group) == start
     assert [base.blend_weight(step, 10, 3) for step in (10, 11, 12, 13, 14, 99)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert base.blend_weight(11, 10, 0) == 1

@@ -846,7 +846,7 @@ ARROWS = {
     "checkpoint": {"distributed", "experts", "integrity", "names", "options", "rules"},
     "checks": {"experts", "optimizer", "rules", "zero"},
     "distributed": {"distributed", "blocks", "integrity", "names", "rules"},
-    "experts": {"blocks"},
+    "experts": {"blocks", "names"},
     "initial": {"distributed"},
     "integrity": set(),
     "moe": {"moe", "blocks", "experts"},

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # type: ignore[attr-defined, unused-ignore]
 
 from scao_hf import SCAO, ops
-from scao_hf.rules.base import curvature_start
+from scao_hf.rules import rule_of
 
 DEVICE = "fictive"
 #: Operations that make a tensor or a view and launch nothing.
@@ -150,7 +150,7 @@ def counted(
         optimizer = SCAO(params, lr=1e-4, weight_decay=weight_decay, **options)
         group = optimizer.param_groups[0]
         period = group["precond_freq"]
-        start = curvature_start(group["warmup_steps"], group["min_precond_updates"], period)
+        start = rule_of(group, matrix=True).phase1_steps(group)
         first = start + group["blend_steps"] + 1
         counts = {}
         for step in range(1, first + period):

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scao_hf import ops
-from scao_hf.rules.base import curvature_start
+from scao_hf.rules import rule_of
 
 #: How many sets of gradients take turns: with one alone, momentum and gradient would be the same and residuals zero.
 GRADIENT_SETS = 3
@@ -178,7 +178,7 @@ class Stepper:
         group = optimizer.param_groups[0]
         if name.startswith("scao") and "scao_version" in group:
             period = group["precond_freq"]
-            start = curvature_start(group["warmup_steps"], group["min_precond_updates"], period)
+            start = rule_of(group, matrix=True).phase1_steps(group)
             settle = start + group["blend_steps"] + 1
             return cls(spec, optimizer, period, -(-settle // period) * period, context)
         period = next((group[key] for key in ("precondition_frequency", "precond_freq") if key in group), 1)

@@ -101,19 +101,6 @@ COUNTERS = {"taken": Legal(0, whole=True), "level": Legal(0, LARGEST_GRADIENT), 
 _UNKNOWN = torch.empty(0)
 
 
-class Layout(NamedTuple):
-    """What a tensor's memory means."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        """Of ``tensor``, without keeping it alive."""
-        return cls(tensor.shape, tensor.stride(), tensor.dtype)
-
-
 @dataclass
 class Bucket:
     """Blocks of one shape, group, device and age, stacked to ``[N, r, l]`` and stepped by one sequence of operations.
@@ -129,7 +116,7 @@ class Bucket:
         rule: what steps them.
         members: what is stacked, in order.
         owners: the parameter in whose state each member's is: the member's own, or the sharded one that it is the whole of.
-        fields: the fields of the state and how each is stacked.
+        fields: the stacked fields of the state, on the meta device.
         pointers: where each field of each member has been put in memory.
         entries: where each member's state is entered. This and the next one are filled during a step alone.
         state: the stacked state, one tensor of leading size N, the number of matrices, per field.
@@ -144,7 +131,7 @@ class Bucket:
     rule: Rule
     members: list[Member] = dataclasses.field(default_factory=list)
     owners: list[Tensor] = dataclasses.field(default_factory=list)
-    fields: dict[str, Layout] = dataclasses.field(default_factory=dict)
+    fields: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     pointers: list[int] = dataclasses.field(default_factory=list)
     entries: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -333,9 +320,11 @@ class Step:
         """
         taken = self.state["taken"]
         before = taken.clone() if refreshes else taken
+        group = self.group
+        numbers = [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], group["rho"], *more]
         params, grads = self.bucket.parts()
         self.bucket.step += 1  # Ctrl-C in the kernel is raised once it has taken the step
-        kernel(params, grads, fields, [*ops.numbers(self.group), *more], *options)
+        kernel(params, grads, fields, numbers, *options)
         torch.autograd.graph.increment_version(params)
         if refreshes:
             self.finite = (taken - before)[:, None, None]
@@ -397,8 +386,9 @@ class Rule(ABC):
         """Update the state by one gradient and the parameters by the step that follows from it."""
 
     def phase1_steps(self, group: dict[str, Any]) -> int:
-        """The last step of phase 1; 0 for a rule without one."""
-        return 0
+        """(U1) The last step of phase 1: the warm-up is over, and ``min_precond_updates`` refreshes were possible."""
+        start: int = max(group["warmup_steps"], group["min_precond_updates"] * group["precond_freq"])
+        return start
 
     @abstractmethod
     def figures(self, bucket: Bucket) -> dict[str, Tensor]:
@@ -459,11 +449,6 @@ def step_adamw(step: Step, refreshes: bool = False) -> None:
         accumulate(state["factor"], grads @ grads.mT, step.curvature_weight)
     adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, step.weights)
     step.write(adam_direction(state["exp_avg"], state["exp_avg_sq"], step.bias, group["eps"]))
-
-
-def curvature_start(warmup_steps: int, min_precond_updates: int, precond_freq: int) -> int:
-    """(U1) The last step of phase 1: both the warm-up and the required refreshes (one every precond_freq) are over."""
-    return max(warmup_steps, min_precond_updates * precond_freq)
 
 
 def blend_weight(step: int, start: int, blend_steps: int) -> float:

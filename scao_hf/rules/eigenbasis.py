@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,6 @@ from scao_hf.rules.base import (
     averaged,
     blend_weight,
     clip_norm,
-    curvature_start,
     debias,
     mix,
     step_adamw,
@@ -139,7 +138,7 @@ class Eigenbasis(Rule):
         fresh["vectors"] += torch.eye(r, dtype=momentum.dtype, device=momentum.device)
         whole = replace(step, state=fresh)
         for rows in _portions(momentum):
-            self._refresh_portion(whole.part(rows), step.state["exp_avg_sq"][rows])
+            refresh(whole.part(rows), step.state["exp_avg_sq"][rows])
         # No basis of the state has been changed so far: what raises leaves the optimizer in phase 1.
         momentum.copy_(fresh.pop("exp_avg"))
         del step.state["exp_avg_sq"]
@@ -150,20 +149,7 @@ class Eigenbasis(Rule):
         for rows in _portions(step.state["exp_avg"], step.due):
             part = step.part(rows)
             with all_or_nothing(part.state):
-                self._refresh_portion(part)
-
-    def _refresh_portion(self, step: Step, square: Tensor | None = None) -> None:
-        """Refresh all matrices of a step; ``square``: AdamW's second moment, for the first refresh."""
-        long_basis = _long_basis(step.state, step.state["exp_avg"].dtype)
-        refresh(step, long_basis, self._decay(step), square)
-        if "long_vectors" not in step.state:
-            codes, scales = quantization.encode(long_basis, seed=step.number)
-            step.update({"long_codes": codes, "long_scales": scales})
-
-    def _decay(self, step: Step) -> float:
-        """What the old long basis is worth. The first refresh (S1) comes after fewer steps than the others."""
-        decay: float = step.group["rho"] ** min(step.group["precond_freq"], step.number - self.phase1_steps(step.group))
-        return decay
+                refresh(part)
 
     def figures(self, bucket: Bucket) -> dict[str, Tensor]:
         """Rank and captured mass of the long side; the curvature norm is that of the small side's factor.
@@ -181,10 +167,6 @@ class Eigenbasis(Rule):
         gain = state["gain"]
         damped = ((gain <= 1 / MOST_GAIN) | (gain >= MOST_GAIN)).to(norm.dtype)
         return {"rank": state["mask"].sum((1, 2)), "captured_mass": mass, "curvature_norm": norm, "damped": damped}
-
-    def phase1_steps(self, group: dict[str, Any]) -> int:
-        """(U1) The warm-up, or what it takes until ``min_precond_updates`` refreshes were possible."""
-        return curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
 
 
 def _portions(stack: Tensor, rows: slice | None = None) -> Iterator[slice]:
@@ -306,21 +288,25 @@ def rank_one_direction(
     return torch.div(mean, denominator, out=denominator).clamp_(-1, 1)
 
 
-def refresh(step: Step, long_basis: Tensor, decay: float, square: Tensor | None = None) -> None:
+def refresh(step: Step, square: Tensor | None = None) -> None:
     """New bases, momentum and second moments in them, and (U13), the size of the steps until the next refresh. In place.
 
     Args:
         step: of the matrices to be refreshed, all of them.
-        long_basis: U^T, ``[N, k, l]``, changed in place.
-        decay: what the old long basis is worth.
         square: AdamW's second moment, for the first refresh.
     """
-    moments = step.state["exp_avg"]
+    moments, group = step.state["exp_avg"], step.group
+    long_basis = _long_basis(step.state, moments.dtype)
+    # The first refresh in phase 2 (S1) comes after fewer steps than the others.
+    decay = group["rho"] ** min(group["precond_freq"], step.number - step.bucket.phase1_steps)
     products = gram(moments, long_basis)
     coefficients = (refresh_bases if moments.device.type == "cpu" else refresh_bases_on_host)(step, products, decay)
     if square is not None:
         first_squares(step, square)
     step.update({"gain": graft_scale(*rotate(step, long_basis, coefficients))})
+    if "long_vectors" not in step.state:
+        codes, scales = quantization.encode(long_basis, seed=step.number)
+        step.update({"long_codes": codes, "long_scales": scales})
 
 
 def graft_scale(adamw: Tensor, own: Tensor) -> Tensor:
@@ -343,8 +329,9 @@ def refresh_bases(step: Step, products: Tensor, decay: float) -> Tensor:
     A decomposition that fails leaves that basis as it is. A matrix whose gradient is not finite keeps everything.
 
     Args:
-        step, decay: as in ``refresh``.
+        step: as in ``refresh``.
         products: of the rows of ``Z = [U^T; M]``, as ``gram`` returns them.
+        decay: what the old long basis is worth.
 
     Returns:
         What ``rotate`` makes of Z, ``[N, r + k + r, k + r]``.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -71,6 +71,10 @@ class Orthogonal(Rule):
             rows = slice(first, first + count)
             grads[rows] = _direction(step.part(rows), grads[rows])
         step.write(clip_norm(grads, step.group["tau"]))
+
+    def phase1_steps(self, group: dict[str, Any]) -> int:
+        """None: there is no curvature to wait for."""
+        return 0
 
     def figures(self, bucket: Bucket) -> dict[str, Tensor]:
         """All r directions have the same weight, whatever the curvature, which is not estimated."""

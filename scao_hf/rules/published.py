@@ -31,7 +31,6 @@ from scao_hf.rules.base import (
     averaged,
     blend_weight,
     clip_norm,
-    curvature_start,
     debias,
     mix,
 )
@@ -116,10 +115,6 @@ class Published(Rule):
             grads = mix(grads, clip_norm(natural, group["tau"]), blend)
         adam_moments(state["exp_avg"], state["exp_avg_sq"], grads, step.weights)
         step.write(adam_direction(state["exp_avg"], state["exp_avg_sq"], step.bias, group["eps"]))
-
-    def phase1_steps(self, group: dict[str, Any]) -> int:
-        """(U1) The warm-up, or what it takes until ``min_precond_updates`` refreshes were possible."""
-        return curvature_start(group["warmup_steps"], group["min_precond_updates"], group["precond_freq"])
 
     def figures(self, bucket: Bucket) -> dict[str, Tensor]:
         """Means over the two sides; the curvature norm is that of the kept eigenvalues, damped those above (E3)'s floor."""
