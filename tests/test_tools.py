@@ -131,6 +131,7 @@ def test_migrate_names_what_scao_refuses_and_never_overwrites(tmp_path: Path) ->
     assert "refuse this until you change" in result.output
     assert "zero3.json: SCAO does not run" in result.output and "FSDP1 flattens" in result.output
     assert run("migrate", path).exit_code == 1  # the same again
+    assert "cannot be written to (Is a directory)" in mistake("migrate", path, "--out", tmp_path)
     target.write_text("base_model: mine\n", encoding="utf-8")
     assert "exists with other content" in mistake("migrate", path)
     assert target.read_text(encoding="utf-8") == "base_model: mine\n"

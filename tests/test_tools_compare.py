@@ -563,3 +563,14 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(comparison, "run_arm", interrupt)
     result = run("compare", job(tmp_path).source, "--out", tmp_path / "out")
     assert result.exit_code == 130 and "repeat the command to resume" in result.stderr
+
+
+def test_a_comparison_that_cannot_be_written_tells_its_verdict_and_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("axolotl")
+    monkeypatch.setattr(comparison, "run_arm", lambda *_: outcome([3 - step / 20 for step in range(40)]))
+    (tmp_path / "out" / "comparison.json").mkdir(parents=True)
+    result = run("compare", job(tmp_path).source, "--out", tmp_path / "out", "--steps", 40)
+    assert result.exit_code == 2 and "scao against adamw_torch" in result.output, result.output
+    assert "out cannot be written to (Is a directory)" in result.stderr

@@ -275,9 +275,9 @@ def migrate(
         target = out or config.with_name(f"{config.stem}.scao{config.suffix}")
         changed = result.after != result.before
         if write := changed or out is not None:
-            if target.exists() and target.read_text(encoding="utf-8", errors="replace") != result.after:
-                raise ToolError(f"{target} exists with other content: remove it, or choose another with --out")
             with writing(target):
+                if target.is_file() and target.read_text(encoding="utf-8", errors="replace") != result.after:
+                    raise ToolError(f"{target} exists with other content: remove it, or choose another with --out")
                 target.write_text(result.after, encoding="utf-8", newline=result.newline)
     if not changed:
         print(f"{config}: nothing to change, it trains with SCAO already")
