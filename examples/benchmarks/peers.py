@@ -393,7 +393,7 @@ def state_bytes(optimizer: Optimizer, model: nn.Module) -> int:
         if id(item) in seen or isinstance(item, NOT_STATE):
             continue
         seen.add(id(item))
-        if isinstance(item, Tensor):
+        if isinstance(item, Tensor) and not item.is_meta:
             storage = item.untyped_storage()
             if storage.data_ptr() not in foreign:
                 storages[storage.data_ptr()] = storage.nbytes()

@@ -168,7 +168,7 @@ def png(title: str, charts: Sequence[Chart], path: Path) -> None:
 
     rows = -(-len(charts) // 2)
     figure = Figure(figsize=(11, 2.7 * rows + 0.6), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=12, color=INK, parse_math=False, wrap=True)
+    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
     for part, chart in zip(figure.subfigures(rows, 2, squeeze=False).flatten(), charts, strict=False):
         part.suptitle(chart.title, fontsize=11, color=INK, parse_math=False)
         chart.draw(part)
