@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -168,7 +169,8 @@ def png(title: str, charts: Sequence[Chart], path: Path) -> None:
 
     rows = -(-len(charts) // 2)
     figure = Figure(figsize=(11, 2.7 * rows + 0.6), layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=12, color=INK, parse_math=False)
+    # matplotlib's own wrapping reads a part between two dollar signs as a formula even so.
+    figure.suptitle(textwrap.fill(title, 110), fontsize=12, color=INK, parse_math=False)
     for part, chart in zip(figure.subfigures(rows, 2, squeeze=False).flatten(), charts, strict=False):
         part.suptitle(chart.title, fontsize=11, color=INK, parse_math=False)
         chart.draw(part)
