@@ -216,17 +216,19 @@ def test_lora(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: int, world
         (3, {"section": {"offload_optimizer": {"device": "cpu"}, "sub_group_size": 200}}),
         (2, {"section": {"overlap_comm": True}, "frozen": True}),
         (3, {"section": {"offload_param": {"device": "cpu"}, "sub_group_size": 0}, "frozen": True}),
+        (2, {"frozen": True, "exact": False}),
     ],
 )
 def test_lora_with_other_settings(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stage: int, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setitem(Eigenbasis.fields, "long_vectors", EXACT)
-    first, second = zero(tmp_path, 2, stage, exact=True, **settings)
+    exact = settings.get("exact", True)
+    monkeypatch.setitem(Eigenbasis.fields, "long_vectors", EXACT if exact else KEPT)
+    first, second = zero(tmp_path, 2, stage, **{"exact": exact, **settings})
     expected = one_process(full=False, frozen=settings.get("frozen", False))
     print(f"ZeRO-{stage} {settings}: {distance(first['weights'], expected):.1e} from one process")
     assert distance(first["weights"], second["weights"]) == 0
-    assert distance(first["weights"], expected) <= 1e-6
+    assert distance(first["weights"], expected) <= (1e-6 if exact else 1e-4)
 
 
 @pytest.mark.long
