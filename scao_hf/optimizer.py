@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -279,9 +278,8 @@ class SCAO(Optimizer):
 
     def _step_bucket(self, bucket: Bucket, due: slice) -> None:
         """One step of one bucket, whose moments are decoded for it where they are kept encoded; ``due`` are refreshed."""
-        encoded = bucket.group["moment_dtype"] != "float32"
         try:
-            with idle_experts_kept(bucket), decoded(bucket) if encoded else nullcontext(bucket.state) as state:
+            with idle_experts_kept(bucket), decoded(bucket) as state:
                 bucket.rule.step(Step(bucket, state, bucket.step + 1, due))
         finally:
             publish(bucket)

@@ -199,9 +199,9 @@ class Bucket:
         return self.rule.phase1_steps(self.group)
 
     def due(self, step: int) -> slice:
-        """(S1) The members whose turn it is to be refreshed at ``step``, phase 1 having ended at ``start``.
+        """(S1) The members whose turn it is to be refreshed at ``step``.
 
-        Each has a slot, ``precond_freq * offset // cycle``, and is refreshed at the steps with ``(step - start) %
+        Each has a slot, ``precond_freq * offset // cycle``, and is refreshed at the steps with ``(step - phase1_steps) %
         precond_freq == slot``: every step refreshes about as many entries, in one run of each stack. None in phase 1, and by
         rules that refresh all matrices in the same step.
         """

@@ -52,10 +52,13 @@ def encoded_zeros(bucket: Bucket, fields: dict[str, Tensor]) -> dict[str, Tensor
 
 @contextmanager
 def decoded(bucket: Bucket) -> Iterator[dict[str, Tensor]]:
-    """The state of a bucket with encoded moments as its rule knows it, for one step; afterwards it is encoded again.
+    """A bucket's state as its rule knows it, for one step; what the step leaves behind is kept encoded again.
 
     A matrix that the step has skipped keeps its codes to the bit.
     """
+    if bucket.group["moment_dtype"] == "float32":
+        yield bucket.state
+        return
     before = bucket.state["taken"].clone()
     state = _decoded(bucket)
     try:
