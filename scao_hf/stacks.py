@@ -262,7 +262,7 @@ def _enter(bucket: Bucket) -> None:
         for entry, member, part in zip(bucket.entries, bucket.members, bucket.split(stack), strict=True):
             # Detached: a view keeps its base, even where a user moves it to the CPU by its ``data``.
             entry[name + member.suffix] = part.detach()
-    bucket.fields = {name: stack.to(META) for name, stack in bucket.state.items()}
+    bucket.fields = {name: torch.empty_like(stack, device=META) for name, stack in bucket.state.items()}
     bucket.pointers = _pointers(bucket)
 
 

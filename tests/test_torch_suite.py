@@ -73,8 +73,9 @@ def test_errors(index: int) -> None:
     params, kwargs = wrong.optimizer_error_input.params, wrong.optimizer_error_input.kwargs
     if params is None:
         params = [Parameter(torch.randn(2, 3))]
-    if wrong.error_type is UserWarning:
-        with pytest.warns(UserWarning, match=wrong.error_regex):
+    if wrong.error_type is UserWarning:  # a parameter that is given twice: torch warns that this will be an error
+        assert "duplicate parameters" in wrong.error_regex
+        with pytest.warns(UserWarning, match=wrong.error_regex), pytest.raises(ValueError, match="pass it once"):
             INFO.optim_cls(params, **kwargs)
     elif wrong.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR:
         with pytest.raises(wrong.error_type, match=wrong.error_regex):
