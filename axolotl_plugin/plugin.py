@@ -99,6 +99,7 @@ def _log_choice(trainer: Trainer, kwargs: dict[str, Any], told: str) -> None:
     """Which SCAO trains, with which options, and what its state takes."""
     from scao_hf import SCAO, __version__
     from scao_hf.namesake import other_package
+    from scao_hf.report import entries_of
 
     folder, other = Path(inspect.getfile(SCAO)).parent, other_package()
     not_this = f", not the package scao in {other}, another project's" if other else ""
@@ -108,7 +109,7 @@ def _log_choice(trainer: Trainer, kwargs: dict[str, Any], told: str) -> None:
     int8 = {**own, "moment_dtype": "int8", "use_int8_ema": True}
     state, least = (_peak(trainable, options) for options in (own, int8))
     smaller = f", or {least / 2**20:.1f} MiB with scao_moment_dtype: int8 and scao_use_int8_ema: true"
-    numbers = [getattr(param, "ds_numel", param.numel()) for param in trainable]
+    numbers = [entries_of(param) for param in trainable]
     adamw = sum(2 * number * param.element_size() for number, param in zip(numbers, trainable, strict=True))
     LOG.log(
         logging.WARNING if state > 4 * adamw else logging.INFO,

@@ -117,6 +117,12 @@ def memory_report(groups: Groups, counted: Collection[Tensor]) -> dict[str, int]
     return {**sizes, "total": total, "peak": max(before, total), "parameters": sum(param.numel() for param, _ in owned)}
 
 
+def entries_of(param: Tensor) -> int:
+    """How many entries a parameter has, also where ZeRO-3 has cut it on loading, when only DeepSpeed knows the number."""
+    entries: int = getattr(param, "ds_numel", param.numel())
+    return entries
+
+
 def describe(groups: Groups) -> str:
     """One line for each group and rule: how many parameters, with which rate and decay; frozen ones on a line of their own.
 

@@ -32,7 +32,7 @@ from scao_hf.options import (
     eight_bit_hint,
     resolve_arguments,
 )
-from scao_hf.report import STATISTICS_NAME, StatisticsFile
+from scao_hf.report import STATISTICS_NAME, StatisticsFile, entries_of
 from scao_hf.zero import ZeroSCAO, refused
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _about(args: TrainingArguments, model: nn.Module, optimizer: SCAO | ZeroSCAO
     return {
         "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
         "lora_r": max(ranks, default=None),
-        "parameters": sum(param.numel() for param in model.parameters() if param.requires_grad),
+        "parameters": sum(entries_of(param) for param in model.parameters() if param.requires_grad),
         "learning_rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "batch": [args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size],

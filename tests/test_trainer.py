@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from scao_hf import SCAO, SCAOCallback, SCAOTrainer, SCAOTrainerMixin
-from scao_hf.trainer import check_scao_kwargs, optimizer_class, unwrap
+from scao_hf.trainer import _about, check_scao_kwargs, optimizer_class, unwrap
+from scao_hf.zero import ZeroSCAO
 
 METRICS = {"scao/rank", "scao/phase", "scao/blend", "scao/curvature_norm", "scao/captured_mass", "scao/damped"}
 #: Curvature early enough for runs of a few steps.
@@ -155,6 +156,15 @@ def test_a_run_begins_with_its_groups_told_and_a_rate_for_each(
     optimizer.step()
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.005, 0.25]
+
+
+def test_the_report_counts_parameters_that_deepspeed_has_cut_on_loading(tmp_path: Path) -> None:
+    model = torch.nn.Linear(8, 4)
+    for param in model.parameters():
+        param.ds_shape, param.ds_numel = param.shape, param.numel()  # type: ignore[attr-defined]
+        param.data = torch.empty(0)
+    optimizer = ZeroSCAO(model.named_parameters())
+    assert _about(arguments(tmp_path), model, optimizer)["parameters"] == 36
 
 
 def test_callback_in_a_plain_trainer(tiny_llama: Path, tmp_path: Path) -> None:
