@@ -8,6 +8,7 @@ where they were saved so (``_named``); shapes and kinds (``_check_entry``); chec
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Collection, Mapping
 from copy import deepcopy
 from numbers import Integral, Real
@@ -169,7 +170,8 @@ def in_common(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
     for group in groups:
         names = _known_names(group)
         origins = [found[name][1] for name in names if name in found]
-        origin = max(origins, key=lambda each: sum(each is one for one in origins), default=group)
+        counts = Counter(map(id, origins))
+        origin = max(origins, key=lambda each: counts[id(each)], default=group)
         numbers = range(count, count + len(names))
         common["param_groups"].append({**origin, "params": [*numbers], "param_names": group.get("param_names", [])})
         count += len(names)

@@ -8,6 +8,7 @@ import inspect
 import io
 import pickle
 import random
+import sys
 import tempfile
 import warnings
 from collections import defaultdict
@@ -529,6 +530,28 @@ def test_a_partial_resume_loads_what_is_common(cut: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resumed.load_state_dict(through_file(other.state_dict()))
+
+
+def test_a_partial_resume_takes_twice_as_long_for_twice_the_parameters() -> None:
+    def calls(count: int) -> int:
+        params = [(f"p{index}", torch.nn.Parameter(torch.ones(2))) for index in range(count)]
+        state, found = SCAO(params, partial_resume=True).state_dict(), 0
+
+        def counting(frame: Any, event: str, argument: Any) -> None:
+            nonlocal found
+            found += event == "call"
+
+        other = SCAO(params, partial_resume=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sys.setprofile(counting)
+            try:
+                other.load_state_dict(state)
+            finally:
+                sys.setprofile(None)
+        return found
+
+    assert calls(400) < 2.5 * calls(200)
 
 
 class Weights(torch.nn.Module):
