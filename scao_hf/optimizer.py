@@ -141,13 +141,27 @@ class SCAO(Optimizer):
             ValueError: an illegal option, or a parameter that is given twice, or sharded in a way SCAO cannot step.
         """
         _check_params(param_group["params"])
-        group = dict(param_group)
+        group, before = dict(param_group), len(self.param_groups)
         experts = group.pop("experts", None) or self._experts
-        group, *others = split_group(group, experts, self._vocabulary)
+        try:
+            for part in split_group(group, experts, self._vocabulary):
+                super().add_param_group(self._completed(part))
+                _check_once(self.param_groups[-1])
+                for param in self.param_groups[-1]["params"]:
+                    check_placement(param)
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+        for added in self.param_groups[before:]:
+            self._remember(added["params"])
+            self._edits.add(added)
+
+    def _completed(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A new group with its rule's options, all of them checked."""
         opt.check_foreign(group)
         rule = group.get("rule", self.defaults["rule"])
         named = {name: group[name] for name in (*opt.OPTIONS, "betas") if name in group and name != "rule"}
-        group.update(opt.resolve(rule, {**self._passed, **named}))
+        group = {**group, **opt.resolve(rule, {**self._passed, **named})}
         settings = {**self.defaults, **group}
         lr = settings["lr"]
         if isinstance(lr, Tensor):
@@ -155,18 +169,7 @@ class SCAO(Optimizer):
         opt.check_torch_options(
             float(lr) if isinstance(lr, Tensor) else lr, settings["betas"], settings["eps"], settings["weight_decay"]
         )
-        super().add_param_group(group)
-        try:
-            _check_once(self.param_groups[-1])
-            for param in self.param_groups[-1]["params"]:
-                check_placement(param)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        self._remember(self.param_groups[-1]["params"])
-        self._edits.add(self.param_groups[-1])
-        for other in others:
-            self.add_param_group(other)
+        return group
 
     def _remember(self, params: list[Tensor]) -> None:
         """What a group was given, to know flattened matrices by."""

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scao_hf import SCAO, create_scao_optimizer, ops, options, stacks
+from scao_hf.blocks import Packing
 from scao_hf.rules import eigenbasis, rule_of
 from scao_hf.stacks import build_buckets
 
@@ -434,6 +435,9 @@ def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
     for bad in ([other, other], [other, flattened]):
         with pytest.raises(ValueError, match=r"twice in a parameter group|FSDP1"):
             optimizer.add_param_group({"params": bad})
+    # Of a group that becomes two, the second one is refused.
+    with pytest.raises(ValueError, match="FSDP1"):
+        optimizer.add_param_group({"params": [other, flattened], "experts": {flattened: Packing("A", 1)}})
     optimizer.add_param_group({"params": [other]})
     assert len(optimizer.param_groups) == len(optimizer._had_matrices) == 2
     steps(optimizer, 6)
