@@ -127,6 +127,19 @@ inline Numbers numbers_of(const std::vector<double>& numbers) {
   return {numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
 }
 
+inline Int8Average average_of(const Tensor& codes, const Tensor& scales, const Tensor& values, const Tensor& weights,
+                              int64_t seed) {
+  STD_TORCH_CHECK(scales.dim() == 2 && values.dim() >= 1, "scao: scales must be [N, blocks] and values [N, ...]");
+  const int64_t matrices = scales.size(0), blocks = scales.size(1), numel = matrices ? values.numel() / matrices : 0;
+  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() && values.size(0) == matrices &&
+                      values.device() == scales.device() && (numel + INT8_BLOCK - 1) / INT8_BLOCK == blocks,
+                  "scao: values must be contiguous float32, [N, ...] with as many entries as the codes hold");
+  return {pointer<signed char>(codes, "codes", ScalarType::Char, scales, {matrices, blocks * INT8_BLOCK}),
+          floats(scales, "scales", scales, {matrices, blocks}), static_cast<const float*>(values.data_ptr()),
+          floats(weights, "weights", scales, {matrices}), numel, blocks, matrices * blocks,
+          mix32(static_cast<unsigned>(seed))};
+}
+
 struct Sizes {
   int64_t matrices, r, l;
 };

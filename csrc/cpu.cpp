@@ -74,20 +74,8 @@ std::tuple<Tensor, Tensor> symmetric_eigh(Tensor matrices) {
 }
 
 void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64_t seed) {
-  STD_TORCH_CHECK(scales.dim() == 2 && values.dim() >= 1, "scao: scales must be [N, blocks] and values [N, ...]");
-  const int64_t matrices = scales.size(0), blocks = scales.size(1);
-  signed char* code = pointer<signed char>(codes, "codes", ScalarType::Char, scales, {matrices, blocks * INT8_BLOCK});
-  float* scale = floats(scales, "scales", scales, {matrices, blocks});
-  const float* weight = floats(weights, "weights", scales, {matrices});
-  const int64_t numel = matrices ? values.numel() / matrices : 0;
-  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() && values.size(0) == matrices &&
-                      (numel + INT8_BLOCK - 1) / INT8_BLOCK == blocks,
-                  "scao: values must be contiguous float32, [N, ...] with as many entries as the codes hold");
-  const float* value = static_cast<const float*>(values.data_ptr());
-  const unsigned key = mix32(static_cast<unsigned>(seed));
-  torch::stable::parallel_for(0, matrices * blocks, 64, [&](int64_t first, int64_t last) {
-    int8_ema(code, scale, value, weight, numel, blocks, key, first, last);
-  });
+  const Int8Average average = average_of(codes, scales, values, weights, seed);
+  torch::stable::parallel_for(0, average.blocks, 64, [&](int64_t first, int64_t last) { int8_ema(average, first, last); });
 }
 
 }  // namespace

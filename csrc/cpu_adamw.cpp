@@ -28,7 +28,7 @@ void adamw(const AdamwTask& task, const Numbers& n, void* scratch) {
     if (sums) clear(sums, gram_size(rp));
     for (long c = 0; c < l; c += T) {
       const long width = smaller(T, l - c), padded = round_up(width, VL);
-      load_tile(task.grad, c, r, width, tile, T);
+      load_tile(from(task.grad, c), r, width, tile, T);
       if (attempt == 0) largest = largest_bits(tile, T, r, padded, largest);
       if (scale != 1.0f) scale_tile(tile, T, r, padded, scale);
       if (sums) gram(tile, T, rp, padded, sums);
@@ -46,7 +46,7 @@ void adamw(const AdamwTask& task, const Numbers& n, void* scratch) {
   const float eps = static_cast<float>(n.eps), keep = static_cast<float>(1 - n.lr * n.weight_decay);
   for (long c = 0; c < l; c += T) {
     const long width = smaller(T, l - c), whole = width / VL * VL;
-    load_tile(task.grad, c, r, width, tile, T);
+    load_tile(from(task.grad, c), r, width, tile, T);
     if (scale != 1.0f) scale_tile(tile, T, r, round_up(width, VL), scale);
     for (long i = 0; i < r; i++) {
       float *mean = task.exp_avg + i * l + c, *square = task.exp_avg_sq + i * l + c;
@@ -69,7 +69,7 @@ void adamw(const AdamwTask& task, const Numbers& n, void* scratch) {
         for (long j = whole; j < width; j++) mean[j] = m[j - whole], square[j] = v[j - whole];
       }
     }
-    apply_tile(task.param, c, r, width, delta, T, keep, lr);
+    apply_tile(from(task.param, c), r, width, delta, T, keep, lr);
   }
 }
 

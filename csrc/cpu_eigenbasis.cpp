@@ -49,7 +49,7 @@ struct Step {
   }
 
   void load_grad(long first, long width, long stride) const {
-    load_tile(t.grad, first, r, width, grads, stride);
+    load_tile(from(t.grad, first), r, width, grads, stride);
     if (scale != 1.0f) scale_tile(grads, stride, r, round_up(width, VL), scale);
   }
 
@@ -64,7 +64,7 @@ struct Step {
       for (long c = 0; c < l; c += T) {
         const long width = smaller(T, l - c), padded = round_up(width, VL);
         load_grad(c, width, T);
-        load_tile(long_basis, c, k, width, bases, T);
+        load_tile(from(long_basis, c), k, width, bases, T);
         largest = largest_bits(grads, T, r, padded, largest);
         gram(grads, T, rp, padded, gram_sums);
         cross(grads, T, rp, bases, T, kp, padded, cross_sums);
@@ -111,7 +111,7 @@ struct Step {
     for (long c = 0; c < l; c += COLS) {
       const long width = smaller(COLS, l - c);
       load_grad(c, width, COLS);
-      load_tile(long_basis, c, k, width, bases, COLS);
+      load_tile(from(long_basis, c), k, width, bases, COLS);
       vf energy[COL_BLOCK] = {};
       for (long i = 0; i < rp; i += ROW_BLOCK) {
         const Part own{basis_t + i, rp, grads, COLS, r}, inside{mixed + i, rp, bases, COLS, k};
@@ -188,18 +188,18 @@ struct Step {
           store(direction + i * COLS + j, bounded(mean * mean_scale / (load(roots + j) * row_root[i] + eps)));
         }
       }
-      load_tile(long_basis, c, k, width, bases, COLS);
+      load_tile(from(long_basis, c), k, width, bases, COLS);
       for (long i = 0; i < rp; i += ROW_BLOCK) {
         product({basis_t + i, rp, direction, COLS, r}, {mixed + i, rp, bases, COLS, k},
                     [&](const vf(&acc)[ROW_BLOCK][COL_BLOCK]) { store_block(results + i * COLS, COLS, acc); });
       }
       if (CAUTIOUS) {
-        load_tile(t.grad, c, r, width, grads, COLS);
+        load_tile(from(t.grad, c), r, width, grads, COLS);
         for (long i = 0; i < r * COLS; i += VL) {
           store(results + i, agreeing(load(results + i), load(grads + i), &agreed));
         }
       }
-      apply_tile(t.param, c, r, width, results, COLS, keep, lr);
+      apply_tile(from(t.param, c), r, width, results, COLS, keep, lr);
     }
     long yes = 0, counted = 0;
     for (int i = 0; i < VL; i++) yes += agreed.agreed[i], counted += agreed.counted[i];

@@ -13,8 +13,8 @@ namespace scao {
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
 #endif
-void int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,
-              long blocks_per_matrix, unsigned seed_key, long first, long last) {
+void int8_ema(const Int8Average& average, long first, long last) {
+  const auto [codes, scales, values, weights, numel, blocks_per_matrix, blocks, seed_key] = average;
   for (long block = first; block < last; block++) {
     const long matrix = block / blocks_per_matrix, start = (block - matrix * blocks_per_matrix) * INT8_BLOCK;
     const float weight = weights[matrix];

@@ -1,6 +1,7 @@
 // The CPU kernels and what they take: plain pointers and numbers, no torch header.
 #pragma once
 
+#include "int8.h"
 #include "state.h"
 
 namespace scao {
@@ -48,8 +49,6 @@ void eigenbasis(const EigenbasisTask&, const Numbers&, void* scratch);
 extern const long lanes;  // matrices that are decomposed together
 unsigned long eigh_scratch(long n);
 void eigh(const EighTask&, long first, long last, void* scratch);  // of matrices [first, last), `lanes` at most
-// Blocks [first, last) of an int8 EMA: see int8.h. values holds numel entries for each of the matrices.
-void int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,
-              long blocks_per_matrix, unsigned seed_key, long first, long last);
+void int8_ema(const Int8Average&, long first, long last);  // of blocks [first, last)
 
 }  // namespace scao

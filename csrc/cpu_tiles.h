@@ -9,7 +9,8 @@ namespace {
 
 // Columns [0, width) of a matrix with `rows` rows into the tile; the columns up to a multiple of COLS become zero.
 template <Dtype D>
-inline void load_tile_as(const void* data, long row_stride, long col_stride, long rows, long width, float* tile, long T) {
+inline void load_tile_as(const View& view, long rows, long width, float* tile, long T) {
+  const auto [data, row_stride, col_stride, dtype] = view;
   const long whole = width / VL * VL, padded = round_up(width, COLS);
   if (col_stride == 1) {
     for (long i = 0; i < rows; i++) {
@@ -43,23 +44,24 @@ inline void load_tile_as(const void* data, long row_stride, long col_stride, lon
   }
 }
 
-INLINE const void* offset(const void* data, Dtype dtype, long elements) {
-  return static_cast<const char*>(data) + elements * (dtype == F32 ? 4 : 2);
+// The matrix without its columns before `column`.
+INLINE View from(View view, long column) {
+  view.data = static_cast<char*>(view.data) + column * view.col_stride * (view.dtype == F32 ? 4 : 2);
+  return view;
 }
 
-inline void load_tile(const View& view, long first, long rows, long width, float* tile, long T) {
-  const void* data = offset(view.data, view.dtype, first * view.col_stride);
+inline void load_tile(const View& view, long rows, long width, float* tile, long T) {
   switch (view.dtype) {
-    case F32: return load_tile_as<F32>(data, view.row_stride, view.col_stride, rows, width, tile, T);
-    case BF16: return load_tile_as<BF16>(data, view.row_stride, view.col_stride, rows, width, tile, T);
-    case F16: return load_tile_as<F16>(data, view.row_stride, view.col_stride, rows, width, tile, T);
+    case F32: return load_tile_as<F32>(view, rows, width, tile, T);
+    case BF16: return load_tile_as<BF16>(view, rows, width, tile, T);
+    case F16: return load_tile_as<F16>(view, rows, width, tile, T);
   }
 }
 
 // w <- keep w - lr delta, delta a tile; keep = 1 - lr * weight_decay.
 template <Dtype D>
-inline void apply_tile_as(void* data, long row_stride, long col_stride, long rows, long width, const float* tile, long T,
-                   float keep, float lr) {
+inline void apply_tile_as(const View& view, long rows, long width, const float* tile, long T, float keep, float lr) {
+  const auto [data, row_stride, col_stride, dtype] = view;
   const long whole = width / VL * VL;
   const vf kept = splat(keep), rate = splat(lr);
   if (col_stride == 1) {
@@ -95,13 +97,11 @@ inline void apply_tile_as(void* data, long row_stride, long col_stride, long row
   }
 }
 
-inline void apply_tile(const View& view, long first, long rows, long width, const float* tile, long T, float keep,
-                       float lr) {
-  void* data = const_cast<void*>(offset(view.data, view.dtype, first * view.col_stride));
+inline void apply_tile(const View& view, long rows, long width, const float* tile, long T, float keep, float lr) {
   switch (view.dtype) {
-    case F32: return apply_tile_as<F32>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep, lr);
-    case BF16: return apply_tile_as<BF16>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep, lr);
-    case F16: return apply_tile_as<F16>(data, view.row_stride, view.col_stride, rows, width, tile, T, keep, lr);
+    case F32: return apply_tile_as<F32>(view, rows, width, tile, T, keep, lr);
+    case BF16: return apply_tile_as<BF16>(view, rows, width, tile, T, keep, lr);
+    case F16: return apply_tile_as<F16>(view, rows, width, tile, T, keep, lr);
   }
 }
 

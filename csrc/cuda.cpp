@@ -71,18 +71,9 @@ void eigenbasis_step_(std::vector<Tensor> params, std::vector<Tensor> grads, std
 }
 
 void int8_ema_(Tensor codes, Tensor scales, Tensor values, Tensor weights, int64_t seed) {
-  STD_TORCH_CHECK(scales.dim() == 2 && values.dim() >= 1, "scao: scales must be [N, blocks] and values [N, ...]");
+  const Int8Average average = average_of(codes, scales, values, weights, seed);
   const Guard guard(scales.get_device_index());
-  const int64_t matrices = scales.size(0), blocks = scales.size(1);
-  signed char* code = pointer<signed char>(codes, "codes", ScalarType::Char, scales, {matrices, blocks * INT8_BLOCK});
-  float* scale = floats(scales, "scales", scales, {matrices, blocks});
-  const float* weight = floats(weights, "weights", scales, {matrices});
-  const int64_t numel = matrices ? values.numel() / matrices : 0;
-  STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() && values.size(0) == matrices &&
-                      values.device() == scales.device() && (numel + INT8_BLOCK - 1) / INT8_BLOCK == blocks,
-                  "scao: values must be contiguous float32, [N, ...] with as many entries as the codes hold");
-  const int error = scao_cuda_int8_ema(code, scale, static_cast<const float*>(values.data_ptr()), weight, numel, blocks,
-                                       matrices * blocks, mix32(static_cast<unsigned>(seed)), stream_of(scales));
+  const int error = scao_cuda_int8_ema(average, stream_of(scales));
   STD_TORCH_CHECK(error == 0, "scao: a launch failed with CUDA error ", error);
 }
 

@@ -13,6 +13,15 @@ namespace scao {
 constexpr int INT8_BLOCK = 128;
 constexpr float INT8_LEVELS = 127.0f;
 
+// Averages in blocks of int8 and what goes into them: numel values and one weight for each matrix.
+struct Int8Average {
+  signed char* codes;  // [blocks, INT8_BLOCK]
+  float* scales;       // [blocks]
+  const float *values, *weights;
+  long numel, blocks_per_matrix, blocks;
+  unsigned seed_key;
+};
+
 // Bijective mixing of 32 bits (lowbias32 by Chris Wellons, public domain).
 SCAO_HD static inline unsigned mix32(unsigned x) {
   x ^= x >> 16;

@@ -536,8 +536,8 @@ __global__ void finish(State s, Numbers n) {
 // ---- int8 -----------------------------------------------------------------------------------------------------------
 
 // One block of threads a block of 128 entries; see the CPU kernel.
-__global__ void int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,
-                         long blocks_per_matrix, unsigned seed_key) {
+__global__ void int8_ema(Int8Average average) {
+  const auto [codes, scales, values, weights, numel, blocks_per_matrix, blocks, seed_key] = average;
   __shared__ float magnitude[INT8_BLOCK];
   const long block = blockIdx.x, matrix = block / blocks_per_matrix;
   const long start = (block - matrix * blocks_per_matrix) * INT8_BLOCK;

@@ -92,9 +92,7 @@ extern "C" int scao_cuda_probe() {
 #endif
 }
 
-extern "C" int scao_cuda_int8_ema(signed char* codes, float* scales, const float* values, const float* weights,
-                                  long numel, long blocks_per_matrix, long blocks, unsigned seed_key, void* stream) {
-  if (blocks == 0) return 0;
-  return cuda::launch(cuda::int8_ema, dim3(static_cast<unsigned>(blocks)), INT8_BLOCK, 0, stream, codes, scales, values,
-                      weights, numel, blocks_per_matrix, seed_key);
+extern "C" int scao_cuda_int8_ema(Int8Average average, void* stream) {
+  if (average.blocks == 0) return 0;
+  return cuda::launch(cuda::int8_ema, dim3(static_cast<unsigned>(average.blocks)), INT8_BLOCK, 0, stream, average);
 }

@@ -36,6 +36,5 @@ int scao_cuda_step(const scao::View* grads, const scao::View* params, int matric
                    scao::Numbers numbers, void* stream);
 // Whether the current device's driver can load these kernels: 0 or a CUDA error, found without a launch.
 int scao_cuda_probe();
-int scao_cuda_int8_ema(signed char* codes, float* scales, const float* values, const float* weights, long numel,
-                       long blocks_per_matrix, long blocks, unsigned seed_key, void* stream);
+int scao_cuda_int8_ema(scao::Int8Average average, void* stream);
 }

@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain
 from numbers import Real
 from operator import is_, itemgetter
@@ -33,6 +33,7 @@ class Option:
 
     kind: type
     doc: str
+    _: KW_ONLY
     low: float | None = None
     high: float | None = None
     open_low: bool = False

@@ -180,6 +180,7 @@ class StatisticsFile:
         step: int,
         options: dict[str, Any],
         rows: list[dict[str, Any]],
+        *,
         ms: list[float],
         write: bool,
         whole: list[float] | None = None,

@@ -178,7 +178,8 @@ class SCAOCallback(TrainerCallback):
             # Trainers that build the optimizer from its class pass parameters without their names.
             names = {param: name for name, param in kwargs["model"].named_parameters()}
             rows, write = optimizer.statistics(names), state.is_world_process_zero
-            self._file.append(self._start, state.global_step, options, rows, self._ms, write, self._step_ms)
+            times = {"ms": self._ms, "whole": self._step_ms}
+            self._file.append(self._start, state.global_step, options, rows, write=write, **times)
             self._ms, self._step_ms = [], []
 
     def on_step_begin(

@@ -503,7 +503,9 @@ def test_peak_of_preference_tuning_is_that_of_trl(tiny_llama: Path, tmp_path: Pa
         if checkpointing:
             simulate.set_checkpointing(trainer.model, True)
         peak = allocated(lambda: trainer.training_step(model, inputs))
-        estimate = simulate.step_peaks(planned, asked.sequences, length, checkpointing, "dpo", True).peak
+        estimate = simulate.step_peaks(
+            planned, asked.sequences, length, checkpointing, objective="dpo", reference=True
+        ).peak
         assert abs(estimate / peak - 1) < simulate.STATED_ERROR / 2, (checkpointing, estimate, peak)
 
 
@@ -929,7 +931,7 @@ def matrix_records(folder: Path, steps: int, start: int = 0, every: int = 2, jum
             }
             for index, name in enumerate(NAMES)
         ]
-        file.append(start, step, chosen, rows, [1.0, 1234.4 if step == 60 else 2.0 + step / 100], write=True)
+        file.append(start, step, chosen, rows, ms=[1.0, 1234.4 if step == 60 else 2.0 + step / 100], write=True)
     return folder
 
 

@@ -130,6 +130,7 @@ class Bucket:
     dtype: torch.dtype
     rule: Rule
     members: list[Member] = dataclasses.field(default_factory=list)
+    _: dataclasses.KW_ONLY
     owners: list[Tensor] = dataclasses.field(default_factory=list)
     fields: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     pointers: list[int] = dataclasses.field(default_factory=list)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -278,6 +278,7 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     data: list[int] = field(default_factory=list)
+    _: KW_ONLY
     eval_loss: float | None = None
     state_bytes: int = 0
     peak_bytes: int = 0

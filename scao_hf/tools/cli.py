@@ -78,6 +78,7 @@ def _mib(size: int) -> str:
 @app.command()
 def plan(
     config: Annotated[Path | None, typer.Argument(show_default=False)] = None,
+    *,
     model: Annotated[str | None, typer.Option(help="Instead of a YAML: a folder or a name on the hub.")] = None,
     lora_r: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     targets: Annotated[str | None, typer.Option(help='Layers with LoRA: "all", or names with commas.')] = None,
@@ -186,6 +187,7 @@ def _show_plan(plan: Plan, gpu: float | None) -> None:
 def compare(
     config: Path,
     arguments: Annotated[list[str] | None, typer.Argument()] = None,
+    *,
     steps: Annotated[int, typer.Option(help="Length of each run.")] = 100,
     lr: Annotated[
         str, typer.Option(help="config: the configuration's own for all; auto: each optimizer's best; or a number.")

@@ -37,7 +37,7 @@ class Row(NamedTuple):
     remark: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A finished plan; sizes are bytes.
 
@@ -150,8 +150,8 @@ def make_plan(settings: Settings) -> Plan:
         )
     peaks = {"off": Peaks(0, 0, 0), "on": Peaks(0, 0, 0)}
     try:
-        kind = (settings.objective, settings.reference, settings.reentrant)
-        peaks = {name: step_peaks(model, settings.sequences, settings.sequence, name == "on", *kind) for name in peaks}
+        kind = {name: getattr(settings, name) for name in ("objective", "reference", "reentrant")}
+        peaks = {name: step_peaks(model, settings.sequences, settings.sequence, name == "on", **kind) for name in peaks}
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         # A model may read values in its forward pass, which a tensor without data cannot answer.
         reason = str(error).split("\n")[0]

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Settings:
     """
 
     model: str
+    _: KW_ONLY
     shape: dict[str, Any] = field(default_factory=dict)
     adapter: bool = True
     four_bit: bool = True

@@ -268,6 +268,7 @@ def step_peaks(
     sequences: int,
     sequence: int,
     checkpointing: bool,
+    *,
     objective: str = "sft",
     reference: bool = False,
     reentrant: bool = False,
