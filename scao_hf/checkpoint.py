@@ -65,7 +65,7 @@ def saved(state_dict: dict[str, Any], groups: Groups) -> dict[str, Any]:
         for group in state_dict["param_groups"]
     ]
     state_dict = {**state_dict, "state": entries, "param_groups": numbers}
-    shards = Shards.of(groups)
+    shards = Shards.of(groups, {param: entries[key] for key, param, _ in pairs(state_dict, groups) if key in entries})
     return _for_checkpoint(state_dict if shards is None else shards.to_bytes(state_dict, groups), groups)
 
 
@@ -133,7 +133,7 @@ def restored(state_dict: dict[str, Any], groups: Groups) -> tuple[dict[str, Any]
     foreign: State = {}
     shards: Shards | None = None
     with agreed(groups):
-        shards = Shards.of(groups)
+        shards = Shards.of(groups, {})
         state_dict = _completed(state_dict, groups)
         _check_groups(state_dict, groups)
         if shards is not None:

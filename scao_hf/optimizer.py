@@ -387,7 +387,7 @@ class SCAO(Optimizer):
 
         Of the parameters that require a gradient or have state; with sharded ones, of those that this process owns.
         """
-        shards = Shards.of(self.param_groups)
+        shards = Shards.of(self.param_groups, self.state)
         params = [param for group in self.param_groups for param in group["params"]]
         held = {param for param in params if param.requires_grad or param in self.state}
         return report.memory_report(self.param_groups, held if shards is None else held - shards.elsewhere)

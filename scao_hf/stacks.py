@@ -48,8 +48,10 @@ class Stacks:
     def __init__(
         self, groups: Groups, state: State, include: Callable[[Tensor], bool], before: Sequence[dict[str, Any]] = ()
     ) -> None:
-        self.shards = Shards.of(groups)
+        self.shards = Shards.of(groups, state)
         self.buckets = build_buckets(groups, state, include, self.shards.wholes if self.shards else None, before)
+        if self.shards:
+            self.shards.claim(state)
         self._groups = list(groups)
         self._signature = _signature(groups)
         self.idle = all(len(parts) == 1 for parts in self._signature)

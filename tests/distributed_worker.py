@@ -578,6 +578,46 @@ def forms(rank: int, world: int, single: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
+def changed(how: str, rank: int, world: int, several: bool) -> tuple[dict[str, Tensor], list[int]]:
+    """A run in which the sizes of some states change while they exist: the weights and the steps of each parameter.
+
+    Args:
+        how: ``edited`` and ``removed`` are done to the groups in the middle of the run, ``loaded`` goes on with a new optimizer
+            of other options.
+        several: under FSDP2 in ``world`` processes; otherwise in this one.
+    """
+    model = shard(build()) if several else build()
+    named = list(model.named_parameters())
+
+    def built(**options: Any) -> SCAO:
+        return SCAO([{"params": named[:2], **options}, {"params": named[2:]}], lr=0.02, **QUICK)
+
+    def on(steps: range) -> None:
+        if several:
+            train(model, optimizer, steps, rank, world)
+        else:
+            train_parts(model, optimizer, steps, world)
+
+    optimizer = built(**({"k_min": 1, "k_max": 1} if how == "loaded" else {}))
+    on(range(7))
+    first = optimizer.param_groups[0]
+    if how == "edited":
+        first["moment_dtype"] = "bfloat16"
+    elif how == "removed":
+        del first["params"][0], first["param_names"][0]
+    else:
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer = built()
+        optimizer.load_state_dict(state)
+    on(range(7, STEPS))
+    return weights(model), [entry["step"] for entry in optimizer.state.values()]
+
+
+@scenario
+def moved(rank: int, world: int) -> dict[str, Any]:
+    return {how: changed(how, rank, world, several=True) for how in ("edited", "removed", "loaded")}
+
+
 @scenario
 def partial(rank: int, world: int, saved_to: Path, single: dict[str, Any]) -> dict[str, Any]:
     """The state of a run, in several forms, in one that trains other parameters of the same model.

@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import QUICK, SCENARIOS, STEPS, alone, build, counted, ended, held, launch, start, train_parts
+from distributed_worker import (
+    QUICK,
+    SCENARIOS,
+    STEPS,
+    alone,
+    build,
+    changed,
+    counted,
+    ended,
+    held,
+    launch,
+    start,
+    train_parts,
+)
 from torch import Tensor
 
 from scao_hf import SCAO, create_scao_optimizer
@@ -268,6 +281,17 @@ def test_state_dicts_of_one_process_and_of_several(tmp_path: Path) -> None:
     merged.load_state_dict(first["full"])
     train_parts(model, merged, range(7, STEPS), 2)
     assert distance(dict(model.named_parameters()), expected) == 0
+
+
+def test_a_state_keeps_its_owner_when_options_and_groups_change(tmp_path: Path) -> None:
+    """Who owns what is balanced by the sizes of the states, which options and the parameters of a group decide."""
+    found = launch("moved", 2, tmp_path)
+    for how, most in (("edited", 1e-2), ("removed", 1e-10), ("loaded", 1e-10)):
+        expected, steps = changed(how, 0, 2, several=False)
+        print(f"{how}: {distance(found[0][how][0], expected):.1e} from one process")
+        assert all(distance(each[how][0], found[0][how][0]) == 0 for each in found)
+        assert all(each[how][1] == steps for each in found)
+        assert distance(found[0][how][0], expected) <= most
 
 
 def test_a_partial_resume_of_several_processes(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from scao_hf.rules import Groups, State, Wholes, expected, only_foreign
 
 EARLIER = "take an earlier checkpoint, or start from the weights alone"
 
-#: The key under which a parameter's state holds its vector.
-BYTES = "bytes"
+#: The key under which a parameter's state holds its vector. In memory these are its fields, in the process that has them, and
+#: in all processes the number of that one.
+BYTES, OWNER = "bytes", "owner"
 #: Bytes of the checksum; every field begins at a multiple of as many, so that it can be read in its own dtype.
 ALIGNMENT = 8
 
@@ -90,17 +91,22 @@ def balance(costs: Sequence[int], loads: list[int], among: Sequence[Sequence[int
     return owners
 
 
-def owners_of(groups: Groups, world: int) -> dict[Tensor, int]:
-    """Which process owns which sharded parameter, by the bytes of its state (``balance``).
+def owners_of(groups: Groups, world: int, state: State) -> dict[Tensor, int]:
+    """Which process owns which sharded parameter: the one that has its state, or by the bytes of it (``balance``).
 
-    A group that is added later changes nothing for the groups before it.
+    A group that is added later changes nothing for the groups before it. Options that are edited or loaded would, and so
+    would a parameter that is taken out, as they change the sizes.
     """
+    sharded = [(param, group) for group in groups for param in group["params"] if is_sharded(param)]
+    owners = {param: state[param][BYTES][OWNER] for param, _ in sharded if OWNER in state.get(param, {}).get(BYTES, ())}
     loads = [0] * world
-    owners: dict[Tensor, int] = {}
+    for param, group in sharded:
+        if param in owners:
+            loads[owners[param]] += size_of(param, group)
     for group in groups:
-        sharded = [param for param in group["params"] if is_sharded(param)]
-        ranks = balance([size_of(param, group) for param in sharded], loads)
-        owners |= dict(zip(sharded, ranks, strict=True))
+        new = [param for param in group["params"] if is_sharded(param) and param not in owners]
+        ranks = balance([size_of(param, group) for param in new], loads)
+        owners |= dict(zip(new, ranks, strict=True))
     return owners
 
 
@@ -115,7 +121,7 @@ class Shards:
         ValueError: parameters on different meshes, or not sharded on their first dimension.
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, state: State) -> None:
         self.params: list[Any] = [param for group in groups for param in group["params"] if is_sharded(param)]
         meshes = {param.device_mesh for param in self.params}
         if len(meshes) > 1:
@@ -125,7 +131,7 @@ class Shards:
         self.group = self.params[0].device_mesh.get_group(shard_dim(self.params[0]))
         self.device = self.params[0].to_local().device
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        self.owners = owners_of(groups, self.world)
+        self.owners = owners_of(groups, self.world, state)
         self.wholes: Wholes = {}
         for param in self.params:
             mine = self.owners[param] == self.rank
@@ -134,9 +140,9 @@ class Shards:
         self.elsewhere = {param for param, whole in self.wholes.items() if whole is None}
 
     @classmethod
-    def of(cls, groups: Groups) -> Shards | None:
+    def of(cls, groups: Groups, state: State) -> Shards | None:
         """The sharded parameters among ``groups``, or None where there are none."""
-        return cls(groups) if any(is_sharded(param) for group in groups for param in group["params"]) else None
+        return cls(groups, state) if any(is_sharded(param) for group in groups for param in group["params"]) else None
 
     def _exchange(self, params: Sequence[Any], widths: Sequence[int]) -> Exchange:
         """An exchange of one vector of bytes per parameter, ``widths`` bytes for each index of its first dimension."""
@@ -211,7 +217,7 @@ class Shards:
         pieces: list[list[Tensor]] = []
         for key, param, size in found:
             if param not in self.elsewhere:
-                fields = {name: value for name, value in entries[key][BYTES].items() if name != "step"}
+                fields = {name: value for name, value in entries[key][BYTES].items() if name not in ("step", OWNER)}
                 pieces.append(_cut(to_bytes(fields, entries[key]["step"], size), self.world))
         received = exchange.to_parts([piece[target] for target in range(self.world) for piece in pieces], self.device)
         for (key, param, size), local in zip(found, received, strict=True):
@@ -273,11 +279,17 @@ class Shards:
     def adopt(self, fresh: State) -> State:
         """Named entries as the optimizer keeps them: a sharded parameter's fields under ``"bytes"``, with the owner."""
         return {
-            param: {"step": entry["step"], BYTES: {} if param in self.elsewhere else entry}
-            if param in self.wholes
+            param: {"step": entry["step"], BYTES: {**({} if param in self.elsewhere else entry), OWNER: owner}}
+            if (owner := self.owners.get(param)) is not None
             else entry
             for param, entry in fresh.items()
         }
+
+    def claim(self, state: State) -> None:
+        """Enter the owner of every state that there is."""
+        for param, owner in self.owners.items():
+            if "step" in state.get(param, ()):
+                state[param][BYTES][OWNER] = owner
 
 
 def _row_bytes(param: Tensor) -> int:
