@@ -44,7 +44,7 @@ def test_steps_on_an_accelerator_mix_no_devices_and_wait_for_no_number(case: int
 BOUNDS = {
     "": (126, 519, 440, 3, 2),
     "--rank 64": (126, 519, 440, 3, 2),
-    "moment_dtype=int8 use_int8_ema=true": (540, 1386, 1325, 3, 2),
+    "moment_dtype=int8 use_int8_ema=true": (492, 1008, 937, 3, 2),
     "blend_steps=2 --native": (24, 423, 197, 197, 3, 2, 2),
 }
 

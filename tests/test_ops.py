@@ -310,7 +310,7 @@ def test_int8_kernel_gives_the_codes_of_the_codec(numel: int) -> None:
 
 
 def test_noise_is_uniform_and_differs_between_seeds_and_blocks() -> None:
-    noise = torch.stack([quantization.uniform_noise(200, seed, torch.device("cpu")) for seed in range(3)])
+    noise = torch.stack([quantization.uniform_noise([200], [seed], torch.device("cpu")) for seed in range(3)])
     assert noise.min() >= 0 and noise.max() < 1
     counts = torch.histc(noise, 16, 0, 1)
     assert (counts / noise.numel() - 1 / 16).abs().max() < 0.003

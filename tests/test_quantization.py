@@ -57,6 +57,29 @@ def test_same_seed_same_codes_and_the_global_generator_is_left_alone() -> None:
     assert not torch.equal(first, other)
 
 
+def test_the_noise_is_the_hash_of_seed_block_and_entry_that_the_kernels_have() -> None:
+    def mix32(x: int) -> int:  # csrc/int8.h
+        x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
+        x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
+        return x ^ x >> 16
+
+    seeds, lanes = [0, 7, 2**32 - 1], range(quantization.BLOCK)
+    keys = [mix32(block ^ mix32(seed)) for seed in seeds for block in range(3)]
+    expected = [[(mix32(key + lane * 0x9E3779B9 & 0xFFFFFFFF) >> 8) / 2**24 for lane in lanes] for key in keys]
+    found = quantization.uniform_noise([3] * len(seeds), seeds, torch.device("cpu"))
+    assert torch.equal(found, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("power", [1, 2, 4])
+def test_fields_that_are_encoded_together_have_the_codes_that_each_has_alone(power: int) -> None:
+    fields = [torch.rand(3, 4, 50), torch.rand(3, 128, dtype=torch.float64), torch.zeros(3, 1), torch.rand(3, 700)]
+    together = quantization.encode_all(fields, range(5, 9), power)
+    for field, seed, (codes, scales) in zip(fields, range(5, 9), together, strict=True):
+        alone = quantization.encode(field, seed, power)
+        assert torch.equal(codes, alone[0]) and torch.equal(scales, alone[1])
+        assert (codes.shape, scales.shape) == quantization.encoded_shapes(3, field[0].numel())
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-44, 3e38])
 def test_extreme_blocks_stay_finite(value: float) -> None:
     codes, scales = quantization.encode(torch.full((1, 130), value), 0)

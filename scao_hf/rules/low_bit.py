@@ -91,22 +91,23 @@ def _decoded(bucket: Bucket) -> dict[str, Tensor]:
 
 def _encode(bucket: Bucket, state: dict[str, Tensor], changed: Tensor) -> None:
     """Put the fields of ``state`` into the bucket, in place where they were there before."""
-    kept: dict[str, Tensor] = {}
-    encoded = [name for name, field in bucket.rule.fields.items() if field.levels]
-    for name, field in state.items():
-        if not _is_encoded(bucket, name, field):
-            kept[name] = field
-            continue
-        seed = bucket.step * MOST + encoded.index(name)
+    names = [name for name, field in bucket.rule.fields.items() if field.levels]
+    seeds = {name: bucket.step * MOST + place for place, name in enumerate(names)}
+    encoded = [name for name in names if name in state and _is_encoded(bucket, name, state[name])]
+    kept = {name: field for name, field in state.items() if name not in encoded}
+    for levels in {bucket.rule.field(name).levels for name in encoded}:
+        alike = [name for name in encoded if bucket.rule.field(name).levels == levels]
+        fields, own = [state[name] for name in alike], [seeds[name] for name in alike]
+        fresh: dict[str, Tensor] = {}
         if bucket.group["moment_dtype"] == "bfloat16":
-            fresh = {name: quantization.to_bfloat16(field, seed)}
+            fresh |= zip(alike, map(quantization.to_bfloat16, fields, own), strict=True)
         else:
-            codes, scales = quantization.encode(field, seed, bucket.rule.field(name).levels)
-            fresh = {f"{name}_codes": codes, f"{name}_scales": scales}
+            for name, (codes, scales) in zip(alike, quantization.encode_all(fields, own, levels), strict=True):
+                fresh |= {f"{name}_codes": codes, f"{name}_scales": scales}
         for key, value in fresh.items():
             old = bucket.state.get(key)
             if old is None:
-                kept[key] = value
+                kept[key] = value.clone()  # fields encoded together share their memory
             else:
                 kept[key] = torch.where(changed.view(-1, *[1] * (old.ndim - 1)), value, old, out=old)
     bucket.state = kept
