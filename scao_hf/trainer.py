@@ -182,15 +182,11 @@ class SCAOCallback(TrainerCallback):
             self._file.append(self._start, state.global_step, options, rows, write=write, **times)
             self._ms, self._step_ms = [], []
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock of the whole step."""
         self._step_began = time.perf_counter()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock of the optimizer's step. Before the first one, some parameter must have a gradient.
 
         DeepSpeed steps before this and keeps the gradients to itself.
@@ -203,14 +199,12 @@ class SCAOCallback(TrainerCallback):
             checks.check_gradients(optimizer)
         self._began = time.perf_counter()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Stop it. On a GPU this is the time of the host, which does not wait for the device."""
         if isinstance(unwrap(kwargs.get("optimizer")), SCAO):
             self._ms.append(1000 * (time.perf_counter() - self._began))
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the clock; after the first step, check that the LoRA of every expert stack has had a gradient.
 
         Raises:

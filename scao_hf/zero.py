@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from scao_hf import report
 from scao_hf.blocks import Packing
-from scao_hf.distributed.exchange import Exchange, agreed_among, as_bytes
+from scao_hf.distributed.exchange import Exchange, agreed_among, as_bytes, from_all
 from scao_hf.distributed.shards import balance, size_of
 from scao_hf.names import listed
 from scao_hf.optimizer import SCAO, Params
@@ -255,14 +255,14 @@ class _Vector:
             )
         shapes, pieces = [shape for shape, _ in found], [piece for _, piece in found]
         self.params = [origins[shape] for shape in shapes]
-        self.group = _process_group(self.params[0])
+        first: Any = self.params[0]
+        self.group = first.ds_process_group if hasattr(first, "ds_process_group") else first._dp_group
         self.device = _device()
         self.rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
         #: Of each parameter the place of its piece in this process's part of the vector.
         self.slices = [slice(offset, offset + length) for _, length, offset in pieces]
         #: By process, of each parameter: where its piece begins in it, and how many entries it has.
-        self.pieces: list[list[tuple[int, int]]] = [[]] * world
-        dist.all_gather_object(self.pieces, [piece[:2] for piece in pieces], group=self.group)
+        self.pieces = from_all([piece[:2] for piece in pieces], self.group)
         by_param = [list(each) for each in zip(*self.pieces, strict=True)]
         for shape, each in zip(shapes, by_param, strict=True):
             _check_pieces(shape, each)
@@ -395,10 +395,6 @@ def _candidates(pieces: Sequence[tuple[int, int]]) -> list[int]:
     """The processes that may own a parameter: those that have most of it already, which ZeRO-3 has cut into equal pieces."""
     most = max(length for _, length in pieces)
     return [rank for rank, (_, length) in enumerate(pieces) if 2 * length >= most]
-
-
-def _process_group(param: Any) -> Any:
-    return param.ds_process_group if hasattr(param, "ds_process_group") else param._dp_group
 
 
 def _check_pieces(shape: Tensor, pieces: Sequence[tuple[int, int]]) -> None:

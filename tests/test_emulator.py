@@ -22,6 +22,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import launches  # noqa: E402
 import occupancy  # noqa: E402
+import tables  # noqa: E402
 
 from scao_hf import quantization  # noqa: E402
 
@@ -242,7 +243,8 @@ def test_two_threads_at_most_ask_a_bank_for_two_words(r: int, k: int, tall: bool
 
 def test_the_table_of_resident_warps_is_what_the_kernels_take() -> None:
     made = occupancy.table()
-    assert occupancy.split()[1] == made, "run `python examples/benchmarks/occupancy.py --write`"
+    page = occupancy.PAGE.read_text(encoding="utf-8")
+    assert tables.fill(page, {"occupancy": made}) == page, "run `python examples/benchmarks/occupancy.py --write`"
     rows = {row[0]: row for row in (line.strip("| ").split(" | ") for line in made.splitlines()[2:])}
     assert int(rows["16"][3].split()[0]) >= 16, "on a T4, whose multiprocessors hold 32"
 

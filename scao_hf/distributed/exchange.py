@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from scao_hf.blocks import is_matrix
+
+T = TypeVar("T")
 
 INSTEAD = "Train with DDP, or with FSDP2 (fully_shard; fsdp_version: 2), which keeps the shapes"
 ZERO = "Give DeepSpeed a scao_hf.zero.ZeroSCAO instead"
@@ -117,10 +119,15 @@ def _told(
         count = torch.tensor(int(told is not None), device=device)
         dist.all_reduce(count, group=group)
         if int(count):
-            everywhere: list[tuple[bool, str] | None] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(everywhere, told, group=group)
-            told = next(filter(None, everywhere))
+            told = next(filter(None, from_all(told, group)))
     return told
+
+
+def from_all(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Every process's value, in the order of the processes. Collective."""
+    values = [value] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def local_gradient(param: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scao_hf.distributed.exchange import Exchange, as_bytes, chunks, is_sharded, local_gradient, shard_dim
+from scao_hf.distributed.exchange import Exchange, as_bytes, chunks, from_all, is_sharded, local_gradient, shard_dim
 from scao_hf.integrity import checksum
 from scao_hf.names import few, labels, pairs
 from scao_hf.rules import Groups, State, Wholes, expected, only_foreign
@@ -144,11 +144,11 @@ class Shards:
         """The sharded parameters among ``groups``, or None where there are none."""
         return cls(groups, state) if any(is_sharded(param) for group in groups for param in group["params"]) else None
 
-    def _exchange(self, params: Sequence[Any], widths: Sequence[int]) -> Exchange:
-        """An exchange of one vector of bytes per parameter, ``widths`` bytes for each index of its first dimension."""
+    def _exchange(self, params: Sequence[Any]) -> Exchange:
+        """An exchange of the parameters, cut along their first dimension, as bytes."""
         sizes = [
-            [width * (last - first) for first, last in chunks(param.shape[0], self.world)]
-            for param, width in zip(params, widths, strict=True)
+            [_row_bytes(param) * (last - first) for first, last in chunks(param.shape[0], self.world)]
+            for param in params
         ]
         return Exchange([self.owners[param] for param in params], sizes, self.group)
 
@@ -157,41 +157,37 @@ class Shards:
         cuts = [[last - first for first, last in chunks(size, self.world)] for size in sizes]
         return Exchange([self.owners[param] for param in params], cuts, self.group)
 
+    def _active(self) -> tuple[list[Any], list[Tensor]]:
+        """The parameters with gradients, and of those that this process owns the wholes."""
+        active = [param for param in self.params if param.grad is not None]
+        return active, [whole for param in active if (whole := self.wholes[param]) is not None]
+
+    def _parts(self, wholes: Sequence[Tensor]) -> list[Tensor]:
+        """Views of the bytes that each process has of whole tensors, process by process."""
+        ranks = range(self.world)
+        return [as_bytes(whole[slice(*chunks(len(whole), self.world)[rank])]) for rank in ranks for whole in wholes]
+
     def gather(self) -> None:
         """Fill the whole parameters and gradients that this process owns from the shards of all."""
-        active = [param for param in self.params if param.grad is not None]
+        active, wholes = self._active()
         if not active:
             return
-        exchange = self._exchange(active * 2, [_row_bytes(param) for param in active * 2])
         pieces = [as_bytes(param.to_local()) for param in active]
         pieces += [as_bytes(local_gradient(param)) for param in active]
-        received = exchange.to_owners(pieces)
-        wholes = [whole for param in active if (whole := self.wholes[param]) is not None]
-        targets = []
+        received = self._exchange(active * 2).to_owners(pieces)
         for whole in wholes:
             whole.untyped_storage().resize_(whole.numel() * whole.element_size())
             whole.grad = torch.empty_like(whole)
-        for source in range(self.world):
-            for tensors in (wholes, [cast(Tensor, whole.grad) for whole in wholes]):
-                for tensor in tensors:
-                    first, last = chunks(tensor.shape[0], self.world)[source]
-                    targets.append(as_bytes(tensor[first:last]))
-        if targets:
-            torch._foreach_copy_(targets, received)
+        if wholes:
+            grads = [cast(Tensor, whole.grad) for whole in wholes]
+            torch._foreach_copy_(self._parts([*wholes, *grads]), received)
 
     def scatter(self, state: State) -> None:
         """Return the stepped parameters to their shards, count the step, and let go of the wholes."""
-        active = [param for param in self.params if param.grad is not None]
+        active, wholes = self._active()
         if not active:
             return
-        exchange = self._exchange(active, [_row_bytes(param) for param in active])
-        wholes = [whole for param in active if (whole := self.wholes[param]) is not None]
-        pieces = [
-            as_bytes(whole[slice(*chunks(whole.shape[0], self.world)[target])])
-            for target in range(self.world)
-            for whole in wholes
-        ]
-        received = exchange.to_parts(pieces, self.device)
+        received = self._exchange(active).to_parts(self._parts(wholes), self.device)
         torch._foreach_copy_([as_bytes(param.to_local()) for param in active], received)
         for param in active:
             state[param]["step"] += 1
@@ -239,9 +235,7 @@ class Shards:
             names[key]: (entries[key]["step"], tuple(getattr(entries[key].get(BYTES), "shape", ())))
             for key, *_ in self.saved(state_dict, groups)
         }
-        everywhere: list[dict[str, Any]] = [{}] * self.world
-        dist.all_gather_object(everywhere, mine, group=self.group)
-        unlike = sorted({name for each in everywhere for name, _ in each.items() ^ mine.items()})
+        unlike = sorted({name for each in from_all(mine, self.group) for name, _ in each.items() ^ mine.items()})
         if unlike:
             raise ValueError(
                 f"the processes have different states of {few(unlike)}: give load_state_dict the same checkpoint in all of them"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scao_hf.distributed.exchange import as_bytes, is_sharded
+from scao_hf.distributed.exchange import as_bytes, from_all, is_sharded
 from scao_hf.rules import Groups
 from scao_hf.rules.base import Bucket
 
@@ -36,9 +36,7 @@ class Sharing:
                 "with sharded parameters every matrix is refreshed by its owner already: leave share_refresh out"
             )
         shapes = [tuple(param.shape) for param in params]
-        everywhere: list[list[tuple[int, ...]]] = [[]] * self.world
-        dist.all_gather_object(everywhere, shapes, group=group)
-        if any(other != shapes for other in everywhere):
+        if any(other != shapes for other in from_all(shapes, group)):
             raise ValueError(
                 "the processes hold parameters of different shapes: share_refresh is for data parallelism, where all are alike"
             )

@@ -104,13 +104,11 @@ class Recorder(TrainerCallback):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.write(begin=state.global_step, learning_rate=args.learning_rate, device=device)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
         self.started = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the clock, when the device has finished."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()

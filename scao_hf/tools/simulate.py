@@ -254,9 +254,8 @@ def _preference_loss(model: Any, tokens: Tensor, reference: bool) -> Tensor:
 
     logits, policy = log_probabilities()
     with torch.no_grad():
-        held = (
-            log_probabilities() if reference else (logits, policy)
-        )  # both pairs of logits are there until the loss is
+        # Both pairs of logits are there until the loss is.
+        held = log_probabilities() if reference else (logits, policy)
         rows = logits.reshape(-1, logits.shape[-1])  # the entropy for the log: a copy, and some rows at a time
         shares = rows[:128].log_softmax(-1)
         (shares.exp() * shares).sum(-1)
@@ -264,7 +263,7 @@ def _preference_loss(model: Any, tokens: Tensor, reference: bool) -> Tensor:
 
 
 def step_peaks(
-    model: nn.Module,
+    model: Any,
     sequences: int,
     sequence: int,
     checkpointing: bool,
@@ -292,7 +291,6 @@ def step_peaks(
             param.grad = torch.zeros_like(param)  # between micro-batches they are there throughout
     device = next(model.parameters()).device
     tokens = torch.zeros(sequences, sequence, dtype=torch.long, device=device)
-    toggle: Any = model
     set_checkpointing(model, checkpointing, reentrant)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None), tokens]
     meter = Meter(known)
@@ -309,12 +307,11 @@ def step_peaks(
 
         inputs[0].register_hook(after_head)
 
-    output_layer: nn.Module = toggle.get_output_embeddings()
-    handle = output_layer.register_forward_pre_hook(before_head)
-    inputs = toggle.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
+    handle = model.get_output_embeddings().register_forward_pre_hook(before_head)
+    inputs = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
     try:
         with meter:
-            (_next_token_loss if objective == "sft" else _preference_loss)(toggle, tokens, reference).backward()
+            (_next_token_loss if objective == "sft" else _preference_loss)(model, tokens, reference).backward()
     finally:
         handle.remove()
         inputs.remove()
