@@ -94,14 +94,18 @@ def read_raw(data: dict[str, Any], findings: Findings) -> dict[str, Any]:
         named.append("scao")
     if chosen:
         findings.errors += problems
-        foreign = [key for key in data if key in WITHOUT_EFFECT or str(key).startswith(FOREIGN_PREFIXES)]
-        if ignored := sorted(key for key in foreign if data[key] is not None):
+        if ignored := sorted(key for key in of_others(data) if data[key] is not None):
             findings.warnings.append(f"{', '.join(ignored)} belong to other optimizers and have no effect")
     elif named:
         findings.warnings.append(
             f"optimizer: {data.get('optimizer')} does not read {', '.join(named)}; set optimizer: scao or remove them"
         )
     return data
+
+
+def of_others(data: dict[str, Any]) -> list[str]:
+    """The keys of a config that belong to other optimizers."""
+    return [key for key in data if key in WITHOUT_EFFECT or str(key).startswith(FOREIGN_PREFIXES)]
 
 
 def misspelt(name: str) -> str | None:

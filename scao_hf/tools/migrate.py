@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from axolotl_plugin.values import FOREIGN_PREFIXES, PREFIX, WITHOUT_EFFECT, Findings, misspelt
+from axolotl_plugin.values import PREFIX, Findings, misspelt, of_others
 from scao_hf import SCAO
 from scao_hf.namesake import other_package
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, eight_bit_hint
@@ -68,7 +68,7 @@ def migrate(path: Path) -> Migration:
     if said := misspelt(own):
         raise ToolError(f"{path}: {said}")
     chosen, reasons = _options(raw, own)
-    gone = [] if own == "scao" else _of_others(raw)
+    gone = [] if own == "scao" else [key for key in raw if key in ("optim_args", *of_others(raw))]
     reasons += [f"{key}: removed, SCAO does not read it" for key in gone]
     wanted: dict[str, Any] = {key: value for key, value in raw.items() if key not in gone}
     if not axolotl_yaml.has_plugin(raw):
@@ -96,11 +96,6 @@ def _read(text: str) -> Any:
         return axolotl_yaml.parse(text)
     except yaml.YAMLError:
         return None
-
-
-def _of_others(raw: dict[str, Any]) -> list[str]:
-    """The keys of the optimizer that SCAO takes the place of."""
-    return [key for key in raw if key == "optim_args" or key in WITHOUT_EFFECT or str(key).startswith(FOREIGN_PREFIXES)]
 
 
 def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:

@@ -224,10 +224,6 @@ def set_checkpointing(model: Any, enabled: bool, reentrant: bool = False) -> Non
         getattr(model, f"{name}_disable")()
 
 
-def _next_token_loss(model: Any, tokens: Tensor, _: bool) -> Tensor:
-    return model(input_ids=tokens, labels=tokens, use_cache=False).loss  # type: ignore[no-any-return]
-
-
 class _Gather(torch.autograd.Function):
     """``gather`` along the last dimension; in a dispatch mode torch's own gradient takes twice the memory that it has else."""
 
@@ -311,7 +307,11 @@ def step_peaks(
     inputs = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
     try:
         with meter:
-            (_next_token_loss if objective == "sft" else _preference_loss)(model, tokens, reference).backward()
+            if objective == "sft":
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            else:
+                loss = _preference_loss(model, tokens, reference)
+            loss.backward()
     finally:
         handle.remove()
         inputs.remove()
