@@ -6,7 +6,6 @@
 #include <memory>
 
 #include "checks.h"
-#include "int8.h"
 
 namespace scao {
 namespace {

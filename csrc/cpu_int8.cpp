@@ -1,6 +1,4 @@
 // The blockwise int8 average: see int8.h and scao_hf/quantization.py.
-#include "int8.h"
-
 #include "cpu_kernels.h"
 #include "cpu_vector.h"
 

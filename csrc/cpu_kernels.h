@@ -1,7 +1,6 @@
 // The CPU kernels and what they take: plain pointers and numbers, no torch header.
 #pragma once
 
-#include "int8.h"
 #include "state.h"
 
 namespace scao {

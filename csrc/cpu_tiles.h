@@ -130,10 +130,9 @@ INLINE bool sanitize(vi largest, float* level, float* scale) {
   float magnitude;
   __builtin_memcpy(&magnitude, &most, 4);
   if (most >= NOT_FINITE) return false;
-  const float limit = *level > 0 && *level * LARGEST_JUMP < LARGEST_GRADIENT ? *level * LARGEST_JUMP : LARGEST_GRADIENT;
+  const float limit = limit_of(*level);
   *scale = magnitude > limit ? limit / magnitude : 1.0f;
-  const float bounded = magnitude > limit ? limit : magnitude, faded = *level * LEVEL_DECAY;
-  if (magnitude > 0) *level = bounded > faded ? bounded : faded;
+  *level = level_after(*level, magnitude);
   return true;
 }
 

@@ -18,10 +18,6 @@ constexpr int VL = 4;
 constexpr int ROW_BLOCK = 4;  // rows and column vectors whose sums are held in registers at once
 constexpr int COL_BLOCK = 2;
 constexpr int COLS = VL * COL_BLOCK;
-constexpr unsigned NOT_FINITE = 0x7f800000u;
-constexpr float LARGEST_GRADIENT = 1e15f, LARGEST_JUMP = 10.0f, LEVEL_DECAY = 0.95f;  // as in scao_hf/rules/base.py
-constexpr float TINY = 1.17549435e-38f;
-constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis.py
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int vi __attribute__((vector_size(VL * 4)));

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
-#include "int8.h"
 #include "launch.h"
 
 namespace scao {

@@ -124,7 +124,6 @@ __device__ inline unsigned bits_of(float f) {
 // Of magnitudes, NaN being the largest.
 __device__ inline float larger(float a, float b) { return bits_of(a) > bits_of(b) ? a : b; }
 
-constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis.py
 
 // x within 1, (U10).
 __device__ inline float bounded(float x) { return x > 1 ? 1.0f : x < -1 ? -1.0f : x; }
@@ -140,7 +139,7 @@ __device__ inline void write(void* data, Dtype dtype, long at, float x) {
     static_cast<float*>(data)[at] = x;
   } else if (dtype == BF16) {
     const unsigned u = bits_of(x);
-    const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
+    const bool nan = (u & 0x7fffffffu) > NOT_FINITE;
     static_cast<unsigned short*>(data)[at] =
         nan ? 0x7fc0 : static_cast<unsigned short>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
   } else {
@@ -241,15 +240,12 @@ __global__ void settle(SCAO_BATCH batch, State s, Numbers n) {
   for (int c = threadIdx.x; c < s.chunks; c += blockDim.x) most = larger(most, x.largest[c]);
   most = largest_of(most, shared);
   if (threadIdx.x == 0) {
-    const bool finite = bits_of(most) < 0x7f800000u;
-    // (U3), as in cpu_kernels.cpp
-    float& level = s.level[matrix];
-    const float limit = level > 0 && level * 10.0f < 1e15f ? level * 10.0f : 1e15f;
+    const bool finite = bits_of(most) < NOT_FINITE;
+    const float limit = limit_of(s.level[matrix]);
     shared_scale = !finite ? 0.0f : most > limit ? limit / most : 1.0f;
     x.header[0] = shared_scale;
     if (finite) {
-      const float bounded = most > limit ? limit : most, faded = level * 0.95f;
-      if (most > 0) level = bounded > faded ? bounded : faded;
+      s.level[matrix] = level_after(s.level[matrix], most);
       const double count = static_cast<double>(s.taken[matrix]) + 1;
       s.taken[matrix] = static_cast<float>(count);
       x.header[1] = static_cast<float>(1 - pow(n.beta1, count));
@@ -463,7 +459,7 @@ __global__ void apply(SCAO_BATCH batch, State s, Numbers n) {
     float sum = 0;
     for (int c = 0; c < s.chunks; c++) sum += (thread ? x.plain_cols : x.cols)[c];
     sum /= s.l;
-    col_means[thread] = sum > 1.17549435e-38f ? sum : 1.17549435e-38f;
+    col_means[thread] = sum > TINY ? sum : TINY;
   }
   load(x.scaled, r, r, odd(r), part.square);
   load(x.mixed, r, k, odd(k), part.kept);
@@ -557,7 +553,7 @@ __global__ void int8_ema(Int8Average average) {
     SCAO_SYNC(19);
   }
   const float fresh = magnitude[0] / INT8_LEVELS;
-  const float inverse = fresh > 1.17549435e-38f ? 1 / fresh : 0.0f;
+  const float inverse = fresh > TINY ? 1 / fresh : 0.0f;
   const float y = x * inverse + uniform(block_key(seed_key, static_cast<unsigned>(block)), j);
   float code = floorf(y);
   code = code > 127 ? 127 : code < -127 ? -127 : code;

@@ -1,12 +1,29 @@
 // The state of matrices in phase 2, for the kernels of every device: pointers to the first of a stack of matrices.
 #pragma once
 
+#include "int8.h"
+
 // What the operations take; as in scao_hf/ops.py, which refuses a library that was built from other sources.
 #define SCAO_INTERFACE 4
 
 namespace scao {
 
 enum Dtype { F32, BF16, F16 };
+
+constexpr unsigned NOT_FINITE = 0x7f800000u;  // bits of Inf, below those of NaN
+constexpr float TINY = 1.17549435e-38f;
+constexpr float LARGEST_GRADIENT = 1e15f, LARGEST_JUMP = 10.0f, LEVEL_DECAY = 0.95f;  // (U3), as in scao_hf/rules/base.py
+constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis.py
+
+// (U3): the largest magnitude that a gradient may have at a level, and the level after one of that magnitude.
+SCAO_HD static inline float limit_of(float level) {
+  return level > 0 && level * LARGEST_JUMP < LARGEST_GRADIENT ? level * LARGEST_JUMP : LARGEST_GRADIENT;
+}
+
+SCAO_HD static inline float level_after(float level, float magnitude) {
+  const float limit = limit_of(level), bounded = magnitude > limit ? limit : magnitude, faded = level * LEVEL_DECAY;
+  return magnitude > 0 ? (bounded > faded ? bounded : faded) : level;
+}
 
 // Name and entries a matrix, in the order of scao_hf/rules/eigenbasis.py (`native_fields`), where they are explained. After them
 // come long_vectors, U^T in float32 or bfloat16, and of experts activity (X3).
