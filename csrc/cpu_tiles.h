@@ -127,9 +127,8 @@ inline void scale_tile(float* tile, long T, long rows, long width, float scale) 
 INLINE bool sanitize(vi largest, float* level, float* scale) {
   unsigned most = 0;
   for (int i = 0; i < VL; i++) most = static_cast<unsigned>(largest[i]) > most ? static_cast<unsigned>(largest[i]) : most;
-  float magnitude;
-  __builtin_memcpy(&magnitude, &most, 4);
   if (most >= NOT_FINITE) return false;
+  const float magnitude = float_of(most);
   const float limit = limit_of(*level);
   *scale = magnitude > limit ? limit / magnitude : 1.0f;
   *level = level_after(*level, magnitude);

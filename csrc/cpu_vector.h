@@ -89,33 +89,6 @@ INLINE long smaller(long a, long b) { return a < b ? a : b; }
 
 // ---- 16-bit storage ----------------------------------------------------------------------------------------------
 
-INLINE float bf16_to_float(unsigned short h) {
-  unsigned u = static_cast<unsigned>(h) << 16;
-  float f;
-  __builtin_memcpy(&f, &u, 4);
-  return f;
-}
-
-INLINE unsigned short float_to_bf16(float f) {  // to nearest even, as torch rounds
-  unsigned u;
-  __builtin_memcpy(&u, &f, 4);
-  if ((u & 0x7fffffffu) > NOT_FINITE) return 0x7fc0;
-  return static_cast<unsigned short>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
-INLINE float half_to_float(unsigned short h) {
-  _Float16 x;
-  __builtin_memcpy(&x, &h, 2);
-  return static_cast<float>(x);
-}
-
-INLINE unsigned short float_to_half(float f) {
-  _Float16 x = static_cast<_Float16>(f);
-  unsigned short h;
-  __builtin_memcpy(&h, &x, 2);
-  return h;
-}
-
 template <Dtype D>
 INLINE float get(const void* p, long i) {
   if constexpr (D == F32) return static_cast<const float*>(p)[i];

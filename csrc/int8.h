@@ -2,11 +2,7 @@
 // operations: one seed gives one noise everywhere.
 #pragma once
 
-#ifdef __CUDACC__
-#define SCAO_HD __host__ __device__
-#else
-#define SCAO_HD
-#endif
+#include "storage.h"
 
 namespace scao {
 

@@ -103,24 +103,6 @@ __device__ inline Scratch scratch_of(const State& s, int matrix) {
   return x;
 }
 
-__device__ inline float bf16(unsigned short h) {
-  union {
-    unsigned u;
-    float f;
-  } x;
-  x.u = static_cast<unsigned>(h) << 16;
-  return x.f;
-}
-
-__device__ inline unsigned bits_of(float f) {
-  union {
-    float f;
-    unsigned u;
-  } x;
-  x.f = f;
-  return x.u;
-}
-
 // Of magnitudes, NaN being the largest.
 __device__ inline float larger(float a, float b) { return bits_of(a) > bits_of(b) ? a : b; }
 
@@ -130,7 +112,7 @@ __device__ inline float bounded(float x) { return x > 1 ? 1.0f : x < -1 ? -1.0f 
 
 __device__ inline float read(const void* data, Dtype dtype, long at) {
   if (dtype == F32) return static_cast<const float*>(data)[at];
-  if (dtype == BF16) return bf16(static_cast<const unsigned short*>(data)[at]);
+  if (dtype == BF16) return bf16_to_float(static_cast<const unsigned short*>(data)[at]);
   return half_to_float(static_cast<const unsigned short*>(data)[at]);
 }
 
@@ -138,10 +120,7 @@ __device__ inline void write(void* data, Dtype dtype, long at, float x) {
   if (dtype == F32) {
     static_cast<float*>(data)[at] = x;
   } else if (dtype == BF16) {
-    const unsigned u = bits_of(x);
-    const bool nan = (u & 0x7fffffffu) > NOT_FINITE;
-    static_cast<unsigned short*>(data)[at] =
-        nan ? 0x7fc0 : static_cast<unsigned short>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+    static_cast<unsigned short*>(data)[at] = float_to_bf16(x);
   } else {
     static_cast<unsigned short*>(data)[at] = float_to_half(x);
   }

@@ -2,21 +2,6 @@
 // SCAO_EMULATE for the tests.
 #ifdef SCAO_EMULATE
 #include "emulator/cuda_emulator.h"
-namespace scao {
-namespace cuda {
-inline float half_to_float(unsigned short h) {
-  _Float16 x;
-  __builtin_memcpy(&x, &h, 2);
-  return static_cast<float>(x);
-}
-inline unsigned short float_to_half(float f) {
-  _Float16 x = static_cast<_Float16>(f);
-  unsigned short h;
-  __builtin_memcpy(&h, &x, 2);
-  return h;
-}
-}  // namespace cuda
-}  // namespace scao
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -8,10 +8,6 @@
 
 namespace scao {
 
-enum Dtype { F32, BF16, F16 };
-
-constexpr unsigned NOT_FINITE = 0x7f800000u;  // bits of Inf, below those of NaN
-constexpr float TINY = 1.17549435e-38f;
 constexpr float LARGEST_GRADIENT = 1e15f, LARGEST_JUMP = 10.0f, LEVEL_DECAY = 0.95f;  // (U3), as in scao_hf/rules/base.py
 constexpr float DAMPING = 1e-3f;  // (U14), as in scao_hf/rules/eigenbasis.py
 
