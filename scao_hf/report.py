@@ -35,18 +35,18 @@ def metrics(buckets: list[Bucket]) -> dict[str, float]:
     """
     matrices = [bucket for bucket in buckets if bucket.matrix and bucket.step]
     phase, blend = max((_phase(bucket) for bucket in matrices), default=(0, 0.0))
-    figures = {f"scao/{name}": 0.0 for name in METRICS}
-    if not buckets:
-        return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": 0.0}
-    device = buckets[0].state["taken"].device
-    summaries = [bucket.rule.figures(bucket) for bucket in matrices]
-    columns = [[summary[name] for summary in summaries] for name in METRICS if summaries]
-    columns.append([_skipped(bucket) for bucket in buckets])
-    joined = [torch.cat([part.to(device) for part in column]) for column in columns]
-    # In float64 on the CPU: MPS has none.
-    *values, skipped = torch.cat(joined).cpu().double().split([len(column) for column in joined])
-    figures.update(zip(figures, (float(value.mean()) for value in values), strict=False))
-    return {"scao/phase": float(phase), "scao/blend": blend, **figures, "scao/skipped": float(skipped.sum())}
+    figures = {"phase": float(phase), "blend": blend, **dict.fromkeys((*METRICS, "skipped"), 0.0)}
+    if buckets:
+        device = buckets[0].state["taken"].device
+        summaries = [bucket.rule.figures(bucket) for bucket in matrices]
+        columns = {name: [summary[name] for summary in summaries] for name in METRICS if summaries}
+        columns["skipped"] = [_skipped(bucket) for bucket in buckets]
+        joined = [torch.cat([part.to(device) for part in column]) for column in columns.values()]
+        # In float64 on the CPU: MPS has none.
+        values = torch.cat(joined).cpu().double().split([len(column) for column in joined])
+        for name, value in zip(columns, values, strict=True):
+            figures[name] = float(value.sum() if name == "skipped" else value.mean())
+    return {f"scao/{name}": value for name, value in figures.items()}
 
 
 def _skipped(bucket: Bucket) -> Tensor:
@@ -134,14 +134,10 @@ def describe(groups: Groups) -> str:
     for index, group in enumerate(groups):
         rate = group["initial_lr" if "initial_lr" in group else "lr"]
         rates = f"lr {float(rate):.4g}, weight decay {float(group['weight_decay']):.4g}"
+        undecided = group["rule"] == "auto" and group["from_scratch"] is None
         for param in group["params"]:
             rule = rule_for(param, group).name
-            if (
-                rule != "adamw"
-                and group["rule"] == "auto"
-                and group["from_scratch"] is None
-                and is_large(param.shape, group)
-            ):
+            if undecided and rule != "adamw" and is_large(param.shape, group):
                 rule = "auto"
             line = f"group {index}: {{}} by {rule}, {rates}" if param.requires_grad else f"group {index}: {{}} frozen"
             lines[line] += 1

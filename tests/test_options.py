@@ -190,7 +190,7 @@ def test_the_recipe_for_an_option_is_all_that_an_option_takes(tmp_path: Path) ->
 
     table = tmp_path / "scao_hf" / "options.py"
     insert(table, '    "rho": Option(', '    "dummy": Option(int, "does nothing", low=1),\n')
-    insert(table, '        "rho": 0.9', '        "dummy": 3,\n')
+    insert(table, '    "rho": (0.9', '    "dummy": (3, 3),\n')
     insert(tmp_path / "scao_hf" / "optimizer.py", "        rho: float | None", "        dummy: int | None = None,\n")
     code = """
 import torch
