@@ -290,7 +290,8 @@ class SCAO(Optimizer):
     def share_refresh(self, group: Any = None) -> None:
         """Share the refreshes out between the processes of a data-parallel run (DDP). Call it in all of them.
 
-        Every process must give the optimizer the same parameters and gradients, as DDP does. Each matrix is then
+        Every process must give the optimizer the same parameters and gradients, as DDP does, and take every step: the others
+        would wait for one that does not (DDP's ``join``). Each matrix is then
         refreshed by one process, which sends its state to the others; weights and states stay equal to the bit.
 
         Args:

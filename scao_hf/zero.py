@@ -20,7 +20,7 @@ from scao_hf import report
 from scao_hf.blocks import Packing
 from scao_hf.distributed.exchange import Exchange, agreed_among, as_bytes, from_all
 from scao_hf.distributed.shards import balance, size_of
-from scao_hf.names import listed
+from scao_hf.names import few, listed
 from scao_hf.optimizer import SCAO, Params
 
 #: Keys of a state dict: for each vector, the state dict of the SCAO that steps this process's matrices, and the number of its
@@ -134,6 +134,16 @@ class ZeroSCAO(Optimizer):
         #: Of each group its place in ``shapes``; DeepSpeed takes groups out of the list, but keeps the dicts.
         self._places = {id(group): place for place, group in enumerate(self.param_groups)}
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Part of the constructor.
+
+        Raises:
+            ValueError: afterwards, as DeepSpeed lays out its vectors once.
+        """
+        if hasattr(self, "_places"):
+            raise ValueError("ZeroSCAO takes no groups after it was built: pass all of them to its constructor")
+        super().add_param_group(param_group)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the vectors that DeepSpeed has put into the groups. Collective.
@@ -197,6 +207,7 @@ class ZeroSCAO(Optimizer):
                 )
             for (vector, flat), entry, steps in zip(vectors, saved, state_dict[STEPS], strict=True):
                 if entry is not None:
+                    _check_owned(vector.optimizer, entry)
                     vector.optimizer.load_state_dict(entry)
                     self.state[flat] = {"step": steps}
         for group, entry in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -333,6 +344,26 @@ class _Vector:
         for _, whole in self.owned():
             whole.grad = None
             whole.untyped_storage().resize_(0)
+
+
+def _check_owned(optimizer: SCAO, state_dict: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` where a saved state is not that of the parameters that this process owns.
+
+    Args:
+        optimizer: of a vector; what others own is without memory.
+        state_dict: with one group, after no step or after some. Other parameters are refused by the optimizer itself.
+    """
+    (group,), (saved,) = optimizer.param_groups, state_dict["param_groups"]
+    names, saved_names = (each.get("param_names", [*range(len(each["params"]))]) for each in (group, saved))
+    owned = {name for name, param in zip(names, group["params"], strict=True) if not param.is_meta and param.numel()}
+    held = {name for name, key in zip(saved_names, saved["params"], strict=True) if key in state_dict["state"]}
+    if held and held != owned and {*names} == {*saved_names}:
+        theirs, ours = (few([*map(str, sorted(each))]) for each in (held, owned))
+        raise ValueError(
+            f"the saved state of this process is of the parameters {theirs}, but it owns {ours}: resume with the parameters "
+            "in the order of the run that was saved and with its options (k_max, use_int8_ema, moment_dtype, "
+            "max_precond_dim), or start from the weights alone (load_optimizer_states=False)"
+        )
 
 
 def _device() -> torch.device:

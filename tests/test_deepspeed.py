@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scao_hf import SCAO
 from scao_hf.rules.eigenbasis import Eigenbasis
-from scao_hf.zero import ZeroSCAO, refused
+from scao_hf.zero import ZeroSCAO, _check_owned, refused
 
 installed = importlib.util.find_spec("deepspeed") is not None
 runs_deepspeed = pytest.mark.skipif(not installed, reason="needs deepspeed: make test-deepspeed installs it")
@@ -87,6 +87,34 @@ def test_without_zero_nothing_is_stepped() -> None:
     with pytest.raises(ValueError, match="hold no flat vector of ZeRO stage 1, 2 or 3"):
         ZeroSCAO([param]).step()
     assert bool((param == 1).all())
+
+
+def test_groups_are_taken_by_the_constructor_alone() -> None:
+    optimizer = ZeroSCAO([nn.Parameter(torch.ones(3, 4))])
+    with pytest.raises(ValueError, match="ZeroSCAO takes no groups after it was built: pass all of them"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 4))]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_state_of_what_another_process_owns_is_refused(named: bool) -> None:
+    """As it is after a resume with parameters in another order, or with options by which the states have other sizes."""
+
+    def vector(devices: str) -> SCAO:
+        params = [nn.Parameter(torch.ones(3, 4, device=device)) for device in devices.split()]
+        return SCAO([(f"p{index}", param) for index, param in enumerate(params)] if named else params)
+
+    saving = vector("cpu meta cpu")
+    for param in saving.param_groups[0]["params"]:
+        param.grad = None if param.is_meta else torch.ones(3, 4)
+    saving.step()
+    for devices in ("cpu cpu meta", "cpu meta meta", "cpu cpu cpu"):
+        with pytest.raises(ValueError, match="resume with the parameters in the order of the run that was saved"):
+            _check_owned(vector(devices), saving.state_dict())
+    same = vector("cpu meta cpu")
+    for state in (saving.state_dict(), vector("cpu cpu meta").state_dict()):
+        _check_owned(same, state)
+        same.load_state_dict(state)
 
 
 def test_a_trainer_takes_the_class_that_its_engine_needs() -> None:
