@@ -61,3 +61,11 @@ def test_a_step_takes_few_launches_and_waits_and_nothing_in_float64(options: str
     for found, bound in zip((*launches, *waits[1:]), BOUNDS[options], strict=True):
         assert found <= bound, done.stdout
     assert waits[0] == 0 and not any(decompositions) and not any(wide), done.stdout
+
+
+@pytest.mark.long
+def test_the_page_shows_what_is_counted() -> None:
+    code = "import launches; launches.fictive(); print(launches.page_table(36))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=LAUNCHES.parent, capture_output=True, text=True)
+    page = (LAUNCHES.parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert done.returncode == 0 and done.stdout.strip() in page, done.stderr[-2000:] or done.stdout

@@ -6,6 +6,7 @@ How many kernels CUDA takes for an operation is modelled in ``_launches``; a ste
     python examples/benchmarks/launches.py                            # the reference load, some minutes
     python examples/benchmarks/launches.py --layers 2 moment_dtype=int8 use_int8_ema=true
     python examples/benchmarks/launches.py --native                   # as if the CUDA kernels were built
+    python examples/benchmarks/launches.py --write                    # the table of docs/gpu.md, some minutes
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import loads
+import tables
+import texts
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,6 +43,13 @@ ROOM = {1: 110, 2: 64, 3: 48, 4: 36}
 #: Launches of a native operation, and how many matrices they take at most (csrc/launch.cu, tests/test_emulator.py).
 NATIVE = {"adamw_step_": 3, "eigenbasis_step_": 5, "int8_ema_": 1}
 BATCH = 504
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+#: The columns of the page's table.
+COLUMNS: dict[str, dict[str, Any]] = {
+    "PyTorch": {},
+    "PyTorch, int8": {"moment_dtype": "int8", "use_int8_ema": True},
+    "native kernels": {"native": True},
+}
 
 
 def _launches(name: str, args: Sequence[Any], outputs: list[Tensor]) -> int:
@@ -179,18 +190,40 @@ def table(rows: dict[str, Count]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print the table."""
+def page_table(layers: int) -> str:
+    """Launches and waits in Markdown, in columns for those who have native kernels or int8 state and those who do not."""
+    found = {name: counted(layers, **options) for name, options in COLUMNS.items()}
+    rows = []
+    for step in found["PyTorch"]:
+        row = {"step": step}
+        for name, counts in found.items():
+            row |= {name: f"{counts[step].launches:,.0f}", f"waits: {name}": f"{counts[step].waits:.1f}"}
+        rows.append(row)
+    return texts.table(rows)
+
+
+def fictive() -> None:
+    """Make the device known to torch, once a process."""
     _setup_privateuseone_for_python_backend(DEVICE)
     torch.fictive.get_amp_supported_dtype = lambda: [torch.bfloat16]  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    """Print the table, or write that of the page."""
+    fictive()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--native", action="store_true", help="with the CUDA kernels")
     parser.add_argument("--names", action="store_true", help="launches by operation, too")
+    parser.add_argument("--write", action="store_true", help="renew the table in docs/gpu.md")
     parser.add_argument("options", nargs="*", metavar="option=value")
     args = parser.parse_args()
+    if args.write:
+        made = {"launches": page_table(args.layers)}
+        PAGE.write_text(tables.fill(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
+        return
     options = {}
     for option in args.options:
         name, _, value = option.partition("=")
