@@ -366,15 +366,12 @@ def _check_sharded(state_dict: dict[str, Any], groups: Groups, shards: Shards) -
         _check_step(names[key], entry)
         if BYTES in entry:
             _check_bytes(names[key], entry, param, group)
-            _check_cut(names[key], entry[BYTES], param)
-
-
-def _check_cut(where: str, vector: Any, param: Any) -> None:
-    if is_sharded(vector) and (vector.device_mesh, vector.placements) != (param.device_mesh, param.placements):
-        raise ValueError(
-            f"{where}: the saved state is cut differently from the parameter: load it through torch.distributed.checkpoint, "
-            "which cuts it again"
-        )
+            vector = entry[BYTES]
+            if is_sharded(vector) and (vector.device_mesh, vector.placements) != (param.device_mesh, param.placements):
+                raise ValueError(
+                    f"{names[key]}: the saved state is cut differently from the parameter: load it through "
+                    "torch.distributed.checkpoint, which cuts it again"
+                )
 
 
 def _named(where: str, entry: dict[str, Any], param: Tensor, group: dict[str, Any]) -> dict[str, Any]:

@@ -62,12 +62,12 @@ def check_scao_kwargs(scao_kwargs: dict[str, Any]) -> None:
     """
     if not isinstance(scao_kwargs, dict):
         raise ValueError(f"scao_kwargs={scao_kwargs!r} is not valid: it must be a dict of options, as {{'k_max': 32}}")
+    known = (*OPTIONS, "betas", "partial_resume")
     for name in scao_kwargs:
         if name in TRAINING_ARGUMENTS:
             raise ValueError(f"scao_kwargs: {name!r} belongs to the training arguments: set {TRAINING_ARGUMENTS[name]}")
-        if name not in OPTIONS and name not in ("betas", "partial_resume"):
-            near = about_unknown(name, (*OPTIONS, "betas", "partial_resume"))
-            raise ValueError(f"scao_kwargs: {name!r} is not an option of SCAO{near}")
+        if name not in known:
+            raise ValueError(f"scao_kwargs: {name!r} is not an option of SCAO{about_unknown(name, known)}")
     check("partial_resume", scao_kwargs.get("partial_resume", False), SWITCHES["partial_resume"])
     resolve_arguments(scao_kwargs)
 

@@ -50,11 +50,6 @@ class Rate:
     value: float
     relative: bool = False
 
-    @property
-    def text(self) -> str:
-        """For folders."""
-        return f"{'x' if self.relative else ''}{self.value:g}"
-
 
 @dataclass(frozen=True)
 class Job:
@@ -242,7 +237,7 @@ class Arm:
             text += "\0".join(
                 [self.job.source.read_text(encoding="utf-8", errors="backslashreplace"), *self.job.arguments]
             )
-        name = re.sub(r"[^\w.-]", "_", f"{self.optimizer}-{self.rate.text}")
+        name = re.sub(r"[^\w.-]", "_", f"{self.optimizer}-{'x' if self.rate.relative else ''}{self.rate.value:g}")
         return self.job.out / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     def command(self) -> tuple[list[str], dict[str, str]]:
