@@ -42,21 +42,24 @@ def launched(world: int, *command: str, cwd: Path, seconds: float = 300) -> str:
     """What a command prints, in one process or in several under torchrun.
 
     Raises:
-        AssertionError: it failed, with the end of what it printed.
+        AssertionError: it failed or took too long, with the end of what it printed.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *launcher, *command],
         cwd=cwd,
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=seconds,
-        check=False,
     )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # and torchrun its workers, which would outlive a kill
+        printed, _ = process.communicate()
+    assert process.returncode == 0, printed[-6000:]
+    return printed
 
 
 def run(model: Path, folder: Path, kind: str, world: int, **settings: Any) -> list[dict[str, Any]]:
