@@ -94,7 +94,9 @@ def brief(setting: Setting) -> str:
     rank = f", LoRA r = {cell['rank']}" if "rank" in cell else ""
     shape = "" if cell["schedule"] == "cosine" else f", {cell['schedule']} rate"
     model = cell["model"].split(",")[0].split(" (")[0].removesuffix("-Instruct")
-    return f"{model}{rank}, {Path(cell['data']).stem.split('_')[0]}{shape}, {setting.steps} steps"
+    return (
+        f"{model}{rank}, {Path(cell['data']).stem.split('_')[0]}{shape}, {setting.steps} steps of {cell['batch']} rows"
+    )
 
 
 def rates(found: Iterable[Setting], figure: Figure) -> str:

@@ -17,7 +17,7 @@ from scao_hf.options import OPTIONS
 REFERENCE = "adamw"
 SUBJECT = "scao"
 #: What the README rests on: the setting of its claim, and those of its table.
-CLAIM = "qlora-r16-cosine-300"
+CLAIM = "qlora-r16-b16-cosine-300"
 EVIDENCE = (CLAIM, "qlora-r8-cosine-60", "full-cosine-60", "gpt-cosine-500")
 
 
@@ -295,7 +295,8 @@ def claim(setting: Setting) -> str:
     return (
         f"**At AdamW's best learning rate SCAO {speed}, and ends {end}**: "
         f"{cell['model'].split(',')[0].split(' (')[0]} in 4 bit, LoRA r = {cell['rank']}, {Path(cell['data']).stem}, "
-        f"{setting.steps} steps, {len(theirs)} seeds (mean and standard deviation), on a CPU{marks}.\n"
+        f"{setting.steps} steps of {cell['batch']} rows, {len(theirs)} seeds (mean and standard deviation), on a CPU"
+        f"{marks}.\n"
     )
 
 
@@ -331,7 +332,8 @@ def title(setting: Setting) -> str:
     model = cell["model"].split(",")[0].split(" (")[0]
     model += f" of {cell.get('size', '838k').upper()} from scratch" if cell["task"] == "gpt" else ""
     model += ", every weight" if cell["task"] == "full" else ""
-    return f"{model}{rank}, {Path(cell['data']).stem}, {cell['schedule']}, {setting.steps} steps"
+    steps = f"{setting.steps} steps of {cell['batch']} rows"
+    return f"{model}{rank}, {Path(cell['data']).stem}, {cell['schedule']}, {steps}"
 
 
 def tables(found: Sequence[Setting]) -> dict[str, str]:
