@@ -181,13 +181,20 @@ def _mean(steps: list[Count]) -> Count:
     return mean
 
 
-def table(rows: dict[str, Count]) -> str:
+def table(counts: dict[str, Count]) -> str:
     """In Markdown."""
-    lines = ["| step | launches | waits | GB moved | decompositions | float64 tensors |", "|---|---|---|---|---|---|"]
-    for name, count in rows.items():
-        figures = f"{count.launches:,.0f} | {count.waits:.1f} | {count.moved / 1e9:.1f} | {count.decompositions:.1f}"
-        lines.append(f"| {name} | {figures} | {count.wide:.0f} |")
-    return "\n".join(lines)
+    rows = [
+        {
+            "step": step,
+            "launches": f"{count.launches:,.0f}",
+            "waits": f"{count.waits:.1f}",
+            "GB moved": f"{count.moved / 1e9:.1f}",
+            "decompositions": f"{count.decompositions:.1f}",
+            "float64 tensors": f"{count.wide:.0f}",
+        }
+        for step, count in counts.items()
+    ]
+    return texts.table(rows)
 
 
 def page_table(layers: int) -> str:
@@ -232,7 +239,7 @@ def main() -> None:
         except json.JSONDecodeError:
             options[name] = value
     rows = counted(args.layers, args.rank, args.weight_decay, args.native, **options)
-    print(table(rows))
+    print(table(rows), end="")
     for name, count in rows.items() if args.names else ():
         print(f"\n{name}: " + ", ".join(f"{key} {value}" for key, value in count.names.most_common(25) if value))
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from torch import Tensor, nn
 
@@ -160,10 +161,7 @@ def table(model: str = MODEL, rank: int = RANK) -> str:
 
 def renewed(text: str) -> str:
     """A document with the table between its marks replaced."""
-    start, end = "<!-- scaling -->\n\n", "\n\n<!-- /scaling -->"
-    before, _, rest = text.partition(start)
-    _, _, after = rest.partition(end)
-    return before + start + table() + end + after
+    return tables.fill(text, {"scaling": f"\n{table()}\n\n"})
 
 
 def main() -> None:
