@@ -23,6 +23,7 @@ from typing import Any
 
 import loads
 import peers
+import products
 import provenance
 import sweep
 import torch
@@ -142,7 +143,8 @@ def training(cell: Cell, progress: Callable[[str], None]) -> dict[str, Any]:
         loads.synchronize()
         wall, processor = time.perf_counter(), time.process_time()
         if turn < rounds:  # the rest of a step once more would tell nothing new
-            task.loss(turn).backward()
+            with products.in_float32():
+                task.loss(turn).backward()
             loads.synchronize()
             rest.append((time.process_time() - processor, time.perf_counter() - wall))
         for stepper in steppers:

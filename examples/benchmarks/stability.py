@@ -23,6 +23,7 @@ import data
 import gpu
 import models
 import peers
+import products
 import provenance
 import sweep
 import tasks
@@ -233,7 +234,8 @@ def main(argv: list[str] | None = None) -> int:
             if result is None:
                 started = time.monotonic()
                 try:
-                    found = trial(task, cell)
+                    with products.in_float32():
+                        found = trial(task, cell)
                 except peers.Unavailable as reason:
                     print(f"unavailable: {cell['optimizer']}: {reason}")
                     continue

@@ -26,6 +26,7 @@ from typing import Any
 import data
 import models
 import peers
+import products
 import provenance
 import tasks
 import torch
@@ -303,7 +304,8 @@ def main(argv: list[str] | None = None) -> int:
     missing = [cell for cell in wanted if key(cell) not in done]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} finished before", file=sys.stderr)
     unavailable: dict[str, str] = {}
-    with tqdm(total=len(missing) * arguments.steps, unit="step", smoothing=0.05) as bar:
+    steps = len(missing) * arguments.steps
+    with products.in_float32(), tqdm(total=steps, unit="step", smoothing=0.05) as bar:
         for cell in missing:
             if (time.monotonic() - started) / 60 > arguments.minutes:
                 print("out of time: repeat the command for the rest", file=sys.stderr)
