@@ -97,15 +97,12 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Native kernels in the source tree, where this machine can build them.
+# Native code in the source tree, where this machine can build it.
 ext: $(VENV)/.dev
 	SCAO_BUILD_EXT=auto $(BIN)/python setup.py -q build_ext --inplace
 
-# Everything with the native kernels, then what steps matrices once more in PyTorch alone.
 test: lint ext $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=term
-	OMP_NUM_THREADS=1 SCAO_DISABLE_EXT=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) \
-		tests/test_reference.py tests/test_optimizer.py tests/test_state.py
 
 # One at a time: these start processes of their own.
 test-long: ext $(VENV)/.bench
@@ -229,7 +226,7 @@ docs: $(VENV)/.dev
 clean:
 	rm -rf $(VENV) .cache runs
 
-# A source distribution, a wheel of Python alone, and one with the kernels for CPUs, named after the oldest glibc that it runs on.
+# A source distribution, a wheel of Python alone, and one with the eigensolver, named after the oldest glibc that it runs on.
 DIST := $(BIN)/python -m pip --disable-pip-version-check wheel -q --no-build-isolation --no-deps --no-index
 
 release: $(VENV)/.dev

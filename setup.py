@@ -28,7 +28,6 @@ TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the oldest whose stable ABI h
 TOOLKIT = Path("/usr/local/cuda")  # as a rule off PATH
 CUDA_ARCHITECTURES = ("75", "80", "86", "89", "90")
 NEWER_ARCHITECTURES = ("100", "120")  # where the toolkit has them; elsewhere the PTX is compiled at the first use
-CPU_SOURCES = ("cpu", "cpu_adamw", "cpu_eigenbasis", "cpu_eigh", "cpu_int8")
 
 
 def choice() -> str:
@@ -124,12 +123,12 @@ def call(*command: str | Path) -> None:
 
 
 def build_cpu(target: Path) -> None:
-    """Kernels and glue. On x86-64 they need AVX2, as any processor since 2015 has: scao_hf/ops.py asks for it."""
+    """The eigensolver. On x86-64 it needs AVX2, as any processor since 2015 has: scao_hf/ops.py asks for it."""
     include, lib = torch_paths()
     machine = ["-march=x86-64-v3"] if platform.machine() in ("x86_64", "AMD64") else []
-    call(compiler(), "-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-fopenmp-simd", "-Wall", "-Wextra",
+    call(compiler(), "-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-Wall", "-Wextra",
          "-fvisibility=hidden", *machine, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", include, "-shared",
-         *(CSRC / f"{source}.cpp" for source in CPU_SOURCES), "-o", target, f"-L{lib}", "-ltorch_cpu")  # fmt: skip
+         CSRC / "eigh.cpp", "-o", target, f"-L{lib}", "-ltorch_cpu")  # fmt: skip
 
 
 def build_cuda(target: Path, folder: Path) -> None:

@@ -12,8 +12,7 @@
 // Sums over chunks are added in a fixed order, so results are reproducible.
 #pragma once
 
-#include "int8.h"
-#include "launch.h"
+#include "state.h"
 
 #ifdef SCAO_EMULATE
 #include "emulator/cuda_emulator.h"
@@ -25,7 +24,6 @@
 #endif
 
 namespace scao {
-namespace cuda {
 
 #ifdef SCAO_EMULATE
 using Floats = emulator::Shared;  // counts bank conflicts, and knows its end
@@ -540,5 +538,4 @@ __global__ void int8_ema(Int8Average average) {
   if (j == 0) scales[block] = fresh;
 }
 
-}  // namespace cuda
 }  // namespace scao

@@ -6,7 +6,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 namespace scao {
-namespace cuda {
 __device__ inline float half_to_float(unsigned short h) { return __half2float(__ushort_as_half(h)); }
 __device__ inline unsigned short float_to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }
 
@@ -22,7 +21,6 @@ int launch(void (*kernel)(Takes...), dim3 grid, int threads, int floats, void* s
   kernel<<<grid, threads, bytes, static_cast<cudaStream_t>(stream)>>>(given...);
   return static_cast<int>(cudaGetLastError());
 }
-}  // namespace cuda
 }  // namespace scao
 #endif
 
@@ -30,33 +28,32 @@ int launch(void (*kernel)(Takes...), dim3 grid, int threads, int floats, void* s
 
 using namespace scao;
 
-static_assert(sizeof(cuda::Batch) + sizeof(cuda::State) + sizeof(Numbers) <= 32764, "arguments of a kernel");
+static_assert(sizeof(Batch) + sizeof(State) + sizeof(Numbers) <= 32764, "arguments of a kernel");
 
-extern "C" long scao_cuda_scratch(int r, int l, int k) { return cuda::scratch_size(r, l, k); }
+extern "C" long scao_cuda_scratch(int r, int l, int k) { return scao::scratch_size(r, l, k); }
 
-extern "C" int scao_cuda_step(const View* grads, const View* params, int matrices, cuda::State state, Numbers numbers,
+extern "C" int scao_cuda_step(const View* grads, const View* params, int matrices, State state, Numbers numbers,
                               void* stream) {
-  state.chunks = (state.l + cuda::CHUNK - 1) / cuda::CHUNK;
-  const int threads = cuda::threads_of(state.r), floats = cuda::shared_size(state.r, state.k);
-  cuda::Batch batch{};
-  for (int first = 0; first < matrices; first += cuda::BATCH) {
-    const int count = matrices - first < cuda::BATCH ? matrices - first : cuda::BATCH;
+  state.chunks = (state.l + CHUNK - 1) / CHUNK;
+  const int threads = threads_of(state.r), floats = shared_size(state.r, state.k);
+  Batch batch{};
+  for (int first = 0; first < matrices; first += BATCH) {
+    const int count = matrices - first < BATCH ? matrices - first : BATCH;
     for (int i = 0; i < count; i++) batch.grad[i] = grads[first + i], batch.param[i] = params[first + i];
-    cuda::State s = state;
+    State s = state;
     s.skip(first);
-    if (s.exp_avg_sq) s.exp_avg_sq += static_cast<long>(first) * s.r * s.l;
     const dim3 blocks(state.chunks, count), one(count);
-    const auto launch = [&](auto kernel, dim3 grid, const auto&... given) {
-      return cuda::launch(kernel, grid, threads, floats, stream, given...);
+    const auto run = [&](auto kernel, dim3 grid, const auto&... given) {
+      return launch(kernel, grid, threads, floats, stream, given...);
     };
-    int error = launch(cuda::project, blocks, batch, s);
-    if (!error) error = launch(cuda::settle, one, batch, s, numbers);
+    int error = run(project, blocks, batch, s);
+    if (!error) error = run(settle, one, batch, s, numbers);
     if (s.k == 0) {
-      if (!error) error = launch(cuda::adamw, blocks, batch, s, numbers);
+      if (!error) error = run(adamw, blocks, batch, s, numbers);
     } else {
-      if (!error) error = launch(cuda::residual, blocks, batch, s, numbers);
-      if (!error) error = launch(cuda::apply, blocks, batch, s, numbers);
-      if (!error) error = launch(cuda::finish, one, s, numbers);
+      if (!error) error = run(residual, blocks, batch, s, numbers);
+      if (!error) error = run(apply, blocks, batch, s, numbers);
+      if (!error) error = run(finish, one, s, numbers);
     }
     if (error) return error;
   }
@@ -71,7 +68,7 @@ extern "C" int scao_cuda_probe() {
   cudaDriverGetVersion(&driver);
   if (driver < 12010) return static_cast<int>(cudaErrorInsufficientDriver);  // so many arguments came with CUDA 12.1
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, cuda::project);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, project);
   cudaGetLastError();  // it is not the next launch's
   return static_cast<int>(error);
 #endif
@@ -79,5 +76,5 @@ extern "C" int scao_cuda_probe() {
 
 extern "C" int scao_cuda_int8_ema(Int8Average average, void* stream) {
   if (average.blocks == 0) return 0;
-  return cuda::launch(cuda::int8_ema, dim3(static_cast<unsigned>(average.blocks)), INT8_BLOCK, 0, stream, average);
+  return launch(int8_ema, dim3(static_cast<unsigned>(average.blocks)), INT8_BLOCK, 0, stream, average);
 }

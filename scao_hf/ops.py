@@ -27,7 +27,7 @@ __all__ = [
     "full_precision",
     "has",
     "int8_ema_",
-    "supports",
+    "steps",
     "symmetric_eigh",
 ]
 
@@ -58,22 +58,17 @@ eigenbasis_step_ = torch.ops.scao.eigenbasis_step_
 int8_ema_ = torch.ops.scao.int8_ema_
 symmetric_eigh = torch.ops.scao.symmetric_eigh
 
-#: Largest r and k that the native kernels take: beyond it the library's products are faster, or shared memory ends.
-LARGEST_SIDE = {"cpu": 128, "cuda": 64}
-#: Long sides, and vectors, that the CUDA kernels do not count in their integers.
-LONGEST_CUDA = 2**30
+#: Largest r and k that the CUDA kernels take: beyond it shared memory ends.
+LARGEST_SIDE = 64
+#: Long sides, and vectors, that they do not count in their integers.
+LONGEST_SIDE = 2**30
 #: The operations that have a native kernel.
-KERNELS = {
-    "cpu": ("adamw_step_", "eigenbasis_step_", "symmetric_eigh", "int8_ema_"),
-    "cuda": ("adamw_step_", "eigenbasis_step_", "int8_ema_"),
-}
+KERNELS = {"cpu": ("symmetric_eigh",), "cuda": ("adamw_step_", "eigenbasis_step_", "int8_ema_")}
 #: Largest side of matrices that are decomposed natively.
 LARGEST_DECOMPOSED = 64
 OLDEST_TORCH = (2, 10)
-#: Kinds of devices whose ``eigenbasis_step_`` takes the steps of the ramp, too: with one more number, its weight.
-RAMPS = ("cuda",)
 #: What the operations take; as in csrc/state.h.
-INTERFACE = 4
+INTERFACE = 5
 #: What builds the kernels for a device and installs them, in a clone of the repository.
 BUILD_COMMAND = "SCAO_BUILD_EXT={} pip install ."
 #: Compute capability below which there is no device code.
@@ -170,28 +165,33 @@ for _device in filter(None, _REQUIRED.split(",")):
         raise ImportError(f"SCAO_REQUIRE_EXT={_REQUIRED}: no native {_device} kernels: {_reason}")
 
 
-def supports(params: Sequence[Tensor], shape: tuple[int, int], matrix: bool) -> bool:
-    """Whether the native kernels can step these parameters (device, dtype, size, layout); settled when a plan is made."""
-    first = params[0]
-    if (
-        not _is_native(first.device)
-        or first.dtype not in DTYPES
-        or (first.device.type == "cuda" and shape[1] >= LONGEST_CUDA)
-    ):
-        return False
-    if not matrix:
-        return all(param.is_contiguous() for param in params)
-    return 1 < shape[0] <= LARGEST_SIDE[first.device.type]
+def has(kernel: str, device: torch.device) -> bool:
+    """Whether an operation has a native kernel on a device."""
+    return kernel in KERNELS.get(device.type, ()) and _is_native(device)
 
 
-def has(name: str, moments: Tensor, long_basis: Tensor | None = None) -> bool:
-    """Whether the operation has a native kernel for such moments ``[N, r, l]`` and a long basis ``[N, k, l]``."""
-    device = moments.device.type
-    if not _is_native(moments.device) or name not in KERNELS[device] or moments.dtype != torch.float32:
-        return False
-    if long_basis is None:
-        return True
-    return max(moments.shape[1], long_basis.shape[1]) <= LARGEST_SIDE[device] and long_basis.dtype != torch.float16
+def steps(
+    kernel: str, params: Sequence[Tensor], shape: tuple[int, int], moments: Tensor, long_basis: Tensor | None = None
+) -> bool:
+    """Whether a native kernel can step these parameters.
+
+    Args:
+        kernel: of one of the steps.
+        params: of one dtype and device.
+        shape: ``(r, l)`` of each matrix, ``(1, numel)`` of vectors.
+        moments: ``[N, r, l]``.
+        long_basis: ``[N, k, l]``.
+    """
+    r, l = shape
+    bases = () if long_basis is None else (long_basis,)
+    return (
+        has(kernel, moments.device)
+        and params[0].dtype in DTYPES
+        and moments.dtype == torch.float32
+        and l < LONGEST_SIDE
+        and all(basis.shape[1] <= LARGEST_SIDE and basis.dtype != torch.float16 for basis in bases)
+        and (r <= LARGEST_SIDE if r > 1 else all(param.is_contiguous() for param in params))
+    )
 
 
 def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -234,7 +234,8 @@ def eigh(factor: Tensor, damping: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def _decomposed(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """``torch.linalg.eigh`` of ``[N, d, d]``, with the native kernel where there is one, as exact as LAPACK's."""
-    if not has("symmetric_eigh", matrices) or matrices.shape[-1] > LARGEST_DECOMPOSED:
+    native = has("symmetric_eigh", matrices.device) and matrices.dtype == torch.float32
+    if not native or matrices.shape[-1] > LARGEST_DECOMPOSED:
         found: tuple[Tensor, Tensor] = torch.linalg.eigh(matrices)
         return found
     values, vectors = symmetric_eigh(matrices.contiguous())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "examples" / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import gpu  # noqa: E402
 import launches  # noqa: E402
 import occupancy  # noqa: E402
 import tables  # noqa: E402
 
-from scao_hf import quantization  # noqa: E402
+from scao_hf import SCAO, ops, quantization  # noqa: E402
+from scao_hf.rules.eigenbasis import Eigenbasis  # noqa: E402
 
 CSRC = ROOT / "csrc"
 ORDERS = (0, 1, 2, 3)
@@ -46,6 +50,14 @@ def kernels() -> Iterator[ctypes.CDLL]:
 
 
 State = dict[str, Tensor]
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, around: Callable[[str, Any], Any] = lambda _, kernel: kernel) -> None:
+    """Let the optimizer step parameters on the CPU by the emulated kernels, each as ``around`` makes it."""
+    monkeypatch.setattr(ops, "NATIVE", ops.NATIVE | {"cpu"})
+    monkeypatch.setitem(ops.KERNELS, "cpu", ops.KERNELS["cuda"])
+    for name in ops.KERNELS["cuda"]:
+        monkeypatch.setattr(ops, name, around(name, getattr(torch.ops.scao_emulated, name)))
 
 
 def case(
@@ -78,16 +90,21 @@ def step(
     if "vectors" in state:
         torch.ops.scao_emulated.eigenbasis_step_(params, grads, [*state.values()], numbers, cautious)
     else:
-        torch.ops.scao_emulated.adamw_step_(params, grads, [*state.values()], NUMBERS)
+        torch.ops.scao_emulated.adamw_step_(params, grads, [*state.values()], numbers)
 
 
 def errors_of(
-    params: list[Tensor], grads: list[Tensor], state: State, cautious: bool = True, ramp: bool = False
+    params: list[Tensor],
+    grads: list[Tensor],
+    state: State,
+    cautious: bool = True,
+    ramp: bool = False,
+    lr: float = NUMBERS[0],
 ) -> float:
     """Take a step by both paths; the largest error, over a field's largest entry, or over a step and its rounding."""
     other, expected = [param.clone() for param in params], {name: value.clone() for name, value in state.items()}
-    step(params, grads, state, cautious, ramp_numbers() if ramp else NUMBERS)
-    take_step(other, grads, expected, native=False, cautious=cautious, **(RAMP if ramp else {}))
+    step(params, grads, state, cautious, [lr, *(ramp_numbers() if ramp else NUMBERS)[1:]])
+    take_step(other, grads, expected, cautious=cautious, lr=lr, **(RAMP if ramp else {}))
     errors = []
     for name, value in state.items():
         difference = (value.double() - expected[name].double()).abs().max()
@@ -95,7 +112,7 @@ def errors_of(
         allowed = 1.5 / params[0].numel() if name == "agreement" else 2e-6 * expected[name].double().abs().max()
         errors.append((difference / allowed).item())
     for found, wanted in zip(params, other, strict=True):
-        allowed = 1e-4 * NUMBERS[0] + torch.finfo(found.dtype).eps * wanted.double().abs().max()
+        allowed = 1e-4 * lr + torch.finfo(found.dtype).eps * wanted.double().abs().max()
         errors.append(((found.double() - wanted.double()).abs().max() / allowed).item())
     return max(error if error == error else float("inf") for error in errors)
 
@@ -153,6 +170,92 @@ def test_more_matrices_than_one_launch_takes(kernels: ctypes.CDLL, k: int) -> No
         assert made == times * launches.NATIVE["eigenbasis_step_" if k else "adamw_step_"]
 
 
+@pytest.mark.parametrize("lr", [0.0, 1e-40])
+def test_which_entries_agree_does_not_depend_on_the_rate(kernels: ctypes.CDLL, lr: float) -> None:
+    """A schedule may reach zero, and a tiny rate times a step underflows; the share of the next step must not suffer."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert errors_of(*case(16, 70, 16, dtype, torch.bfloat16), lr=lr) <= 1
+
+
+def test_a_tiny_residual_keeps_its_precision(kernels: ctypes.CDLL) -> None:
+    """A gradient that lies in the kept directions to one part in a thousand: no difference of large sums is taken."""
+    params, grads, state = case(16, 256, 16, torch.float32, torch.float32, size=2)
+    for name in ("row", "col", "exp_avg", "level"):
+        state[name].zero_()
+    state["mask"].fill_(1)
+    state["long_vectors"] = torch.linalg.qr(torch.randn(2, 256, 16))[0].mT.contiguous()
+    exact = {name: value.double() for name, value in state.items()}
+    made = [torch.randn(16, 16) @ basis + 1e-3 * torch.randn(16, 256) for basis in state["long_vectors"]]
+    grads[0].copy_(made[0].mT)
+    grads[1].copy_(made[1])
+    step(params, grads, state)
+    rotated = exact["vectors"].mT @ torch.stack(made).double()
+    outside = rotated - rotated @ exact["long_vectors"].mT @ exact["long_vectors"]
+    for name, expected in (("row", 0.01 * outside.square().mean(2, keepdim=True)), ("exp_avg", 0.1 * outside)):
+        assert (state[name] - expected).abs().max() <= 1e-3 * expected.abs().max(), name
+
+
+def test_any_strides_are_read_and_written(kernels: ctypes.CDLL) -> None:
+    torch.manual_seed(0)
+    params = [torch.randn(40, 150)[3:19, 5:135] for _ in range(2)] + [torch.randn(150, 40)[5:135, 3:19]]
+    params.append(torch.randn(32, 260)[::2, ::2])
+    grads = [torch.randn(16, 130), torch.randn(1, 130).expand(16, 130), torch.randn(130, 16), torch.randn(130, 16).T]
+    assert errors_of(params, grads, eigenbasis_state(4, 16, 130, 16)) <= 1
+
+
+@pytest.mark.parametrize("name", ["vectors", "mask", "gain", "col", "long_vectors", "taken", "level", "agreement"])
+def test_wrong_shapes_are_refused(kernels: ctypes.CDLL, name: str) -> None:
+    params, grads, state = case(4, 12, 3, torch.float32, torch.bfloat16, size=2)
+    state[name] = state[name][..., :-1].contiguous()
+    with pytest.raises(RuntimeError, match=name):
+        step(params, grads, state)
+
+
+def test_opcheck(kernels: ctypes.CDLL) -> None:
+    """The operations change what their schemas say and nothing else."""
+    emulated, check = torch.ops.scao_emulated, torch.library.opcheck
+    for k in (3, 0):
+        params, grads, state = case(4, 12, k, torch.float32, torch.bfloat16)
+        operation, more = (emulated.eigenbasis_step_, (True,)) if k else (emulated.adamw_step_, ())
+        check(operation.default, (params, grads, [*state.values()], NUMBERS, *more), test_utils="test_schema")
+    codes = torch.zeros(2, 128, dtype=torch.int8)
+    average = (codes, torch.ones(2, 1), torch.randn(2, 9), torch.ones(2), 1)
+    check(emulated.int8_ema_.default, average, test_utils="test_schema")
+    check(ops.symmetric_eigh.default, (torch.eye(5).repeat(2, 1, 1),), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("rule", ["eigenbasis", "published"])
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_optimizer_steps_the_same_by_kernels(
+    kernels: ctypes.CDLL, rule: str, int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both phases, ramp and refreshes, 16-bit weights that are rounded once, vectors."""
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        shapes = [(8, 70), (70, 8), (4, 40), (9,), (3, 2, 2)]
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+        params += [torch.nn.Parameter(torch.randn(8, 70).bfloat16())]
+        optimizer = SCAO(params, rule=rule, use_int8_ema=int8, warmup_steps=3, blend_steps=2, precond_freq=4)
+        for _ in range(14):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            versions = [param._version for param in params]
+            optimizer.step()
+            assert all(param._version > version for param, version in zip(params, versions, strict=True))
+        return [param.detach().float() for param in params]
+
+    slow, used = run(), set()
+    emulate(monkeypatch, lambda name, kernel: lambda *args: (used.add(name), kernel(*args))[1])
+    fast = run()
+    assert used == {"adamw_step_"} | (
+        ({"int8_ema_"} if int8 else set()) if rule == "published" else set() if int8 else {"eigenbasis_step_"}
+    )
+    for a, b in zip(fast[:-1], slow, strict=False):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-4 if int8 else 1e-4)
+    assert (fast[-1] == slow[-1]).float().mean() > 0.9
+
+
 def test_experts_that_are_idle_in_some_steps(kernels: ctypes.CDLL) -> None:
     """(X3)."""
     params, grads, state = case(4, 40, 4, torch.float32, torch.bfloat16, size=60)
@@ -196,6 +299,64 @@ def test_int8_kernel_gives_the_codes_of_the_codec(kernels: ctypes.CDLL, numel: i
         torch.testing.assert_close(scales, expected_scales, rtol=1e-6, atol=0)
         assert (codes.int() - expected_codes.int()).abs().max() <= 1
         assert torch.equal(codes[0], expected_codes[0])
+
+
+def test_ctrl_c_in_a_kernel_leaves_a_state_that_resumes(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python raises it once the kernel, which it cannot end, has taken the step."""
+    ending = [False]
+
+    def around(_: str, kernel: Any) -> Any:
+        def call(*args: Any) -> None:
+            kernel(*args)
+            if ending[0]:
+                raise KeyboardInterrupt
+
+        return call
+
+    def made() -> SCAO:
+        params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 9), (7,))]
+        return SCAO(params, warmup_steps=2, blend_steps=2, precond_freq=2, min_precond_updates=1)
+
+    emulate(monkeypatch, around)
+    optimizer = made()
+    for step in range(16):
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad = torch.randn_like(param)
+        ending[0] = step % 2 == 0
+        with pytest.raises(KeyboardInterrupt) if ending[0] else contextlib.nullcontext():
+            optimizer.step()
+        made().load_state_dict(optimizer.state_dict())
+    assert optimizer.metrics()["scao/phase"] == 2
+
+
+def test_the_check_of_a_gpu_record_calls_every_kernel_and_notices_a_wrong_one(
+    kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "SHAPES", (*((4, 20), (20, 4)) * 6, (300,)))
+    monkeypatch.setattr(gpu, "SCENARIOS", gpu.SCENARIOS[::2])
+    emulate(monkeypatch)
+    found = gpu.kernels("cpu")
+    assert found["passed"] and set(found["calls"]) == set(ops.KERNELS["cuda"]), found
+    right = ops.eigenbasis_step_
+
+    def wrong(params: Any, grads: Any, state: Any, *rest: Any) -> None:
+        right(params, grads, state, *rest)
+        state[2].mul_(1.001)
+
+    monkeypatch.setattr(ops, "eigenbasis_step_", wrong)
+    found = gpu.kernels("cpu")
+    assert not found["passed"] and found["differences"]["eigenbasis_step_"] > 5e-4
+    for entries in (2, 5):
+
+        def tied(params: Any, grads: Any, state: Any, *rest: Any, entries: int = entries) -> None:
+            right(params, grads, state, *rest)
+            state[Eigenbasis.native_fields.index("agreement")].sub_(entries / state[2][0].numel())
+
+        monkeypatch.setattr(ops, "eigenbasis_step_", tied)
+        assert gpu.kernels("cpu")["passed"] == (entries == 2), "the sign of two entries may hang on rounding"
+    monkeypatch.setitem(ops.KERNELS, "cpu", (*ops.KERNELS["cpu"], "int8_ema_new"))
+    monkeypatch.setattr(ops, "int8_ema_new", lambda *_: None, raising=False)
+    assert "int8_ema_new" in gpu.kernels("cpu")["never_called"]
 
 
 def test_every_barrier_has_a_number_of_its_own() -> None:

@@ -618,31 +618,6 @@ def within(mode: Breaking, function: Any, *args: Any) -> Any:
         return function(*args)
 
 
-@pytest.mark.skipif("cpu" not in ops.NATIVE, reason="needs the native CPU kernels")
-def test_ctrl_c_in_a_kernel_leaves_a_state_that_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python raises it once the kernel, which it cannot end, has taken the step."""
-    optimizer = SCAO(fresh((4, 9), (7,)), **QUICK)
-
-    def ended(kernel: Any) -> Any:
-        def call(*args: Any) -> None:
-            kernel(*args)
-            raise KeyboardInterrupt
-
-        return call
-
-    kernels = {name: getattr(ops, name) for name in ("adamw_step_", "eigenbasis_step_")}
-    for _ in range(8):
-        for name, kernel in kernels.items():
-            monkeypatch.setattr(ops, name, ended(kernel))
-        with pytest.raises(KeyboardInterrupt):
-            steps(optimizer, 1)
-        SCAO(fresh((4, 9), (7,)), **QUICK).load_state_dict(optimizer.state_dict())
-        for name, kernel in kernels.items():
-            monkeypatch.setattr(ops, name, kernel)
-        steps(optimizer, 1)
-    assert optimizer.metrics()["scao/phase"] == 2
-
-
 def test_a_decomposition_that_never_worked_leaves_adam_s_direction(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(_: torch.Tensor) -> None:
         raise torch.linalg.LinAlgError("no convergence")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,16 +23,12 @@ import costs  # noqa: E402
 import gpu  # noqa: E402
 import loads  # noqa: E402
 import memory  # noqa: E402
-import occupancy  # noqa: E402
 import peers  # noqa: E402
 import speed  # noqa: E402
 import tables  # noqa: E402
 
 from scao_hf import SCAO, ops  # noqa: E402
 from scao_hf.rules import eigenbasis, low_bit  # noqa: E402
-from scao_hf.rules.eigenbasis import Eigenbasis  # noqa: E402
-
-native = pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native CPU kernels: {ops.backend()['cpu']}")
 
 
 @pytest.fixture(autouse=True)
@@ -78,33 +71,6 @@ def test_scao_is_timed_in_phase_two_over_whole_periods(spec: str) -> None:
     assert isinstance(made.optimizer, SCAO)
     assert made.optimizer.metrics()["scao/phase"] == 2 and made.optimizer.metrics()["scao/blend"] == 1
     assert made.settle % made.period == 0 and len(made.times) == made.settle + 2 * made.period
-
-
-@native
-def test_without_native_is_what_a_process_without_the_kernels_does() -> None:
-    """The same operations, and none of them native."""
-    model = loads.lora(4, [(40, 24)], 3)
-    gradients = loads.Gradients(model)
-    counts = {}
-    for spec in ("scao", "scao-pytorch"):
-        made = loads.Stepper.of(spec, model)
-        for _ in range(made.settle):
-            made.step(gradients)
-        with made.context(), loads.Operations() as seen:
-            made.optimizer.step()
-        counts[spec] = seen.counts
-    assert any("scao." in name for name in counts["scao"])
-    assert not any("scao." in name for name in counts["scao-pytorch"])
-    code = (
-        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\nimport loads\nmodel = loads.lora(4, [(40, 24)], 3)\n"
-        "made, gradients = loads.Stepper.of('scao', model), loads.Gradients(model)\n"
-        "for _ in range(made.settle): made.step(gradients)\n"
-        "with loads.Operations() as seen: made.optimizer.step()\n"
-        "print(sum(seen.counts.values()))"
-    )
-    environment = {**os.environ, "SCAO_DISABLE_EXT": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(sum(counts["scao-pytorch"].values())), done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -391,49 +357,6 @@ def test_a_wrong_kernel_fails_every_call_until_it_is_measured_again(
     for _ in range(2):
         assert gpu.main(command) == 1
         assert "int8_ema_: 3 calls, largest difference 0.5 of the largest entry" in capsys.readouterr().out
-
-
-@native
-def test_the_kernel_check_calls_every_kernel_and_notices_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU's kernels, which have the same twins."""
-    monkeypatch.setattr(gpu, "SHAPES", ((16, 257), (37, 8), (16, 40), (300,)))
-    monkeypatch.setattr(gpu, "SCENARIOS", (gpu.SCENARIOS[0], gpu.SCENARIOS[2]))
-    found = gpu.kernels("cpu")
-    assert found["passed"] and set(found["calls"]) == set(ops.KERNELS["cpu"]), found
-    right = ops.eigenbasis_step_
-
-    def wrong(params: Any, grads: Any, state: Any, *rest: Any) -> None:
-        right(params, grads, state, *rest)
-        state[2].mul_(1.001)
-
-    monkeypatch.setattr(ops, "eigenbasis_step_", wrong)
-    found = gpu.kernels("cpu")
-    assert not found["passed"] and found["differences"]["eigenbasis_step_"] > 5e-4
-    for entries in (2, 5):
-
-        def tied(params: Any, grads: Any, state: Any, *rest: Any, entries: int = entries) -> None:
-            right(params, grads, state, *rest)
-            state[Eigenbasis.native_fields.index("agreement")].sub_(entries / state[2][0].numel())
-
-        monkeypatch.setattr(ops, "eigenbasis_step_", tied)
-        assert gpu.kernels("cpu")["passed"] == (entries == 2), "the sign of two entries may hang on rounding"
-    monkeypatch.setitem(ops.KERNELS, "cpu", (*ops.KERNELS["cpu"], "int8_ema_new"))
-    monkeypatch.setattr(ops, "int8_ema_new", lambda *_: None, raising=False)
-    assert "int8_ema_new" in gpu.kernels("cpu")["never_called"]
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: the emulator needs it")
-def test_the_verdict_of_a_gpu_record_on_right_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole check, with the CUDA kernels and their glue, emulated, in the place of the CPU's."""
-    occupancy.emulator()
-    monkeypatch.setattr(ops, "NATIVE", frozenset({"cpu"}))
-    monkeypatch.setitem(ops.KERNELS, "cpu", ops.KERNELS["cuda"])
-    for name in ("adamw_step_", "eigenbasis_step_", "int8_ema_"):
-        monkeypatch.setattr(ops, name, getattr(torch.ops.scao_emulated, name))
-    monkeypatch.setattr(gpu, "SHAPES", (*((4, 20), (20, 4)) * 6, (300,)))
-    monkeypatch.setattr(gpu, "SCENARIOS", gpu.SCENARIOS[::2])
-    found = gpu.kernels("cpu")
-    assert found["passed"], found
 
 
 def test_the_qlora_run_of_a_gpu_record(

@@ -176,12 +176,10 @@ inline int launch(dim3 grid, unsigned threads, int floats, const std::function<v
 #define blockDim emulator::block_size
 
 namespace scao {
-namespace cuda {
 template <class... Takes, class... Given>
 int launch(void (*kernel)(Takes...), dim3 grid, int threads, int floats, void*, const Given&... given) {
   return emulator::launch(grid, threads, floats, [&] { kernel(given...); });
 }
-}  // namespace cuda
 }  // namespace scao
 
 #define SCAO_CONTROL extern "C" inline __attribute__((used, visibility("default")))

@@ -181,7 +181,7 @@ def claim(state: Sequence[Record], training: dict[str, Record]) -> str:
         f'{peak:.2f} in phase 1 and {held["scao"]:.2f} in phase 2; SCAO with `moment_dtype="int8"` and '
         f"`use_int8_ema=True` {held[small]:.2f}, 8-bit AdamW {held['adamw8bit']:.2f}. A whole training step of "
         f"{record['model'].split(',')[0]} in 4 bit takes {longer:.1f} % "
-        f"longer than with AdamW ({place}, native kernels).\n"
+        f"longer than with AdamW ({place}).\n"
     )
 
 
@@ -237,10 +237,7 @@ def scratch_table(found: Sequence[Record]) -> str:
         for record in found
         for kind, figures in record["steps"].items()
     ]
-    caption = (
-        "The same load; above what was held before the step, through torch's allocator. The native kernels use one matrix' "
-        f"worth of memory per thread on top. {origin(found)}"
-    )
+    caption = f"The same load; above what was held before the step, through torch's allocator. {origin(found)}"
     return table(rows, caption)
 
 

@@ -151,8 +151,6 @@ def counted(
         ops,
         NATIVE=frozenset({DEVICE} if native else ()),
         KERNELS=ops.KERNELS | {DEVICE: ops.KERNELS["cuda"]},
-        RAMPS=(*ops.RAMPS, DEVICE),
-        LARGEST_SIDE=ops.LARGEST_SIDE | {DEVICE: ops.LARGEST_SIDE["cuda"]},
     )
     with FakeTensorMode(allow_non_fake_inputs=True), kernels:
         params = [torch.nn.Parameter(torch.empty(each.shape, device=DEVICE)) for each in model.parameters()]

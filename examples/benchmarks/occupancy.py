@@ -169,7 +169,7 @@ def registers(architecture: str) -> dict[str, int]:
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     if set(re.findall(r"(\d+) bytes spill", said)) != {"0"}:
         raise RuntimeError(f"a kernel spills:\n{said}")
-    kernels = re.findall(r"entry function '\w*?4cuda\d+(\w+?)E", said)
+    kernels = re.findall(r"entry function '_ZN4scao\d+(\w+?)E", said)
     return dict(zip(kernels, map(int, re.findall(r"Used (\d+) registers", said)), strict=True))
 
 

@@ -98,8 +98,7 @@ class Eigenbasis(Rule):
         state, group, refreshes = step.state, step.group, step.due.start < step.due.stop
         blend = blend_weight(step.number, start, group["blend_steps"])
         ramp = () if blend == 1.0 else (blend,)
-        native = group["tau"] is None and (not ramp or state["exp_avg"].device.type in ops.RAMPS)
-        if native and step.is_native("eigenbasis_step_", "long_vectors"):
+        if group["tau"] is None and step.is_native("eigenbasis_step_", "long_vectors"):
             fields = [state[name] for name in (*self.native_fields, "activity") if name in state]
             step.run_native(ops.eigenbasis_step_, fields, group["cautious"], refreshes=refreshes, more=ramp)
         else:

@@ -135,7 +135,7 @@ class Published(Rule):
 
 def average_codes(codes: Tensor, scales: Tensor, values: Tensor, weights: Tensor, seed: int) -> None:
     """``quantization.ema_``, by the native kernel where there is one."""
-    kernel = ops.int8_ema_ if ops.has("int8_ema_", values) else quantization.ema_
+    kernel = ops.int8_ema_ if ops.has("int8_ema_", values.device) else quantization.ema_
     kernel(codes, scales, values, weights, seed)
 
 

@@ -2,11 +2,55 @@
 // tridiagonal form, then QL with implicit shifts, as G. H. Golub and C. F. Van Loan, Matrix Computations, have them. Entry
 // (i, j) of an n x n stack is the vector at (i n + j) VL. A lane's results depend on its own matrix alone: what another
 // lane still has to do reaches it as rotations by nothing.
-#include "cpu_kernels.h"
-#include "cpu_vector.h"
+//
+// The glue at the end is LibTorch's stable ABI, so that one binary serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "state.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace scao {
 namespace {
+
+#if defined(__AVX2__)
+constexpr int VL = 8;  // floats in a register
+#else
+constexpr int VL = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int vi __attribute__((vector_size(VL * 4)));
+typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+INLINE vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+INLINE void store(float* p, vf v) { *reinterpret_cast<vf_any*>(p) = v; }
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vi bits(vf v) { return reinterpret_cast<vi>(v); }
+
+INLINE vf root(vf x) {
+#if defined(__AVX2__)
+  return __builtin_ia32_sqrtps256(x);
+#else
+  for (int i = 0; i < VL; i++) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
+// Matrices to decompose, and where the results go: NaN where one is not finite or does not converge.
+struct Task {
+  const float* matrices;  // [N, n, n]
+  float* values;          // [N, n], rising
+  float* vectors;         // [N, n, n]
+  long n;
+};
 
 constexpr float EPSILON = 1.1920929e-7f;
 // The largest entry of a matrix is brought to between 2^57 and 2^58, as much as leaves the squares of eigenvalues finite. What
@@ -222,15 +266,11 @@ INLINE void places(const float* x, long n, int* out) {
   }
 }
 
-}  // namespace
-
-const long lanes = VL;
-
-unsigned long eigh_scratch(long n) { return 4 * VL * (2 * n * n + 9 * n); }
+unsigned long scratch_size(long n) { return 4 * VL * (2 * n * n + 9 * n); }
 
 // Matrices [first, last) of the stack, at most VL, of which the lower halves are read. Eigenvalues rise; the largest entry of
 // each vector is positive.
-void eigh(const EighTask& t, long first, long last, void* scratch) {
+void eigh(const Task& t, long first, long last, void* scratch) {
   const long n = t.n, size = n * n, count = last - first;
   float *sorted = static_cast<float*>(scratch), *vectors = sorted + size * VL, *values = vectors + size * VL;
   float *diagonal = values + n * VL, *work = diagonal + 3 * n * VL, *off_diagonal = work + 3 * n * VL;
@@ -285,4 +325,35 @@ void eigh(const EighTask& t, long first, long last, void* scratch) {
   }
 }
 
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+using torch::stable::Tensor;
+
+// Work is spread over torch's threads by groups of VL matrices.
+std::tuple<Tensor, Tensor> symmetric_eigh(Tensor matrices) {
+  STD_TORCH_CHECK(matrices.dim() == 3 && matrices.size(1) == matrices.size(2), "scao: matrices must be [N, n, n]");
+  STD_TORCH_CHECK(matrices.scalar_type() == torch::headeronly::ScalarType::Float && matrices.is_contiguous(),
+                  "scao: matrices must be contiguous float32");
+  const int64_t count = matrices.size(0), n = matrices.size(1);
+  Tensor values = torch::stable::new_empty(matrices, {count, n}), vectors = torch::stable::new_empty(matrices, {count, n, n});
+  const Task task{static_cast<const float*>(matrices.data_ptr()), static_cast<float*>(values.data_ptr()),
+                  static_cast<float*>(vectors.data_ptr()), n};
+  torch::stable::parallel_for(0, (count + VL - 1) / VL, 1, [&](int64_t first, int64_t last) {
+    const std::unique_ptr<void, Free> memory(std::aligned_alloc(64, (scratch_size(n) + 63) / 64 * 64));
+    STD_TORCH_CHECK(memory != nullptr, "scao: no memory for ", scratch_size(n), " bytes of scratch");
+    for (int64_t from = first * VL; from < last * VL && from < count; from += VL) {
+      eigh(task, from, from + VL < count ? from + VL : count, memory.get());
+    }
+  });
+  return {values, vectors};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(scao, CPU, m) { m.impl("symmetric_eigh", TORCH_BOX(&symmetric_eigh)); }
+
 }  // namespace scao
+
+extern "C" __attribute__((visibility("default"))) int scao_interface() { return SCAO_INTERFACE; }
