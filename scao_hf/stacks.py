@@ -6,6 +6,7 @@ steps. ``Stacks`` notices that at the next step. In between it holds no tensor o
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -24,6 +25,9 @@ from scao_hf.rules import Groups, State, Wholes, create, low_bit, members, rule_
 from scao_hf.rules.base import Bucket
 
 META = torch.device("meta")
+#: Entries of a bucket on a CPU, in whose caches its intermediates stay then, and elsewhere where moments are decoded for a
+#: step. Otherwise a GPU wants few and large operations.
+CPU_ENTRIES, DECODED_ENTRIES = 2**20, 2**25
 
 
 class Stacks:
@@ -127,9 +131,8 @@ def build_buckets(
             outer.append((param, entry, own))
             for shape, member in [] if whole is None else members(whole, group):
                 key: tuple[Any, ...] = (place, shape, dtype, param.dtype, param.device, step, member.block is None)
-                if group["moment_dtype"] != "float32":
-                    key += (sizes[key] // low_bit.chunk(param.device),)
-                    sizes[key[:-1]] += member.size * shape[0] * shape[1]
+                key += (sizes[key] // _most_entries(group, param.device),)
+                sizes[key[:-1]] += member.size * shape[0] * shape[1]
                 rule = rule_of(group, member.block is not None, shape)
                 bucket = found.setdefault(key, Bucket(group, shape, step, dtype, rule, cycle=cycle))
                 bucket.members.append(member)
@@ -153,6 +156,13 @@ def build_buckets(
     state.update((param, entry) for param, entry, _ in outer)
     _detach(state, _storages(read) - _storages(field for bucket in found.values() for field in bucket.state.values()))
     return list(found.values())
+
+
+def _most_entries(group: dict[str, Any], device: torch.device) -> int:
+    """How many entries a bucket has, give or take a matrix."""
+    if device.type == "cpu":
+        return CPU_ENTRIES
+    return sys.maxsize if group["moment_dtype"] == "float32" else DECODED_ENTRIES
 
 
 def _check_gradient(param: Tensor) -> None:

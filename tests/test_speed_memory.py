@@ -27,8 +27,8 @@ import peers  # noqa: E402
 import speed  # noqa: E402
 import tables  # noqa: E402
 
-from scao_hf import SCAO, ops  # noqa: E402
-from scao_hf.rules import eigenbasis, low_bit  # noqa: E402
+from scao_hf import SCAO, ops, stacks  # noqa: E402
+from scao_hf.rules import eigenbasis  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -274,7 +274,7 @@ def test_a_dense_factor_of_the_long_side_would_be_seen(monkeypatch: pytest.Monke
 
 def test_entering_phase_two_with_encoded_moments_takes_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak over the entry, state included, is a small part above what is held: one bucket is decoded at a time."""
-    monkeypatch.setattr(low_bit, "CHUNK", 2**15)
+    monkeypatch.setattr(stacks, "CPU_ENTRIES", 2**15)
     model = loads.lora(16, [(512, 512)], 16)
     params, gradients = list(model.parameters()), loads.Gradients(model)
     optimizer = SCAO(params, moment_dtype="int8", use_int8_ema=True)

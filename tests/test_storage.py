@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scao_hf import SCAO, options, quantization
+from scao_hf import SCAO, options, quantization, stacks
 from scao_hf.blocks import Packing
-from scao_hf.rules import low_bit
 
 KINDS = ("bfloat16", "int8")
 #: Sides at which int8 pays for an ``exp_avg``, for a ``col`` and for the small ``inside`` moments, blocks, and a vector.
@@ -211,17 +210,20 @@ def test_a_run_ends_where_float32_ends(kind: str, warmup: int) -> None:
     assert final_loss(kind) == pytest.approx(final_loss("float32"), rel=5e-3)
 
 
-def test_buckets_with_encoded_moments_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_bit, "CHUNK", 1000)
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_buckets_on_a_cpu_are_small(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the steps are those of one large bucket."""
     params = [torch.nn.Parameter(torch.randn(4, 100)) for _ in range(7)]
     reference = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    optimizer, float32 = SCAO(params, moment_dtype="int8"), SCAO(reference)
-    for each, at in ((params, optimizer), (reference, float32)):
+    sizes = []
+    for each, entries in ((params, 1000), (reference, 10000)):
+        monkeypatch.setattr(stacks, "CPU_ENTRIES", entries)
+        optimizer = SCAO(each, moment_dtype=kind)
         give_gradients(each, 0)
-        at.step()
-    assert optimizer._stacks is not None and float32._stacks is not None
-    sizes = [len(bucket.members) for bucket in optimizer._stacks.buckets]
-    assert sizes == [3, 2, 2] and len(float32._stacks.buckets) == 1
+        optimizer.step()
+        assert optimizer._stacks is not None
+        sizes.append([len(bucket.members) for bucket in optimizer._stacks.buckets])
+    assert sizes == [[3, 2, 2], [7]]
     for a, b in zip(params, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 

@@ -43,9 +43,8 @@ from scao_hf.rules.base import (
     step_adamw,
 )
 
-#: A step works on as many matrices at a time as have this many entries: its intermediates stay in a CPU's caches, and
-#: take little of a GPU's memory, which wants few and large operations.
-PORTION, PORTION_ELSEWHERE = 2**20, 2**23
+#: A refresh works on as many matrices at a time as have this many entries, to bound the memory of its intermediates.
+PORTION = 2**23
 
 #: (U14) What is added to estimated second moments, as a share of the energy of all rows, or of the mean of all columns.
 DAMPING = 1e-3
@@ -104,10 +103,7 @@ class Eigenbasis(Rule):
         else:
             grads = step.gradients()
             accumulate(state["factor"], grads @ grads.mT, step.curvature_weight)
-            # A CPU works on a few matrices at a time, which stay in its caches; a GPU on all.
-            for rows in _portions(grads) if grads.device.type == "cpu" else (slice(None),):
-                grads[rows] = self._direction(step.part(rows), grads[rows], blend)
-            step.write(grads)
+            step.write(self._direction(step, grads, blend))
         if refreshes:
             self._refresh(step)
 
@@ -170,8 +166,7 @@ class Eigenbasis(Rule):
 
 def _portions(stack: Tensor, rows: slice | None = None) -> Iterator[slice]:
     """Cut a stack ``[N, r, l]``, or those ``rows`` of it, into runs of matrices of about ``PORTION`` entries."""
-    portion = PORTION if stack.device.type == "cpu" else PORTION_ELSEWHERE
-    count = max(1, portion // stack[0].numel())
+    count = max(1, PORTION // stack[0].numel())
     first, last = (rows.start, rows.stop) if rows else (0, len(stack))
     for start in range(first, last, count):
         yield slice(start, min(start + count, last))

@@ -1,6 +1,6 @@
 """Moments in fewer bits: encoded between two steps, decoded for the step. A rule says which (``Field.levels``).
 
-``moment_dtype`` says how. A bucket whose moments are encoded is small (``chunk``), so that little is decoded at a time.
+``moment_dtype`` says how. A bucket whose moments are encoded is small (``stacks``), so that little is decoded at a time.
 """
 
 from __future__ import annotations
@@ -16,13 +16,6 @@ from scao_hf.rules.base import COUNTERS, Bucket
 
 #: At most so many fields of a rule are encoded (``Field.levels``): each has noise of its own in every step.
 MOST = 5
-#: Entries of a bucket with encoded moments on a CPU and elsewhere, give or take a matrix.
-CHUNK, CHUNK_ELSEWHERE = 2**20, 2**25
-
-
-def chunk(device: torch.device) -> int:
-    """How many entries are decoded at a time: what stays in a CPU's caches, or what keeps a GPU's operations few."""
-    return CHUNK if device.type == "cpu" else CHUNK_ELSEWHERE
 
 
 def _is_encoded(bucket: Bucket, name: str, like: Tensor) -> bool:
