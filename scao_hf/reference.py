@@ -226,7 +226,7 @@ def orthogonal(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any]) -> li
             x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
         col = b2 * col + (1 - b2) * (x**2).mean(0)
         direction = x / ((col / (1 - b2**step)).sqrt() + o["eps"])
-        direction = direction * 0.56 * l**0.5 * x.norm() / direction.norm()
+        direction = direction * (r * l) ** 0.5 / 16 * x.norm() / direction.norm()
         if o["tau"] is not None:
             direction = direction * min(1.0, o["tau"] / float(direction.norm()))
         w = w - o["lr"] * o["weight_decay"] * w - o["lr"] * direction

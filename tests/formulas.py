@@ -93,7 +93,7 @@ FORMULAS = {
         r"c_j \leftarrow \beta_2 c_j + (1 - \beta_2)\, \frac{1}{r} \sum_i X_{ij}^2, \qquad"
         r" D_{ij} = \frac{X_{ij}}{\sqrt{\hat c_j} + \varepsilon}",
     ),
-    "O4": ("Steps of a fixed size", r"D \leftarrow D \cdot 0.56\, \sqrt{l}\, \frac{\|X\|_F}{\|D\|_F}"),
+    "O4": ("Steps of a fixed size", r"D \leftarrow D\, \frac{\sqrt{r l}}{16}\, \frac{\|X\|_F}{\|D\|_F}"),
     "O5": (
         "Random weights",
         r"F = \frac{\max\left(n\, \mathrm{var}_i\, \overline{S_{i \cdot}},\ m\, \mathrm{var}_j\, \overline{S_{\cdot j}}\right)}"

@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=words(PARTS), default=list(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--threads", type=sweep.numbers(int, 0), default=[1, 2], help="default: 1,2")
+    parser.add_argument("--threads", type=sweep.numbers(int, 0), default=[1], help="default: 1")
     parser.add_argument("--reduced", action="store_true", help="small shapes, for a test of the script")
     parser.add_argument(
         "--out", type=sweep.writable, default=RESULTS, help="result file, added to (default: results/speed.jsonl)"

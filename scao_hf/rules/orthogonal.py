@@ -21,9 +21,8 @@ from scao_hf.rules.base import NOT_NEGATIVE, Bucket, Field, Rule, Step, clip_nor
 #: exact at one, so that five iterations take singular values from 1e-2 up to between 0.7 and 1.2.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-#: Root mean square of a step in learning rates, for a momentum of full rank (|X|_F is then sqrt(r)). AdamW's steps are
-#: about as large in the first hundreds of steps of a run, so that AdamW's best learning rate is a good one here.
-STEP_RMS = 0.56
+#: Size of each direction of a step, in learning rates, over that of the largest step that AdamW can take (O4).
+STEP_SIZE = 1 / 16
 #: Entries that are orthogonalised at a time, to bound the memory of the intermediates.
 PORTION = 2**22
 
@@ -88,13 +87,14 @@ def _direction(step: Step, grads: Tensor) -> Tensor:
     (O3) is ``c <- b2 c + (1 - b2) mean_i X_ij^2`` of the polar factor X, and ``D = X / sqrt(c_hat)`` with its bias corrected:
     columns that are large in step after step count as much as the others.
 
-    (O4) is ``D <- D STEP_RMS sqrt(l) |X|_F / |D|_F``: the size of a step follows from how many directions the momentum has,
-    not from the gradient, and is AdamW's.
+    (O4) is ``D <- D sqrt(r l) |X|_F / (16 |D|_F)``: the size of a step follows from how many directions the momentum has, not
+    from the gradient. The norm of AdamW's step, with entries of one learning rate, is sqrt(r l) at most, that of each direction
+    here a sixteenth of it: AdamW's best learning rate, which is smaller for larger matrices, then is a good one.
     """
     momentum, col = step.state["exp_avg"], step.state["col"]
     momentum.lerp_(grads, step.weights[0])
     x = polar(torch.lerp(momentum, grads, 1 - step.group["betas"][0]))
-    size = _norm(x) * (STEP_RMS * math.sqrt(x.shape[2]))
+    size = _norm(x) * (STEP_SIZE * math.sqrt(x.shape[1] * x.shape[2]))
     col.lerp_(x.square().mean(1, keepdim=True), step.weights[1])
     direction = x.div_((col / step.bias[1]).sqrt_().add_(step.group["eps"]))
     return direction.div_(_norm(direction).clamp_min(torch.finfo(x.dtype).tiny)).mul_(size)
