@@ -32,7 +32,7 @@ help:
 	@echo 'make demo          4-bit QLoRA of SmolLM2-135M on the CPU with AdamW and SCAO: loss curves and adapter in runs/demo'
 	@echo 'make demo-compare  the same two runs with held-out data: one sentence, one table, one page'
 	@echo 'make bench-quick   LoRA and training from scratch against other optimizers: tables and plots, in under 20 minutes'
-	@echo 'make bench-costs   step times and memory, into the committed tables: half an hour on an idle machine'
+	@echo 'make bench-costs   step times and memory, into the committed tables: a quarter of an hour on an idle machine'
 	@echo 'make reproduce-quick   the published experiments in a reduced form, in under 15 minutes'
 	@echo 'make reproduce     all of them: hours; repeat it to continue'
 	@echo 'make gpu           on a machine with a GPU: every CUDA kernel checked, step times, QLoRA runs, one record'

@@ -20,6 +20,7 @@ from unittest import mock
 
 import data
 import peers
+import products
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -43,7 +44,7 @@ class Pair(nn.Module):
 
 def lora(rank: int, linears: Sequence[tuple[int, int]], layers: int) -> nn.Module:
     """LoRA factors of ``layers`` equal layers, each with the given linear maps ``(inputs, outputs)``."""
-    return nn.ModuleList(nn.ModuleList(Pair(rank, *sides) for sides in linears) for _ in range(layers))
+    return as_trained(nn.ModuleList(nn.ModuleList(Pair(rank, *sides) for sides in linears) for _ in range(layers)))
 
 
 #: Hidden 2048, two key-value heads of 128, MLP 11008.
@@ -182,7 +183,9 @@ class Stepper:
             settle = start + group["blend_steps"] + 1
             return cls(spec, optimizer, period, -(-settle // period) * period, context)
         period = next((group[key] for key in ("precondition_frequency", "precond_freq") if key in group), 1)
-        return cls(spec, optimizer, period, max(2, period))
+        if spec.startswith("muon"):  # its products are in bfloat16
+            context = products.in_float32
+        return cls(spec, optimizer, period, max(2, period), context)
 
     def step(self, gradients: Gradients) -> None:
         """One timed step."""
