@@ -259,7 +259,7 @@ class Step:
             direction: ``[N, r, l]`` in the arithmetic dtype, changed in place.
         """
         bucket, decay, lr = self.bucket, self.group["weight_decay"], self.group["lr"]
-        rate = self.finite * (lr.detach().to(direction) if isinstance(lr, Tensor) else lr)
+        rate = self.finite * (lr.detach().to(direction) if isinstance(lr, Tensor) else float(lr))
         targets = [block.of(param.detach()) if block else as_real(param.detach()) for param, _, block in bucket.members]
         if self.group["stochastic_rounding"] and targets[0].dtype == torch.bfloat16:
             weights = torch.stack(
