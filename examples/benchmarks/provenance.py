@@ -27,7 +27,9 @@ def processor() -> str:
 def machine() -> dict[str, Any]:
     """What the run ran on: processor, threads, accelerator."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": processor(), "threads": torch.get_num_threads(), "gpu": gpu}
+    # Clouds give one name to processors of several generations.
+    cpu = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def versions(optimizer: str) -> dict[str, str]:
