@@ -101,8 +101,11 @@ lint: $(VENV)/.dev
 ext: $(VENV)/.dev
 	SCAO_BUILD_EXT=auto $(BIN)/python setup.py -q build_ext --inplace
 
+# Everything with the native code, then what steps matrices once more in PyTorch alone, as after a plain installation.
 test: lint ext $(VENV)/.bench
 	OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -n $(TEST_JOBS) --cov --cov-report=term
+	OMP_NUM_THREADS=1 SCAO_DISABLE_EXT=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) \
+		tests/test_reference.py tests/test_optimizer.py tests/test_state.py
 
 # One at a time: these start processes of their own.
 test-long: ext $(VENV)/.bench

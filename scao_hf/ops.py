@@ -170,26 +170,23 @@ def has(kernel: str, device: torch.device) -> bool:
     return kernel in KERNELS.get(device.type, ()) and _is_native(device)
 
 
-def steps(
-    kernel: str, params: Sequence[Tensor], shape: tuple[int, int], moments: Tensor, long_basis: Tensor | None = None
-) -> bool:
+def steps(kernel: str, params: Sequence[Tensor], moments: Tensor, long_basis: Tensor | None = None) -> bool:
     """Whether a native kernel can step these parameters.
 
     Args:
         kernel: of one of the steps.
         params: of one dtype and device.
-        shape: ``(r, l)`` of each matrix, ``(1, numel)`` of vectors.
-        moments: ``[N, r, l]``.
+        moments: ``[N, r, l]``, of vectors ``[N, 1, numel]``.
         long_basis: ``[N, k, l]``.
     """
-    r, l = shape
-    bases = () if long_basis is None else (long_basis,)
+    r, l = moments.shape[1:]
+    if long_basis is not None and (long_basis.shape[1] > LARGEST_SIDE or long_basis.dtype == torch.float16):
+        return False
     return (
         has(kernel, moments.device)
         and params[0].dtype in DTYPES
         and moments.dtype == torch.float32
         and l < LONGEST_SIDE
-        and all(basis.shape[1] <= LARGEST_SIDE and basis.dtype != torch.float16 for basis in bases)
         and (r <= LARGEST_SIDE if r > 1 else all(param.is_contiguous() for param in params))
     )
 

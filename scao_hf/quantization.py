@@ -37,7 +37,7 @@ def _mix(x: Tensor) -> Tensor:
 def _random_bits(counts: Sequence[int], seeds: Sequence[int], device: torch.device) -> Tensor:
     """32 random bits for every entry of every block of some tensors, int32 ``[blocks, 128]``.
 
-    A hash of seed, block and entry: the same on every device and in the native kernels (csrc/int8.h), whatever the
+    A hash of seed, block and entry: the same on every device and in the native kernels (csrc/state.h), whatever the
     order of evaluation, and without a random generator's state.
 
     Args:

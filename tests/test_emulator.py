@@ -301,6 +301,27 @@ def test_int8_kernel_gives_the_codes_of_the_codec(kernels: ctypes.CDLL, numel: i
         assert torch.equal(codes[0], expected_codes[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (40,)])
+def test_decay_and_step_are_rounded_once(
+    kernels: ctypes.CDLL, dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither path rounds the decayed weight before the step: both are the step in float32, then one rounding."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(shape).to(dtype), [torch.randn(shape).to(dtype) for _ in range(30)]
+    ends = []
+    for native in (False, True):
+        if native:
+            emulate(monkeypatch)
+        param = torch.nn.Parameter(start.clone())
+        optimizer = SCAO([param], lr=2e-3, weight_decay=0.5)
+        for grad in grads:
+            param.grad = grad.clone()
+            optimizer.step()
+        ends.append(param.detach())
+    assert (ends[0] == ends[1]).float().mean() > 0.9
+
+
 def test_ctrl_c_in_a_kernel_leaves_a_state_that_resumes(kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python raises it once the kernel, which it cannot end, has taken the step."""
     ending = [False]

@@ -125,8 +125,13 @@ def test_a_packed_step_is_the_reference_rule_expert_by_expert(side: str) -> None
 
 
 @pytest.mark.parametrize("active", [1.0, 0.5, 0.1])
-def test_the_second_moment_from_the_curvature_is_adamws_at_every_activity(active: float) -> None:
+@pytest.mark.parametrize("kernels", ["as built", "pytorch"])
+def test_the_second_moment_from_the_curvature_is_adamws_at_every_activity(
+    active: float, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """(U12), which the size of the steps is measured by, was 6.6 times as large for experts with every tenth token."""
+    if kernels == "pytorch":
+        monkeypatch.setattr(ops, "NATIVE", frozenset())
     draw = torch.Generator().manual_seed(1)
     whole, packing = torch.nn.Parameter(torch.zeros(EXPERTS * 4, 60)), Packing("A", EXPERTS)
     optimizer = SCAO([whole], lr=1e-3, experts={whole: packing}, **QUICK)

@@ -58,7 +58,7 @@ def test_same_seed_same_codes_and_the_global_generator_is_left_alone() -> None:
 
 
 def test_the_noise_is_the_hash_of_seed_block_and_entry_that_the_kernels_have() -> None:
-    def mix32(x: int) -> int:  # csrc/int8.h
+    def mix32(x: int) -> int:  # csrc/state.h
         x = (x ^ x >> 16) * 0x7FEB352D & 0xFFFFFFFF
         x = (x ^ x >> 15) * 0x846CA68B & 0xFFFFFFFF
         return x ^ x >> 16

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,6 +73,34 @@ def test_scao_is_timed_in_phase_two_over_whole_periods(spec: str) -> None:
     assert isinstance(made.optimizer, SCAO)
     assert made.optimizer.metrics()["scao/phase"] == 2 and made.optimizer.metrics()["scao/blend"] == 1
     assert made.settle % made.period == 0 and len(made.times) == made.settle + 2 * made.period
+
+
+@pytest.mark.skipif("cpu" not in ops.NATIVE, reason=f"no native code: {ops.backend()['cpu']}")
+def test_without_native_is_what_a_process_without_the_kernels_does() -> None:
+    """The same operations, and none of them native."""
+    model = loads.lora(4, [(40, 24)], 3)
+    gradients = loads.Gradients(model)
+    counts = {}
+    for spec in ("scao", "scao-pytorch"):
+        made = loads.Stepper.of(spec, model)
+        for _ in range(made.settle):
+            made.step(gradients)
+        with made.context(), loads.Operations() as seen:
+            for _ in range(made.period):  # each matrix is refreshed once
+                made.optimizer.step()
+        counts[spec] = seen.counts
+    assert any("scao." in name for name in counts["scao"])
+    assert not any("scao." in name for name in counts["scao-pytorch"])
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\nimport loads\nmodel = loads.lora(4, [(40, 24)], 3)\n"
+        "made, gradients = loads.Stepper.of('scao', model), loads.Gradients(model)\n"
+        "for _ in range(made.settle): made.step(gradients)\n"
+        "with loads.Operations() as seen:\n    for _ in range(made.period): made.optimizer.step()\n"
+        "print(sum(seen.counts.values()))"
+    )
+    environment = {**os.environ, "SCAO_DISABLE_EXT": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == str(sum(counts["scao-pytorch"].values())), done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

@@ -1237,6 +1237,21 @@ def test_doctor_finds_both_rules_sound(rule: str) -> None:
     assert sound and text.count("ok") == 2
 
 
+def test_doctor_tests_every_native_kernel_of_the_cpu(monkeypatch: Any) -> None:
+    called: set[str] = set()
+
+    def counted(name: str) -> Any:
+        kernel = getattr(ops, name)
+        return lambda *arguments: (called.add(name), kernel(*arguments))[1]
+
+    for name in ops.KERNELS["cpu"]:
+        monkeypatch.setattr(ops, name, counted(name))
+    assert all(doctor.self_test(rule, "cpu")[1] for rule in options.MATRIX_RULES) and doctor.average_test("cpu")[1]
+    if "cpu" not in ops.NATIVE:
+        pytest.skip("needs the native kernels: the others were tested")
+    assert called == set(ops.KERNELS["cpu"])
+
+
 def test_doctor_finds_a_broken_average(monkeypatch: Any) -> None:
     right = doctor.average_codes
     monkeypatch.setattr(

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-#: Each product and the one that returns a new matrix.
+#: Each product and the one that returns a new matrix: itself, unless it writes into its first argument.
 PRODUCTS = {packet: packet for packet in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)}
-IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
+PRODUCTS |= {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 
 
 class InFloat32(TorchDispatchMode):
@@ -24,10 +24,10 @@ class InFloat32(TorchDispatchMode):
     ) -> Any:
         """``func``, or the same in float32."""
         packet, numbers = func.overloadpacket, dict(kwargs or {})
-        product: Any = (PRODUCTS | IN_PLACE).get(packet)
+        product: Any = PRODUCTS.get(packet)
         if product is None or args[-1].dtype != torch.bfloat16:
             return func(*args, **numbers)
-        target: Tensor | None = args[0] if packet in IN_PLACE else numbers.pop("out", None)
+        target: Tensor | None = numbers.pop("out", None) if product is packet else args[0]
         found: Tensor = product(*(arg.float() for arg in args), **numbers).bfloat16()
         return found if target is None else target.copy_(found)
 

@@ -298,9 +298,7 @@ class Step:
         if self.group["betas"][1] < 0.5 or not all(name in self.state for name in bases):
             return False
         params = [member.param for member in self.bucket.members]
-        return ops.steps(
-            kernel, params, self.bucket.shape, self.state["exp_avg"], *(self.state[name] for name in bases)
-        )
+        return ops.steps(kernel, params, self.state["exp_avg"], *(self.state[name] for name in bases))
 
     def run_native(
         self,
