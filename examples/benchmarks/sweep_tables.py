@@ -168,9 +168,7 @@ def caption(setting: Setting) -> str:
     backends = [json.loads(r["versions"]["scao_hf backend"]) for r in records if "scao_hf backend" in r["versions"]]
     device = "cuda" if any(r["machine"]["gpu"] for r in records) else "cpu"
     kernels = sorted({backend[device] for backend in backends})
-    shorter = "".join(
-        f"`{name}` also {found} steps; " for name in setting.runs if (found := shorter_runs(setting, name))
-    )
+    shorter = f"`{SUBJECT}` in shorter runs: {found}; " if (found := shorter_runs(setting, SUBJECT)) else ""
     return (
         f"{cell['model']}{rank}; {cell['data']} ({cell['data_sha256']}), held out: {cell['held_out']}; "
         f"{setting.steps} steps of {cell['batch']} rows of at most {cell['max_tokens']} tokens, {cell['schedule']} "
@@ -181,8 +179,14 @@ def caption(setting: Setting) -> str:
 
 
 def shorter_runs(setting: Setting, optimizer: str) -> str:
-    """The lengths of an optimizer's runs that are shorter than the setting's, in steps, with commas between them."""
-    return ", ".join(map(str, sorted({run["cell"]["steps"] for run in setting.runs[optimizer]} - {setting.steps})))
+    """How an optimizer's runs ended that were shorter than the setting's, at its best rate of each length."""
+    found = []
+    for steps in sorted({run["cell"]["steps"] for run in setting.runs[optimizer]} - {setting.steps}):
+        by_lr = setting.at(optimizer, steps)
+        lr = best_lr(by_lr)
+        losses = [loss_of(record) for record in by_lr[lr].values()]
+        found.append(f"{steps} steps at rate {lr:g}, {spread(losses, 4)} ({len(losses)})")
+    return "; ".join(found)
 
 
 def rates(setting: Setting) -> str:
@@ -299,10 +303,7 @@ def claim(setting: Setting) -> str:
         steps,
         f"reaches AdamW's final held-out loss {steps} sooner in steps" + (f", {times} in time" if "x" in times else ""),
     )
-    shorter = shorter_runs(setting, SUBJECT)
-    marks = f"; SCAO's runs of {shorter} steps, with schedules of that length, count for the speed" if shorter else ""
-    if enclosure(setting.at(SUBJECT)) != "enclosed":
-        marks += "; SCAO was not tried at rates on both sides of it"
+    marks = "" if enclosure(setting.at(SUBJECT)) == "enclosed" else "; SCAO was not tried at rates on both sides of it"
     return (
         f"**At AdamW's best learning rate SCAO {speed}, and ends {end}**: "
         f"{cell['model'].split(',')[0].split(' (')[0]} in 4 bit, LoRA r = {cell['rank']}, {Path(cell['data']).stem}, "
