@@ -58,20 +58,23 @@ def of_rank_two(shape: tuple[int, int], steps: int) -> tuple[torch.Tensor, list[
     return span, [span @ torch.randn(2, shape[1], generator=generator) for _ in range(steps)]
 
 
-KERNELS = pytest.mark.parametrize("kernels", ["as built", "pytorch"])
+@pytest.fixture(params=["as built", "pytorch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The native code as it is built, or as without it."""
+    if request.param == "pytorch":
+        monkeypatch.setattr(ops, "NATIVE", frozenset())
+    return str(request.param)
+
+
 KEPT = pytest.mark.parametrize(
     "kept", [{}, {"moment_dtype": "int8"}, {"use_int8_ema": True}], ids=["float32", "int8 moments", "int8 bases"]
 )
 
 
-@KERNELS
+@pytest.mark.usefixtures("kernels")
 @KEPT
-def test_equal_gradients_move_no_entry_by_more_than_a_learning_rate(
-    kernels: str, kept: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_gradients_move_no_entry_by_more_than_a_learning_rate(kept: dict[str, Any]) -> None:
     """Rank one: all directions but one hold rounding errors alone, which were stepped as far as the gradient (3.9)."""
-    if kernels == "pytorch":
-        monkeypatch.setattr(ops, "NATIVE", frozenset())
     for seed in range(3):
         left, right = (torch.randn(side, 1, generator=torch.Generator().manual_seed(seed)) for side in (48, 32))
         grad = left @ right.T if seed else torch.ones(48, 32)
@@ -79,28 +82,22 @@ def test_equal_gradients_move_no_entry_by_more_than_a_learning_rate(
         assert largest <= (1.1 if not kept else 1.5)
 
 
-@KERNELS
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("moment_dtype", ["float32", "int8"])
 @pytest.mark.parametrize("entries", [torch.linspace(0.1, 1, 32), torch.logspace(-3, 0, 32), torch.arange(1.0, 17)])
 def test_a_constant_diagonal_gradient_moves_no_entry_by_more_than_one_and_a_half_learning_rates(
-    kernels: str, moment_dtype: str, entries: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    moment_dtype: str, entries: torch.Tensor
 ) -> None:
     """A second moment of rank one is far too small on the diagonal: the steps were up to 2400 learning rates."""
-    if kernels == "pytorch":
-        monkeypatch.setattr(ops, "NATIVE", frozenset())
     for early in ({}, {"warmup_steps": 2, "precond_freq": 2}):
         found = moves([torch.diag(entries)] * 60, moment_dtype=moment_dtype, **early)
         assert max(float(move.abs().max()) for move in found) <= 1.1
 
 
-@KERNELS
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("tall", [False, True])
-def test_gradients_of_rank_two_give_steps_of_rank_two(
-    kernels: str, tall: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_rank_two_give_steps_of_rank_two(tall: bool) -> None:
     """What six directions without a gradient hold is rounding: up to 88 % of a step were in them."""
-    if kernels == "pytorch":
-        monkeypatch.setattr(ops, "NATIVE", frozenset())
     span, grads = of_rank_two((8, 64), 30)
     chosen: dict[str, Any] = {"warmup_steps": 4, "blend_steps": 0, "precond_freq": 2, "cautious": False}
     for rounded, allowed in ((torch.float32, 0.01), (torch.bfloat16, 0.05)):
@@ -110,14 +107,10 @@ def test_gradients_of_rank_two_give_steps_of_rank_two(
             assert (step - span @ (span.T @ step)).norm() <= allowed * step.norm()
 
 
-@KERNELS
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("cautious", [True, False])
-def test_the_rounding_of_a_gradient_of_rank_two_makes_no_difference(
-    kernels: str, cautious: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_rounding_of_a_gradient_of_rank_two_makes_no_difference(cautious: bool) -> None:
     """In the ramp and after it; steps differed by as much as they are long."""
-    if kernels == "pytorch":
-        monkeypatch.setattr(ops, "NATIVE", frozenset())
     _, grads = of_rank_two((8, 64), 40)
     chosen: dict[str, Any] = {"warmup_steps": 4, "blend_steps": 20, "precond_freq": 2, "cautious": cautious}
     noise = torch.Generator().manual_seed(5)
@@ -126,14 +119,9 @@ def test_the_rounding_of_a_gradient_of_rank_two_makes_no_difference(
         assert (one - other).norm() <= 0.02 * one.norm()
 
 
-@KERNELS
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
-def test_rows_and_columns_without_a_gradient_stay(
-    kernels: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_and_columns_without_a_gradient_stay(kernels: str, shape: tuple[int, int]) -> None:
     """Exactly with the native eigensolver; LAPACK's eigenvectors have rounding errors where a factor has rows of zeros."""
-    if kernels == "pytorch":
-        monkeypatch.setattr(ops, "NATIVE", frozenset())
     generator = torch.Generator().manual_seed(0)
     grads = [1 + torch.randn(shape, generator=generator) for _ in range(60)]
     for grad in grads:

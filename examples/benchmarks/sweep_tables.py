@@ -168,7 +168,7 @@ def caption(setting: Setting) -> str:
     backends = [json.loads(r["versions"]["scao_hf backend"]) for r in records if "scao_hf backend" in r["versions"]]
     device = "cuda" if any(r["machine"]["gpu"] for r in records) else "cpu"
     kernels = sorted({backend[device] for backend in backends})
-    shorter = f"`{SUBJECT}` in shorter runs: {found}; " if (found := shorter_runs(setting, SUBJECT)) else ""
+    shorter = f"`{SUBJECT}` in shorter runs: {found}; " if (found := shorter_runs(setting)) else ""
     return (
         f"{cell['model']}{rank}; {cell['data']} ({cell['data_sha256']}), held out: {cell['held_out']}; "
         f"{setting.steps} steps of {cell['batch']} rows of at most {cell['max_tokens']} tokens, {cell['schedule']} "
@@ -178,11 +178,11 @@ def caption(setting: Setting) -> str:
     )
 
 
-def shorter_runs(setting: Setting, optimizer: str) -> str:
-    """How an optimizer's runs ended that were shorter than the setting's, at its best rate of each length."""
+def shorter_runs(setting: Setting) -> str:
+    """How SCAO's runs ended that were shorter than the setting's, at its best rate of each length."""
     found = []
-    for steps in sorted({run["cell"]["steps"] for run in setting.runs[optimizer]} - {setting.steps}):
-        by_lr = setting.at(optimizer, steps)
+    for steps in sorted({run["cell"]["steps"] for run in setting.runs[SUBJECT]} - {setting.steps}):
+        by_lr = setting.at(SUBJECT, steps)
         lr = best_lr(by_lr)
         losses = [loss_of(record) for record in by_lr[lr].values()]
         found.append(f"{steps} steps at rate {lr:g}, {spread(losses, 4)} ({len(losses)})")
