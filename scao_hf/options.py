@@ -102,7 +102,13 @@ OPTIONS: dict[str, Option] = {
         float, "spectral mass that the truncated basis may leave out", low=0, high=1, open_high=True
     ),
     "k_min": Option(int, "smallest rank of the truncated basis", low=1),
-    "k_max": Option(int, "largest rank of the truncated basis", low=1, edited=LAYOUT),
+    "k_max": Option(
+        int,
+        "largest rank of the truncated basis; None: 16, or the matrix's small side where that is less",
+        low=1,
+        optional=True,
+        edited=LAYOUT,
+    ),
     "tau": Option(float, "bound on the natural-gradient norm, None for no bound", low=0, open_low=True, optional=True),
     "max_precond_dim": Option(
         int,
@@ -131,6 +137,9 @@ OPTIONS: dict[str, Option] = {
     ),
 }
 
+#: The largest rank of a truncated basis unless ``k_max`` says otherwise, or the matrix's small side is less.
+LARGEST_RANK = 16
+
 #: What an option is when it is not passed: what the benchmarks support for SCAO's own rule, and the published table.
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "betas": ((0.9, 0.99), (0.9, 0.999)),
@@ -142,7 +151,7 @@ _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "rho": (0.95, 0.999),
     "epsilon_sparse": (0.05, 0.05),
     "k_min": (4, 8),
-    "k_max": (16, 128),
+    "k_max": (None, 128),
     "tau": (None, None),
     "max_precond_dim": (64, 4096),
     "use_int8_ema": (False, False),
@@ -251,7 +260,7 @@ def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         rule: one of ``RULES``.
-        passed: options by name; ``None`` means "not passed" (for ``tau``, every rule's default is ``None`` as well).
+        passed: options by name; ``None`` means "not passed" (where it is legal, it is SCAO's default as well).
 
     Returns:
         Every option of the rule, ``betas`` included, ``rule`` first.
@@ -272,7 +281,7 @@ def resolve(rule: str, passed: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"from_scratch={options['from_scratch']} is not valid with rule={rule!r}: it is for rule='auto'"
         )
-    if options["k_min"] > options["k_max"]:
+    if options["k_min"] > (options["k_max"] or LARGEST_RANK):
         if passed.get("k_min") is not None and passed.get("k_max") is not None:
             raise ValueError(f"k_min={options['k_min']} must not exceed k_max={options['k_max']}")
         # Only one of the two was passed: the other one's default gives way.

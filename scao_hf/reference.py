@@ -17,7 +17,7 @@ def _eigh_falling(factor: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0), vectors.flip(1)
 
 
-def _rank(values: Tensor, total: float, epsilon_sparse: float, k_min: int, k_max: int) -> int:
+def _rank(values: Tensor, total: float, epsilon_sparse: float, k_min: int, k_max: int | None) -> int:
     """(E4): the smallest k whose eigenvalues hold the mass, within its bounds."""
     held = 0.0
     rank = len(values)
@@ -26,7 +26,7 @@ def _rank(values: Tensor, total: float, epsilon_sparse: float, k_min: int, k_max
         if held >= (1 - epsilon_sparse) * total * (1 - 1e-6):
             rank = index + 1
             break
-    return max(min(k_min, len(values)), min(rank, k_max, len(values)))
+    return max(min(k_min, len(values)), min(rank, k_max or len(values), len(values)))
 
 
 def _ramp(step: int, start: int, blend_steps: int) -> float:
@@ -87,7 +87,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
     """
     w, (r, l) = weight.double().clone(), weight.shape
     b1, b2 = o["betas"]
-    k = min(o["k_max"], l)
+    k = min(o["k_max"] or min(16, r), l)
     momentum, square = torch.zeros(r, l).double(), torch.zeros(r, l).double()
     factor = torch.zeros(r, r).double()
     q = torch.eye(r).double()

@@ -433,6 +433,12 @@ def test_the_behaviour_of_scao_changes_with_its_equations_alone(monkeypatch: pyt
     peers.behaviour.cache_clear()
 
 
+@pytest.mark.parametrize(("rank", "alike"), [(8, False), (16, True), (32, True)])
+def test_the_default_rank_of_a_basis_counts_as_what_it_is_for_the_model(rank: int, alike: bool) -> None:
+    default, passed = (peers.resolved(spec, nn.Linear(40, rank))["behaviour"] for spec in ("scao", "scao:k_max=16"))
+    assert (default == passed) is alike
+
+
 def test_everything_that_defines_a_run_is_in_its_key(text_file: Path) -> None:
     source = data.load(str(text_file))
     task = tasks.build("gpt", source, 0, 2, 16)

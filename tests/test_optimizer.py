@@ -842,7 +842,7 @@ ARROWS = {
     "quantization": set(),
     "reference": set(),
     "report": {"rules"},
-    "rules": {"rules", "blocks", "experts", "ops", "quantization"},
+    "rules": {"rules", "blocks", "experts", "ops", "options", "quantization"},
     "stacks": {"blocks", "distributed", "names", "options", "rules"},
     "tools": {
         *("tools", "experts", "optimizer", "options", "ops", "quantization", "reference", "rules", "report"),

@@ -148,6 +148,34 @@ def test_state_holds_tensors_and_numbers_only_and_every_name_once() -> None:
     assert report["peak"] >= max(held, 8 * report["parameters"])
 
 
+@pytest.mark.parametrize("rank", [3, 4, 8, 16, 64])
+def test_lora_of_any_rank_above_two_takes_less_than_adamw(rank: int) -> None:
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((rank, 640), (960, rank))]
+    settings = {**QUICK, "k_max": None}
+    optimizer = SCAO(params, **settings)
+    train(params, optimizer, range(6))
+    report = optimizer.memory_report()
+    assert report["total"] < 8 * report["parameters"]
+    assert [optimizer.state[param]["long_vectors"].shape[0] for param in params] == [min(rank, 16)] * 2
+    wider = SCAO(params, **{**settings, "k_max": 24})  # what is passed holds, above the rank too
+    train(params, wider, range(6))
+    assert [wider.state[param]["long_vectors"].shape[0] for param in params] == [24] * 2
+
+
+def test_a_state_with_more_directions_than_the_default_resumes_with_them() -> None:
+    params, optimizer = make(k_max=16)
+    train(params, optimizer, range(6))
+    other, resumed = make(k_max=None)
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    with torch.no_grad():
+        for ours, theirs in zip(other, params, strict=True):
+            ours.copy_(theirs)
+    for pair in ((params, optimizer), (other, resumed)):
+        train(*pair, range(6, 12))
+    assert resumed.state[other[0]]["long_vectors"].shape == (16, 24)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(other, params, strict=True))
+
+
 @pytest.mark.parametrize("moment_dtype", ["float32", "int8"])
 def test_parameters_that_stop_or_pause_do_not_keep_their_stacks(moment_dtype: str) -> None:
     count = 12

@@ -88,7 +88,7 @@ learning_rate: 2e-4
         ),
         (
             *("plugins:\n  - a.B\n", "paged_adamw_32bit", 8, ""),
-            *({"moment_dtype": "int8", "use_int8_ema": True, "k_max": 8}, "where a paged one"),
+            *({"moment_dtype": "int8", "use_int8_ema": True}, "where a paged one"),
         ),
         (
             *("plugins:\n- a.B\n", "adamw_torch", 16, "max_steps: 30"),

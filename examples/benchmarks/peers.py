@@ -28,7 +28,7 @@ from scao_hf import SCAO, ops
 from scao_hf.blocks import blocks_of
 from scao_hf.experts import find_vocabulary
 from scao_hf.initial import is_untrained
-from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES
+from scao_hf.options import LARGEST_RANK, OPTIONS, RULE_DEFAULTS, RULES
 from scao_hf.rules import eigenbasis, published, rule_of
 
 Builder = Callable[..., Optimizer]
@@ -331,8 +331,11 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
             kinds = {large and scratch for large in sides.values()}
             rule = "auto" if len(kinds) > 1 else "orthogonal" if True in kinds else "eigenbasis"
         shapes = LARGE if rule == "orthogonal" else SMALL + LARGE if rule == "auto" else SMALL
+        acting = dict(options)
+        if matrices and rule in ("auto", "eigenbasis") and all(min(param.shape) >= LARGEST_RANK for param in matrices):
+            acting.setdefault("k_max", LARGEST_RANK)  # what the default is for them, and not for the problem's own
         try:
-            found = {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(options.items())), shapes)}
+            found = {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(acting.items())), shapes)}
         except TypeError as error:
             near = [match for option in options for match in difflib.get_close_matches(option, OPTIONS, n=1)]
             hint = f"; did you mean {near[0]}?" if near else ""

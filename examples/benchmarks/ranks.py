@@ -9,6 +9,7 @@ import argparse
 import json
 from pathlib import Path
 
+from scao_hf.options import LARGEST_RANK
 from scao_hf.tools.matrices import grid, read_matrices
 
 RECORD = Path(__file__).resolve().parent / "results" / "ranks.json"
@@ -30,7 +31,13 @@ def record(run: Path, title: str) -> dict[str, object]:
         }
         for key in ("rank", "captured_mass")
     }
-    return {"title": title, "run": dict(found.about), "k_max": found.options["k_max"], "steps": found.steps, **figures}
+    return {
+        "title": title,
+        "run": dict(found.about),
+        "k_max": found.options["k_max"] or LARGEST_RANK,
+        "steps": found.steps,
+        **figures,
+    }
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from scao_hf import ops, quantization
 from scao_hf.blocks import Member, as_real
+from scao_hf.options import LARGEST_RANK
 
 Pair = tuple[Tensor, Tensor]
 
@@ -404,7 +405,8 @@ class Rule(ABC):
     ) -> dict[str, Tensor]:
         """State of ``size`` matrices that have taken ``step`` steps, leading dimension ``size``; works on the meta device."""
         r, l = shape
-        sides = {"r": r, "l": l, "k": min(group.get("k_max", l), l), "kr": min(group.get("k_max", r), r)}
+        rank = group.get("k_max") or min(LARGEST_RANK, r)
+        sides = {"r": r, "l": l, "k": min(rank, l), "kr": min(rank, r)}
         phase = 1 if step < self.phase1_steps(group) else 2
         state: dict[str, Tensor] = {}
         for name, field in self.fields.items():

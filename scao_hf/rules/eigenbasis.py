@@ -343,7 +343,7 @@ def refresh_bases(step: Step, products: Tensor, decay: float) -> Tensor:
         found = same, state["long_values"], torch.zeros_like(state["long_tail"])
     long_basis, values, lost = found
     tail = decay * state["long_tail"] + lost
-    rank = adaptive_rank(values, values.sum(-1) + tail, group["epsilon_sparse"], group["k_min"], group["k_max"])
+    rank = adaptive_rank(values, values.sum(-1) + tail, group["epsilon_sparse"], group["k_min"], k)
     mask = (torch.arange(k, device=rank.device) < rank[:, None]) & (values > 0)
     mask = mask[:, None, :].to(values.dtype)
     # The share of each new direction that lay in the old ones; the rest was residual.

@@ -154,8 +154,9 @@ def _refresh_side(step: Step, side: str, factor: Tensor) -> None:
     if decomposition is None:
         return
     values, vectors = decomposition
-    rank = adaptive_rank(values, values.sum(-1), group["epsilon_sparse"], group["k_min"], group["k_max"])
-    basis = truncate(values, vectors, rank, width=step.state[f"{side}_values"].shape[-1])
+    width = step.state[f"{side}_values"].shape[-1]
+    rank = adaptive_rank(values, values.sum(-1), group["epsilon_sparse"], group["k_min"], width)
+    basis = truncate(values, vectors, rank, width)
     step.update({f"{side}_{part}": fresh for part, fresh in basis._asdict().items()})
 
 

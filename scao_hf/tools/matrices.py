@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from scao_hf.options import OPTIONS, resolve
+from scao_hf.options import LARGEST_RANK, OPTIONS, resolve
 from scao_hf.report import METRICS, STATISTICS_NAME
 from scao_hf.rules import rule_of
 from scao_hf.tools import ToolError, json_rows, logged
@@ -225,9 +225,9 @@ def _three_digits(number: float) -> str:
 
 def _limited(found: Matrices) -> list[str]:
     """A sentence where k_max leaves out most of the curvature of most matrices."""
-    limit = found.options.get("k_max")
-    if limit is None:
+    if not found.options:
         return []
+    limit = found.options["k_max"] or LARGEST_RANK
     last = zip(found.figures["rank"][-1], found.figures["captured_mass"][-1], strict=True)
     held = [mass for rank, mass in last if rank >= limit]
     if 2 * len(held) <= len(found.names) or fmean(held) >= LITTLE:

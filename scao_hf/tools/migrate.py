@@ -13,7 +13,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from axolotl_plugin.values import PREFIX, Findings, misspelt, of_others
 from scao_hf import SCAO
 from scao_hf.namesake import other_package
-from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, eight_bit_hint
+from scao_hf.options import OPTIONS, eight_bit_hint
 from scao_hf.tools import ToolError, axolotl_yaml
 from scao_hf.tools.axolotl_yaml import PLUGIN
 from scao_hf.tools.rivals import STATES, state_bytes
@@ -107,12 +107,6 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
     if hint := eight_bit_hint(own, "`scao_moment_dtype: int8` and `scao_use_int8_ema: true`"):
         chosen |= {"moment_dtype": "int8", "use_int8_ema": True}
         reasons.append(f"int8 state: {hint}")
-        rank = raw.get("lora_r") or 8
-        if raw.get("adapter") and isinstance(rank, int) and rank < RULE_DEFAULTS[RULES[0]]["k_max"]:
-            chosen["k_max"] = max(rank, RULE_DEFAULTS[RULES[0]]["k_min"])
-            reasons.append(
-                f"scao_k_max: {chosen['k_max']}: at rank {rank} more directions would fill most of the state"
-            )
     elif not raw.get("adapter") and axolotl_yaml.half_precision(raw):
         chosen["moment_dtype"] = "bfloat16"
         reasons.append("scao_moment_dtype: bfloat16: what is trained is in 16 bit, and AdamW's moments are too")
