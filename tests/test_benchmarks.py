@@ -165,7 +165,7 @@ def test_every_peer_lowers_the_loss_of_a_lora_layer(name: str) -> None:
     assert model.loss().item() < 0.95 * first
 
 
-@pytest.mark.parametrize("name", ["loraplus", "polora", "riemannian"])
+@pytest.mark.parametrize("name", ["loraplus", "scao-loraplus", "polora", "riemannian"])
 def test_lora_rules_refuse_a_model_without_lora(name: str) -> None:
     with pytest.raises(peers.Unavailable):
         peers.create(name, nn.Linear(8, 8), 1e-3)
@@ -177,6 +177,7 @@ def test_options_follow_the_name() -> None:
     assert "k_max" not in peers.resolved("scao")
     assert peers.resolved("scao-published")["rule"] == "published"
     assert peers.resolved("loraplus") == {"ratio": 16}
+    assert peers.resolved("scao-loraplus:ratio=4:k_max=8") == {**peers.resolved("scao:k_max=8"), "ratio": 4}
     model = nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 40))
     cut, whole = (peers.resolved(f"scao:rule=eigenbasis:max_precond_dim={most}", model) for most in (7, 8))
     assert cut["blocks"] == 7 and "blocks" not in whole

@@ -200,12 +200,26 @@ def adamw8bit(model: nn.Module, lr: float) -> Optimizer:
     return bitsandbytes.optim.AdamW8bit(parameters(model), lr=lr, weight_decay=0.0)
 
 
-def loraplus(model: nn.Module, lr: float, ratio: float = 16) -> Optimizer:
-    """LoRA+ as peft has it: AdamW with a larger learning rate on B."""
+#: How many times A's learning rate B's is in LoRA+, if nothing else is said.
+LORAPLUS_RATIO = 16
+
+
+def with_loraplus(base: type[Optimizer], model: nn.Module, lr: float, ratio: float, **options: Any) -> Optimizer:
+    """An optimizer with LoRA+ as peft has it: ``lr`` is A's learning rate, and B's is ``ratio`` times as large."""
     factory = imported("peft.optimizers", "peft").create_loraplus_optimizer
     if not any("lora_B" in name for name, _ in trainable(model)):
         raise Unavailable("LoRA+ is defined for LoRA factors only")
-    return factory(model, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio, weight_decay=0.0)
+    return factory(model, base, lr=lr, loraplus_lr_ratio=ratio, weight_decay=0.0, **options)
+
+
+def loraplus(model: nn.Module, lr: float, ratio: float = LORAPLUS_RATIO) -> Optimizer:
+    """AdamW with LoRA+."""
+    return with_loraplus(torch.optim.AdamW, model, lr, ratio)
+
+
+def scao_loraplus(model: nn.Module, lr: float, ratio: float = LORAPLUS_RATIO, **options: Any) -> Optimizer:
+    """SCAO with LoRA+."""
+    return with_loraplus(SCAO, model, lr, ratio, **options)
 
 
 def riemannian(model: nn.Module, lr: float, **options: Any) -> Optimizer:
@@ -234,6 +248,7 @@ PEERS: dict[str, tuple[Builder, tuple[str, ...]]] = {
     "scao-published": (scao_published, ("scao-hf",)),
     "scao-published-undebiased": (scao_published_undebiased, ("scao-hf",)),
     "scao-ungrafted": (scao_ungrafted, ("scao-hf",)),
+    "scao-loraplus": (scao_loraplus, ("scao-hf", "peft")),
     "scao-pypi": (scao_pypi, ("scao",)),
     "muon": (muon, ("torch",)),
     "normuon": (normuon, ("pytorch_optimizer",)),
@@ -330,12 +345,18 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
                 scratch = is_untrained([param for param, large in sides.items() if large])
             kinds = {large and scratch for large in sides.values()}
             rule = "auto" if len(kinds) > 1 else "orthogonal" if True in kinds else "eigenbasis"
+        shared = {"ratio": options.pop("ratio", LORAPLUS_RATIO)} if name == "scao-loraplus" else {}
         shapes = LARGE if rule == "orthogonal" else SMALL + LARGE if rule == "auto" else SMALL
         acting = dict(options)
         if matrices and rule in ("auto", "eigenbasis") and all(min(param.shape) >= LARGEST_RANK for param in matrices):
             acting.setdefault("k_max", LARGEST_RANK)  # what the default is for them, and not for the problem's own
         try:
-            found = {"rule": rule, **options, "behaviour": behaviour(rule, tuple(sorted(acting.items())), shapes)}
+            found = {
+                "rule": rule,
+                **shared,
+                **options,
+                "behaviour": behaviour(rule, tuple(sorted(acting.items())), shapes),
+            }
         except TypeError as error:
             near = [match for option in options for match in difflib.get_close_matches(option, OPTIONS, n=1)]
             hint = f"; did you mean {near[0]}?" if near else ""
