@@ -104,7 +104,7 @@ OPTIONS: dict[str, Option] = {
     "k_min": Option(int, "smallest rank of the truncated basis", low=1),
     "k_max": Option(
         int,
-        "largest rank of the truncated basis; None: 16, or the matrix's small side where that is less",
+        "largest rank of the truncated basis; None: 16, or one and a half times the matrix's small side where that is less",
         low=1,
         optional=True,
         edited=LAYOUT,
@@ -137,8 +137,14 @@ OPTIONS: dict[str, Option] = {
     ),
 }
 
-#: The largest rank of a truncated basis unless ``k_max`` says otherwise, or the matrix's small side is less.
+#: The largest rank of a truncated basis unless ``k_max`` says otherwise.
 LARGEST_RANK = 16
+
+
+def default_rank(small_side: int) -> int:
+    """What ``k_max`` stands for when it is None: so many that the state of a LoRA stays about as large as AdamW's."""
+    return min(LARGEST_RANK, small_side + small_side // 2)
+
 
 #: What an option is when it is not passed: what the benchmarks support for SCAO's own rule, and the published table.
 _DEFAULTS: dict[str, tuple[Any, Any]] = {

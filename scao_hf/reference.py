@@ -87,7 +87,7 @@ def eigenbasis(weight: Tensor, grads: Sequence[Tensor], o: dict[str, Any], slot:
     """
     w, (r, l) = weight.double().clone(), weight.shape
     b1, b2 = o["betas"]
-    k = min(o["k_max"] or min(16, r), l)
+    k = min(o["k_max"] or min(16, r + r // 2), l)
     momentum, square = torch.zeros(r, l).double(), torch.zeros(r, l).double()
     factor = torch.zeros(r, r).double()
     q = torch.eye(r).double()

@@ -50,6 +50,7 @@ OPTIONS = {"warmup_steps": 4, "blend_steps": 5, "precond_freq": 3, "min_precond_
         ((3, 40), {"epsilon_sparse": 0.4, "rho": 0.8}),
         ((4, 9), {"blend_steps": 0, "warmup_steps": 0}),
         ((8, 30), {"k_max": 30, "k_min": 1, "epsilon_sparse": 0.0}),
+        ((4, 20), {"k_max": None, "epsilon_sparse": 0.0}),
     ],
 )
 def test_fast_path_follows_the_reference(rule: str, shape: tuple[int, int], extra: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from scao_hf import SCAO, ops
 from scao_hf.blocks import blocks_of
 from scao_hf.experts import find_vocabulary
 from scao_hf.initial import is_untrained
-from scao_hf.options import LARGEST_RANK, OPTIONS, RULE_DEFAULTS, RULES
+from scao_hf.options import LARGEST_RANK, OPTIONS, RULE_DEFAULTS, RULES, default_rank
 from scao_hf.rules import eigenbasis, published, rule_of
 
 Builder = Callable[..., Optimizer]
@@ -348,7 +348,11 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
         shared = {"ratio": options.pop("ratio", LORAPLUS_RATIO)} if name == "scao-loraplus" else {}
         shapes = LARGE if rule == "orthogonal" else SMALL + LARGE if rule == "auto" else SMALL
         acting = dict(options)
-        if matrices and rule in ("auto", "eigenbasis") and all(min(param.shape) >= LARGEST_RANK for param in matrices):
+        if (
+            matrices
+            and rule in ("auto", "eigenbasis")
+            and all(default_rank(min(param.shape)) == LARGEST_RANK for param in matrices)
+        ):
             acting.setdefault("k_max", LARGEST_RANK)  # what the default is for them, and not for the problem's own
         try:
             found = {

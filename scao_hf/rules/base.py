@@ -21,7 +21,7 @@ from torch import Tensor
 
 from scao_hf import ops, quantization
 from scao_hf.blocks import Member, as_real
-from scao_hf.options import LARGEST_RANK
+from scao_hf.options import default_rank
 
 Pair = tuple[Tensor, Tensor]
 
@@ -405,7 +405,7 @@ class Rule(ABC):
     ) -> dict[str, Tensor]:
         """State of ``size`` matrices that have taken ``step`` steps, leading dimension ``size``; works on the meta device."""
         r, l = shape
-        rank = group.get("k_max") or min(LARGEST_RANK, r)
+        rank = group.get("k_max") or default_rank(r)
         sides = {"r": r, "l": l, "k": min(rank, l), "kr": min(rank, r)}
         phase = 1 if step < self.phase1_steps(group) else 2
         state: dict[str, Tensor] = {}
