@@ -48,8 +48,8 @@ def choices(draw: st.DrawFn) -> dict[str, Any]:
         st.sampled_from(("eigenbasis", "published", "adamw"))
     )  # the bounds of the orthogonal rule are others
     chosen["on_nonfinite"] = "skip"
-    if chosen["k_min"] > chosen["k_max"]:
-        chosen["k_min"] = chosen["k_max"]
+    if chosen["k_max"]:
+        chosen["k_min"] = min(chosen["k_min"], chosen["k_max"])
     chosen["betas"] = draw(st.tuples(*[st.floats(0, 0.999)] * 2))
     try:
         options.resolve(chosen["rule"], {name: value for name, value in chosen.items() if name != "rule"})
