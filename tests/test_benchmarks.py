@@ -700,12 +700,13 @@ def test_options_of_scao_stand_in_a_table_of_their_own(results: Path) -> None:
     option = made_up("scao:k_max=8", 2, 0, [2.5, 1.2])
     option["state_bytes_per_parameter"] = 6.0
     several = made_up("scao:k_max=8:rho=0.9", 2, 1, [2.5, 2.75])
+    several["machine"] = {**several["machine"], "cpu": "another"}
     made = sweep_tables.tables(added(results, option, several, made_up("scao:rho=0.5", 8, 0, [2.5, 1.0])))
     assert "k_max" not in made["tiny-r8-cosine-100"]
     rows = made["options"].splitlines()
     assert rows[2:4] == [
         "| `k_max=8` | tiny, r = 8, 100 steps, rate 2 | -20.00 % (1) | 5.0 (5.0) | 6.00 (8.00) |",
-        "| `k_max=8`, `rho=0.9` | tiny, r = 8, 100 steps, rate 2 | +10.00 % (1) | 5.0 (5.0) | 8.00 (8.00) |",
+        "| `k_max=8`, `rho=0.9` | tiny, r = 8, 100 steps, rate 2 | +10.00 % (1) | 5.0 (other machine) | 8.00 (8.00) |",
     ]
     assert rows[4] == "", "an option at a rate at which the default has not run has nothing to be compared with"
     assert "`rho`" in rows[5] and "`k_max`" not in rows[5]

@@ -227,7 +227,9 @@ def options(found: Iterable[Setting]) -> str:
                     ours, theirs = seeds.values(), [usual[lr][seed] for seed in seeds if seed in usual[lr]]
                     row = [", ".join(f"`{option}`" for option in passed), f"{brief(setting, steps)}, rate {lr:g}"]
                     row.append(f"{percent(gains)} ({len(gains)})")
-                    rows.append([*row, *(f"{tell(ours)} ({tell(theirs)})" for tell in (milliseconds, state))])
+                    before = [record for record in theirs if all(same_machine(record, own) for own in ours)]
+                    times = f"{milliseconds(ours)} ({milliseconds(before) if before else 'other machine'})"
+                    rows.append([*row, times, f"{state(ours)} ({state(theirs)})"])
     head = ["set", "in", "held-out loss against the default's (seeds)"]
     head += ["ms/step (default)", "state, bytes/parameter (default)"]
     rows.sort(key=lambda row: (row[0].count(","), row))
