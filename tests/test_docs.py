@@ -151,7 +151,7 @@ def test_defaults_that_are_named_in_passing_are_the_defaults() -> None:
         for name, first, second in re.findall(r"`(\w+)` (?:\(([\d.]+)\)|= ([\d.]+\d|\d+))", page.read_text("utf-8")):
             if name in defaults and "published" not in page.name:
                 found.append((page.name, name, float(first or second), float(defaults[name])))
-    assert len(found) >= 6
+    assert len(found) >= 8
     assert not [entry for entry in found if entry[2] != entry[3]]
     phase = max(defaults["warmup_steps"], defaults["min_precond_updates"] * defaults["precond_freq"])
     assert f"from about step {phase + defaults['blend_steps'] + 1} on" in (DOCS / "how-it-works.md").read_text("utf-8")

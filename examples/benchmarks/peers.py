@@ -347,20 +347,13 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
             rule = "auto" if len(kinds) > 1 else "orthogonal" if True in kinds else "eigenbasis"
         shared = {"ratio": options.pop("ratio", LORAPLUS_RATIO)} if name == "scao-loraplus" else {}
         shapes = LARGE if rule == "orthogonal" else SMALL + LARGE if rule == "auto" else SMALL
-        acting = dict(options)
-        if (
-            matrices
-            and rule in ("auto", "eigenbasis")
-            and all(default_rank(min(param.shape)) == LARGEST_RANK for param in matrices)
-        ):
-            acting.setdefault("k_max", LARGEST_RANK)  # what the default is for them, and not for the problem's own
+        acting = options
+        ranks = {default_rank(min(param.shape)) for param in matrices}
+        if ranks == {LARGEST_RANK} and RULE_DEFAULTS[rule]["k_max"] is None:
+            acting = {"k_max": LARGEST_RANK, **options}  # what the default is for them, and not for the problem's own
         try:
-            found = {
-                "rule": rule,
-                **shared,
-                **options,
-                "behaviour": behaviour(rule, tuple(sorted(acting.items())), shapes),
-            }
+            mark = behaviour(rule, tuple(sorted(acting.items())), shapes)
+            found = {"rule": rule, **shared, **options, "behaviour": mark}
         except TypeError as error:
             near = [match for option in options for match in difflib.get_close_matches(option, OPTIONS, n=1)]
             hint = f"; did you mean {near[0]}?" if near else ""

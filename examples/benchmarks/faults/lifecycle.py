@@ -208,6 +208,11 @@ def clone_goes_on(subject: Subject, clone: Callable[[Optimizer], Optimizer]) -> 
 
 @fault("lifecycle", "four small batches or one large one")
 def accumulation(subject: Subject) -> None:
+    losses_agree(*whole_and_parts(subject))
+
+
+def whole_and_parts(subject: Subject) -> tuple[Task, Task]:
+    """A run of large batches, and one of the same gradients summed up from four small batches each."""
     whole, parts = Task(subject, torch.float32), Task(subject, torch.float32)
     for step in range(40):
         whole.backward(4 * step, 64)
@@ -220,7 +225,7 @@ def accumulation(subject: Subject) -> None:
         for param, grad in zip(parts.params, sums, strict=True):
             param.grad = grad
         parts.optimizer.step()
-    losses_agree(whole, parts)
+    return whole, parts
 
 
 @fault("lifecycle", "four micro-batches or one batch, whose gradients differ by rounding alone")
