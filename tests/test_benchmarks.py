@@ -680,6 +680,8 @@ def test_seconds_do_not_depend_on_what_else_the_machine_did(results: Path) -> No
     for record in plain.runs["scao"]:
         record["machine"] = {**record["machine"], "cpu": "another"}
     assert sweep_tables.sooner(plain, "scao", 2, reference) == "1.33x / other machine"
+    row = next(row for row in sweep_tables.comparison(plain).splitlines() if row.startswith("| `scao`"))
+    assert row.split(" | ")[5:7] == ["1.33x / other machine", "other machine"]
 
 
 def test_a_best_rate_is_enclosed_by_worse_ones(results: Path) -> None:

@@ -251,6 +251,21 @@ def test_the_aims_are_judged(results: Path) -> None:
     assert found["838k: not above SOAP's best"][1:] == ["+17.4 % (1 seed; SOAP's rate: only one)", "**no**"]
 
 
+def test_times_of_two_machines_do_not_stand_next_to_each_other(results: Path) -> None:
+    moved = [json.loads(row) for row in results.read_text().splitlines()]
+    for record in moved:
+        if record["cell"]["optimizer"] == "scao" and record["cell"]["steps"] == 500:
+            record["machine"]["cpu"] = "another"
+    results.write_text("".join(json.dumps(record) + "\n" for record in moved))
+    made = tables.everything([results])
+    assert rows(made["published-838k-500"])["`scao`"][5:7] == ["other machine", "other machine"]
+    assert rows(made["published-838k-500"])["`soap`"][6] == "500"
+    last = rows(made["published-838k-targets"])[f"<= {math.exp(2.5):.2f}"]
+    assert last[2:4] == ["step 457", "other machine"], "steps can be compared"
+    aim = rows(made["published-goals"])["838k: AdamW's final perplexity in 1/1.5 of its seconds"]
+    assert aim[1:] == ["1/1.09 of its steps; seconds on another machine", "open"]
+
+
 def test_every_ablation_is_an_optimizer_that_can_be_built() -> None:
     model = nn.Linear(12, 8)
     for ablation in published.ABLATIONS.values():

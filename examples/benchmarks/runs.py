@@ -150,6 +150,16 @@ def same_machine(record: Record, other: Record) -> bool:
     return all(record["machine"][name] == other["machine"][name] for name in ("cpu", "gpu", "threads"))
 
 
+#: What a table says in place of a time.
+OTHER_MACHINE = "other machine"
+
+
+def beside(records: Iterable[Record], reference: Iterable[Record]) -> list[Record]:
+    """The records that ran on the machine of ``reference``: the only ones whose times may stand next to its times."""
+    reference = list(reference)
+    return [record for record in records if all(same_machine(record, other) for other in reference)]
+
+
 def means(setting: Setting) -> dict[str, float]:
     """The held-out loss of each optimizer at its best learning rate, the lowest first."""
     found = {}

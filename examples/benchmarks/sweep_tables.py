@@ -9,7 +9,19 @@ from pathlib import Path
 
 import peers
 import sweep
-from runs import Record, Setting, best_lr, crossing, enclosure, loss_of, optimizer_seconds, same_machine, seconds
+from runs import (
+    OTHER_MACHINE,
+    Record,
+    Setting,
+    beside,
+    best_lr,
+    crossing,
+    enclosure,
+    loss_of,
+    optimizer_seconds,
+    same_machine,
+    seconds,
+)
 from texts import grid, spread, table
 
 from scao_hf.options import OPTIONS
@@ -53,7 +65,7 @@ def pass_seconds(setting: Setting, reference: Record) -> float:
 
 def slower(setting: Setting, ours: Iterable[Record], theirs: Sequence[Record]) -> float | None:
     """How many times as long a whole step takes as the reference's; None where it ran on another machine."""
-    own = [optimizer_seconds(record) for record in ours if same_machine(record, theirs[0])]
+    own = list(map(optimizer_seconds, beside(ours, theirs)))
     if not own:
         return None
     shared = pass_seconds(setting, theirs[0])
@@ -75,7 +87,7 @@ def sooner(setting: Setting, optimizer: str, lr: float, reference: dict[int, Rec
         return ""
     factor = statistics.harmonic_mean(steps)
     ratio = slower(setting, setting.at(optimizer)[lr].values(), list(reference.values()))
-    return f"{factor:.2f}x / {factor / ratio:.2f}x" if ratio else f"{factor:.2f}x / other machine"
+    return f"{factor:.2f}x / {factor / ratio:.2f}x" if ratio else f"{factor:.2f}x / {OTHER_MACHINE}"
 
 
 def change(
@@ -108,9 +120,10 @@ def right(records: Iterable[Record]) -> str:
     return spread(found, 1, " %") if found else ""
 
 
-def milliseconds(records: Iterable[Record]) -> str:
-    """Of the optimizer's part of a step."""
-    return f"{1000 * statistics.median(map(optimizer_seconds, records)):.1f}"
+def milliseconds(records: Iterable[Record], reference: Iterable[Record] = ()) -> str:
+    """Of the optimizer's part of a step, where it can be compared with the reference's."""
+    comparable = beside(records, reference)
+    return f"{1000 * statistics.median(map(optimizer_seconds, comparable)):.1f}" if comparable else OTHER_MACHINE
 
 
 def comparison(setting: Setting) -> str:
@@ -135,7 +148,7 @@ def comparison(setting: Setting) -> str:
             "against AdamW": "" if usual else percent(gains),
             "training loss": "" if usual else percent(change(records, reference, fresh_loss)),
             SPEED_UP: "" if usual else sooner(setting, optimizer, lr, reference),
-            "ms/step": milliseconds(records.values()),
+            "ms/step": milliseconds(records.values(), () if usual else reference.values()),
             "state, bytes/parameter": state(records.values()),
             **({"right answers": right(records.values())} if answers else {}),
         }
@@ -227,8 +240,7 @@ def options(found: Iterable[Setting]) -> str:
                     ours, theirs = seeds.values(), [usual[lr][seed] for seed in seeds if seed in usual[lr]]
                     row = [", ".join(f"`{option}`" for option in passed), f"{brief(setting, steps)}, rate {lr:g}"]
                     row.append(f"{percent(gains)} ({len(gains)})")
-                    before = [record for record in theirs if all(same_machine(record, own) for own in ours)]
-                    times = f"{milliseconds(ours)} ({milliseconds(before) if before else 'other machine'})"
+                    times = f"{milliseconds(ours)} ({milliseconds(theirs, ours)})"
                     rows.append([*row, times, f"{state(ours)} ({state(theirs)})"])
     head = ["set", "in", "held-out loss against the default's (seeds)"]
     head += ["ms/step (default)", "state, bytes/parameter (default)"]
