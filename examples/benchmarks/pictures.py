@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import costs
 import sweep_tables
-from runs import Record, Setting, best_lr, loss_of, optimizer_seconds, same_machine
+from runs import Record, Setting, beside, best_lr, loss_of, step_seconds
 from tables import HERE, ROOT, read
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def loss(setting: Setting, figure: Figure) -> str:
     axes = figure.subplots(1, 2, sharey=True)
     said = []
     for optimizer, name in NAMES.items():
-        found = [record for record in both[optimizer] if same_machine(record, reference[0])]
-        second = sweep_tables.pass_seconds(setting, reference[0]) + statistics.median(map(optimizer_seconds, found))
+        found = beside(both[optimizer], reference)
+        second = step_seconds(setting, found, reference)
         curves = [smooth(record["train_loss"], width) for record in found]
         by_step = list(zip(*curves, strict=True))
         steps = range(width, width + len(by_step))

@@ -12,7 +12,7 @@ import models
 import published
 import sweep
 import verdict_tables
-from runs import OTHER_MACHINE, Record, Setting, beside, best_lr, crossing, enclosure, loss_of, seconds
+from runs import OTHER_MACHINE, Record, Setting, best_lr, crossing, enclosure, loss_of, step_seconds
 from texts import grid, spread, table, value
 
 #: Names of the optimizers where a spec would be too long for a column.
@@ -39,16 +39,6 @@ def auc(record: Record) -> float:
     """The mean training loss over all steps, as published; infinite for a run that did not come to its end."""
     losses = record["train_loss"]
     return math.inf if record["diverged"] else statistics.mean(losses)
-
-
-def spent(record: Record) -> float:
-    """Training seconds."""
-    return seconds(record, record["evals"][-1])
-
-
-def tokens_per_second(record: Record) -> float:
-    """Of forward, backward and step."""
-    return record["cell"]["steps"] * record["cell"]["batch"] * record["cell"]["max_tokens"] / spent(record)  # type: ignore[no-any-return]
 
 
 def memory(record: Record) -> float:
@@ -127,15 +117,16 @@ def runs_table(setting: Setting | None, scale: published.Scale | None, steps: in
             gains = _gains([seeds[seed] for seed in shared], [reference[seed] for seed in shared])
             told = gains and (optimizer != "adamw" or word == "published")
             values = [perplexity(record) for record in records]
-            timed = beside(records, () if optimizer == "adamw" else reference.values())
+            pace = step_seconds(setting, records, list(reference.values()))
+            tokens = setting.cell["batch"] * setting.cell["max_tokens"]
             row = {
                 "run": name_of(optimizer),
                 "learning rate": f"{lr:.3g} ({word})",
                 "perplexity (seeds)": f"{spread(values, 3)} ({len(values)})",
                 "against AdamW": spread(gains, 1, " %", sign=True) if told else "",
                 "mean training loss": spread([auc(record) for record in records], 3),
-                "tokens/s": f"{statistics.median(map(tokens_per_second, timed)):,.0f}" if timed else OTHER_MACHINE,
-                "seconds": f"{statistics.median(map(spent, timed)):,.0f}" if timed else OTHER_MACHINE,
+                "tokens/s": f"{tokens / pace:,.0f}" if pace else OTHER_MACHINE,
+                "seconds": f"{steps * pace:,.0f}" if pace else OTHER_MACHINE,
                 "parameters, gradients, state": f"{max(map(memory, records)) / GB:.4f} GB",
                 "state / AdamW's": f"{state_of(records) / state_of(reference.values()):.2f}",
             }
@@ -143,13 +134,11 @@ def runs_table(setting: Setting | None, scale: published.Scale | None, steps: in
     return table([row for _, row in sorted(lines, key=lambda line: line[0])]) if lines else None
 
 
-def reach(records: Sequence[Record], losses: Sequence[float]) -> tuple[float, float] | None:
-    """Mean steps and seconds at which each run first reaches its loss; None if one of them does not."""
+def reach(records: Sequence[Record], losses: Sequence[float]) -> float | None:
+    """The mean step at which each run first reaches its loss; None if one of them does not."""
     found = [crossing([record], loss) for record, loss in zip(records, losses, strict=True)]
-    pairs = [pair for pair in found if pair is not None]
-    if not pairs or len(pairs) < len(found):
-        return None
-    return statistics.mean(step for step, _ in pairs), statistics.mean(second for _, second in pairs)
+    steps = [step for step in found if step is not None]
+    return statistics.mean(steps) if steps and len(steps) == len(found) else None
 
 
 def shared_best(setting: Setting, optimizers: Sequence[str], steps: int) -> dict[str, list[Record]]:
@@ -166,6 +155,7 @@ def targets_table(setting: Setting, steps: int, optimizers: Sequence[str] = ("sc
     if not pairs:
         return None
     whole = shared_best(setting, ["adamw"], steps)["adamw"]
+    usual = step_seconds(setting, whole, whole)
     head = ["target perplexity", f"`adamw` ({len(whole)})"]
     for name, pair in pairs.items():
         head += [f"{name_of(name)} ({len(pair[name])})", "times as fast, seconds"]
@@ -173,20 +163,22 @@ def targets_table(setting: Setting, steps: int, optimizers: Sequence[str] = ("sc
     for at in range(100, steps + 1, 50):
         if any(after(record, at) is None for record in whole):
             continue
-        row = [f"<= {statistics.mean(math.exp(after(r, at)['loss']) for r in whole):.2f}"]  # type: ignore[index]
-        row += [f"{statistics.mean(seconds(r, after(r, at)) for r in whole):.1f} s (step {at})"]  # type: ignore[arg-type]
+        row = [f"<= {statistics.mean(math.exp(after(r, at)['loss']) for r in whole):.2f}", moment(at, usual)]  # type: ignore[index]
         for name, pair in pairs.items():
             entries = [entry for record in pair["adamw"] if (entry := after(record, at))]
             quick = reach(pair[name], [entry["loss"] for entry in entries])
-            slow = statistics.mean(map(seconds, pair["adamw"], entries))
+            own = step_seconds(setting, pair[name], whole)
             if quick is None:
                 row += ["not reached", ""]
-            elif len(beside(pair[name], pair["adamw"])) < len(pair[name]):
-                row += [f"step {quick[0]:.0f}", OTHER_MACHINE]
             else:
-                row += [f"{quick[1]:.1f} s (step {quick[0]:.0f})", f"{slow / quick[1]:.2f}"]
+                row += [moment(quick, own), f"{at * usual / (quick * own):.2f}" if usual and own else OTHER_MACHINE]
         rows.append(row)
     return grid(head, rows) if rows else None
+
+
+def moment(step: float, pace: float | None) -> str:
+    """When a step was, with the seconds until then where they can be compared."""
+    return f"{step * pace:.1f} s (step {step:.0f})" if pace else f"step {step:.0f}"
 
 
 def after(record: Record, step: int) -> dict[str, float] | None:
@@ -293,13 +285,15 @@ def goals_of_cost(setting: Setting, steps: int) -> Iterator[Goal]:
     """Seconds to AdamW's final perplexity, and bytes of state per parameter."""
     best = shared_best(setting, ["adamw", "scao"], steps)
     aim = "AdamW's final perplexity in 1/1.5 of its seconds"
-    quick, slow = reach(best["scao"], list(map(loss_of, best["adamw"]))), statistics.mean(map(spent, best["adamw"]))
+    quick = reach(best["scao"], list(map(loss_of, best["adamw"])))
+    own, usual = (step_seconds(setting, best[name], best["adamw"]) for name in ("scao", "adamw"))
     if quick is None:
         yield aim, "not reached", False
-    elif len(beside(best["scao"], best["adamw"])) < len(best["scao"]):
-        yield aim, f"1/{steps / quick[0]:.2f} of its steps; seconds on another machine", None
+    elif own and usual:
+        times = steps * usual / (quick * own)
+        yield aim, f"1/{times:.2f}", times >= 1.5
     else:
-        yield aim, f"1/{slow / quick[1]:.2f}", slow / quick[1] >= 1.5
+        yield aim, f"1/{steps / quick:.2f} of its steps; seconds on another machine", None
     size = state_per_parameter(best["scao"])
     yield "state at most 4.4 bytes per parameter", f"{size:.2f}", size <= 4.4
     by_lr = setting.at("scao:moment_dtype=int8", steps)

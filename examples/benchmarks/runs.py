@@ -100,19 +100,18 @@ def best_lr(by_lr: dict[float, dict[int, Record]]) -> float:
     )
 
 
-def crossing(runs: Sequence[Record], target: float) -> tuple[float, float] | None:
-    """Where runs first reach a held-out loss: (steps, seconds) of the quickest one, linear between two measurements."""
+def crossing(runs: Sequence[Record], target: float) -> float | None:
+    """The step at which runs first reach a held-out loss, of the quickest one, linear between two measurements."""
     reached = []
     for record in runs:
         before = None
         for entry in record["evals"]:
             if entry["loss"] <= target:
-                now = (float(entry["step"]), seconds(record, entry))
+                step = float(entry["step"])
                 if before is not None:
                     part = (before["loss"] - target) / (before["loss"] - entry["loss"])
-                    then = (float(before["step"]), seconds(record, before))
-                    now = (then[0] + part * (now[0] - then[0]), then[1] + part * (now[1] - then[1]))
-                reached.append(now)
+                    step = before["step"] + part * (step - before["step"])
+                reached.append(step)
                 break
             before = entry
     return min(reached, default=None)
@@ -150,14 +149,36 @@ def same_machine(record: Record, other: Record) -> bool:
     return all(record["machine"][name] == other["machine"][name] for name in ("cpu", "gpu", "threads"))
 
 
-#: What a table says in place of a time.
+#: What a table says in place of a time that it cannot compare.
 OTHER_MACHINE = "other machine"
 
 
-def beside(records: Iterable[Record], reference: Iterable[Record]) -> list[Record]:
+def beside(records: Iterable[Record], reference: Sequence[Record]) -> list[Record]:
     """The records that ran on the machine of ``reference``: the only ones whose times may stand next to its times."""
-    reference = list(reference)
     return [record for record in records if all(same_machine(record, other) for other in reference)]
+
+
+def pass_seconds(setting: Setting, reference: Record) -> float:
+    """Seconds of a forward and backward pass: the median over all runs of a setting on one machine.
+
+    It is the same work for every optimizer. What one run needs for it differs from what another needs by a fifth, by
+    what else the machine does: two runs' own seconds would compare that, and not the optimizers.
+    """
+    return statistics.median(
+        (seconds(record, last) - optimizer_seconds(record) * last["step"]) / last["step"]
+        for found in setting.runs.values()
+        for record in found
+        if record["evals"] and same_machine(record, reference)
+        for last in record["evals"][-1:]
+    )
+
+
+def step_seconds(setting: Setting, records: Iterable[Record], reference: Sequence[Record]) -> float | None:
+    """Seconds of a whole step on the machine of ``reference``; None where no record is of that machine."""
+    comparable = beside(records, reference)
+    if not comparable:
+        return None
+    return pass_seconds(setting, reference[0]) + statistics.median(map(optimizer_seconds, comparable))
 
 
 def means(setting: Setting) -> dict[str, float]:

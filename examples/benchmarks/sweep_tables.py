@@ -19,8 +19,7 @@ from runs import (
     enclosure,
     loss_of,
     optimizer_seconds,
-    same_machine,
-    seconds,
+    step_seconds,
 )
 from texts import grid, spread, table
 
@@ -48,30 +47,6 @@ def reference_runs(setting: Setting) -> dict[int, Record]:
     return by_lr[best_lr(by_lr)] if by_lr else {}
 
 
-def pass_seconds(setting: Setting, reference: Record) -> float:
-    """Seconds of a forward and backward pass: the median over all runs of a setting on one machine.
-
-    It is the same work for every optimizer. What one run needs for it differs from what another needs by a fifth, by
-    what else the machine does: two runs' own seconds would compare that, and not the optimizers.
-    """
-    return statistics.median(
-        (seconds(record, last) - optimizer_seconds(record) * last["step"]) / last["step"]
-        for found in setting.runs.values()
-        for record in found
-        if record["evals"] and same_machine(record, reference)
-        for last in record["evals"][-1:]
-    )
-
-
-def slower(setting: Setting, ours: Iterable[Record], theirs: Sequence[Record]) -> float | None:
-    """How many times as long a whole step takes as the reference's; None where it ran on another machine."""
-    own = list(map(optimizer_seconds, beside(ours, theirs)))
-    if not own:
-        return None
-    shared = pass_seconds(setting, theirs[0])
-    return (shared + statistics.median(own)) / (shared + statistics.median(map(optimizer_seconds, theirs)))
-
-
 def sooner(setting: Setting, optimizer: str, lr: float, reference: dict[int, Record]) -> str:
     """How many times sooner AdamW's final loss is reached, in steps and in seconds; shorter runs count as well."""
     steps = []
@@ -82,12 +57,13 @@ def sooner(setting: Setting, optimizer: str, lr: float, reference: dict[int, Rec
         found = crossing(runs, loss_of(record))
         if found is None:
             return "not reached"
-        steps.append(setting.steps / found[0])
+        steps.append(setting.steps / found)
     if not steps:
         return ""
     factor = statistics.harmonic_mean(steps)
-    ratio = slower(setting, setting.at(optimizer)[lr].values(), list(reference.values()))
-    return f"{factor:.2f}x / {factor / ratio:.2f}x" if ratio else f"{factor:.2f}x / {OTHER_MACHINE}"
+    theirs = list(reference.values())
+    own, usual = (step_seconds(setting, of, theirs) for of in (setting.at(optimizer)[lr].values(), theirs))
+    return f"{factor:.2f}x / " + (f"{factor * usual / own:.2f}x" if own and usual else OTHER_MACHINE)
 
 
 def change(
@@ -120,7 +96,7 @@ def right(records: Iterable[Record]) -> str:
     return spread(found, 1, " %") if found else ""
 
 
-def milliseconds(records: Iterable[Record], reference: Iterable[Record] = ()) -> str:
+def milliseconds(records: Iterable[Record], reference: Sequence[Record] = ()) -> str:
     """Of the optimizer's part of a step, where it can be compared with the reference's."""
     comparable = beside(records, reference)
     return f"{1000 * statistics.median(map(optimizer_seconds, comparable)):.1f}" if comparable else OTHER_MACHINE
@@ -148,7 +124,7 @@ def comparison(setting: Setting) -> str:
             "against AdamW": "" if usual else percent(gains),
             "training loss": "" if usual else percent(change(records, reference, fresh_loss)),
             SPEED_UP: "" if usual else sooner(setting, optimizer, lr, reference),
-            "ms/step": milliseconds(records.values(), () if usual else reference.values()),
+            "ms/step": milliseconds(records.values(), () if usual else list(reference.values())),
             "state, bytes/parameter": state(records.values()),
             **({"right answers": right(records.values())} if answers else {}),
         }
@@ -237,7 +213,7 @@ def options(found: Iterable[Setting]) -> str:
                         continue
                     if len(passed) == 1:
                         alone.add(passed[0].partition("=")[0])
-                    ours, theirs = seeds.values(), [usual[lr][seed] for seed in seeds if seed in usual[lr]]
+                    ours, theirs = list(seeds.values()), [usual[lr][seed] for seed in seeds if seed in usual[lr]]
                     row = [", ".join(f"`{option}`" for option in passed), f"{brief(setting, steps)}, rate {lr:g}"]
                     row.append(f"{percent(gains)} ({len(gains)})")
                     times = f"{milliseconds(ours)} ({milliseconds(theirs, ours)})"

@@ -23,7 +23,7 @@ import published_tables
 import survival_tables
 import sweep_tables
 import verdict_tables
-from runs import Setting, best_lr, loss_of, means, optimizer_seconds, reversed_pairs, settings
+from runs import Setting, best_lr, loss_of, means, reversed_pairs, settings, step_seconds
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -101,7 +101,7 @@ def plot(setting: Setting, folder: Path) -> Path:
         if runs:
             points = [list(entries) for entries in zip(*(record["evals"] for record in runs), strict=True)]
             losses = [statistics.mean(entry["loss"] for entry in entries) for entries in points]
-            step = sweep_tables.pass_seconds(setting, runs[0]) + statistics.median(map(optimizer_seconds, runs))
+            step = step_seconds(setting, runs, runs[:1])
             times = [entries[0]["step"] * step for entries in points]
             label = f"{optimizer} (lr {lr:g})"
             axes[0].plot([entries[0]["step"] for entries in points], losses, marker=".", color=color, label=label)
