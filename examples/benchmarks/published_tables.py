@@ -11,6 +11,7 @@ from pathlib import Path
 import models
 import published
 import sweep
+import sweep_tables
 import verdict_tables
 from runs import OTHER_MACHINE, Record, Setting, best_lr, crossing, enclosure, loss_of, step_seconds
 from texts import grid, spread, table, value
@@ -49,11 +50,6 @@ def memory(record: Record) -> float:
 def state_of(records: Iterable[Record]) -> int:
     """Bytes of optimizer state, the most of all runs."""
     return max(record["state_bytes"] for record in records)
-
-
-def state_per_parameter(records: Iterable[Record]) -> float:
-    """The same per trained parameter."""
-    return max(record["state_bytes"] / record["trainable"] for record in records)  # type: ignore[no-any-return]
 
 
 def name_of(optimizer: str) -> str:
@@ -156,6 +152,7 @@ def targets_table(setting: Setting, steps: int, optimizers: Sequence[str] = ("sc
         return None
     whole = shared_best(setting, ["adamw"], steps)["adamw"]
     usual = step_seconds(setting, whole, whole)
+    paces = {name: step_seconds(setting, pair[name], whole) for name, pair in pairs.items()}
     head = ["target perplexity", f"`adamw` ({len(whole)})"]
     for name, pair in pairs.items():
         head += [f"{name_of(name)} ({len(pair[name])})", "times as fast, seconds"]
@@ -167,7 +164,7 @@ def targets_table(setting: Setting, steps: int, optimizers: Sequence[str] = ("sc
         for name, pair in pairs.items():
             entries = [entry for record in pair["adamw"] if (entry := after(record, at))]
             quick = reach(pair[name], [entry["loss"] for entry in entries])
-            own = step_seconds(setting, pair[name], whole)
+            own = paces[name]
             if quick is None:
                 row += ["not reached", ""]
             else:
@@ -246,39 +243,40 @@ def ablations_table(found: Sequence[Setting]) -> str | None:
     return grid(head, rows)
 
 
-def _seeds(records: Sized) -> str:
-    return f"{len(records)} seed{'s' if len(records) > 1 else ''}"
+def _seeds(found: Sized) -> str:
+    return f"{len(found)} seed{'s' if len(found) > 1 else ''}"
+
+
+def judged(reached: bool, word: str) -> bool | None:
+    """A rate that is not enclosed may not be the best one: then only a defeat is certain."""
+    return False if not reached else True if word == "enclosed" else None
 
 
 def goals_against_peers(setting: Setting, steps: int) -> Iterator[Goal]:
     """Perplexity against AdamW's and the best of the rivals, each at its own best rate."""
     best = shared_best(setting, ["adamw", "scao"], steps)
     gain = statistics.mean(_gains(best["scao"], best["adamw"]))
-    outside = [name for name in best if rates(setting, name, steps)[0][2] != "enclosed"]
+    outside = [name for name in best if enclosure(setting.at(name, steps)) != "enclosed"]
     said = _seeds(best["scao"]) + "".join(f", best rate of `{name}` not enclosed" for name in outside)
     yield "perplexity at least 5 % below AdamW's best", f"{gain:+.1f} % ({said})", gain <= -5
     for rival, name in RIVALS.items():
         pair = shared_best(setting, ["scao", rival], steps)
         if len(pair) == 2:
             above = statistics.mean(_gains(pair["scao"], pair[rival]))
-            word = rates(setting, rival, steps)[0][2]
-            # A rate that is not enclosed may not be the rival's best: then only a defeat is certain.
-            reached = False if above > 0 else True if word == "enclosed" else None
+            word = enclosure(setting.at(rival, steps))
             said = f"{above:+.1f} % ({_seeds(pair[rival])}; {name}'s rate: {word})"
-            yield f"not above {name}'s best", said, reached
+            yield f"not above {name}'s best", said, judged(above <= 0, word)
 
 
 def goals_at_adamws_rate(setting: Setting, steps: int) -> Iterator[Goal]:
     """What the user who keeps AdamW's rate gives away, in loss."""
     by_lr, usual = setting.at("scao", steps), best_lr(setting.at("adamw", steps))
     best = best_lr(by_lr)
-    shared = sorted(set(by_lr.get(usual, {})) & set(by_lr[best]))
-    if shared:
-        above = statistics.mean(100 * (loss_of(by_lr[usual][seed]) / loss_of(by_lr[best][seed]) - 1) for seed in shared)
-        word = enclosure(by_lr)
-        said = f"{above:+.1f} % at {usual:g} ({_seeds(shared)}; SCAO's best {best:g}: {word})"
-        reached = False if above > 1 else True if word == "enclosed" else None
-        yield "at AdamW's best rate, loss within 1 % of the own best", said, reached
+    gains = sweep_tables.change(by_lr.get(usual, {}), by_lr[best], loss_of)
+    if gains:
+        above, word = statistics.mean(gains), enclosure(by_lr)
+        said = f"{above:+.1f} % at {usual:g} ({_seeds(gains)}; SCAO's best {best:g}: {word})"
+        yield "at AdamW's best rate, loss within 1 % of the own best", said, judged(above <= 1, word)
 
 
 def goals_of_cost(setting: Setting, steps: int) -> Iterator[Goal]:
@@ -294,12 +292,12 @@ def goals_of_cost(setting: Setting, steps: int) -> Iterator[Goal]:
         yield aim, f"1/{times:.2f}", times >= 1.5
     else:
         yield aim, f"1/{steps / quick:.2f} of its steps; seconds on another machine", None
-    size = state_per_parameter(best["scao"])
+    size = state_of(best["scao"]) / best["scao"][0]["trainable"]
     yield "state at most 4.4 bytes per parameter", f"{size:.2f}", size <= 4.4
     by_lr = setting.at("scao:moment_dtype=int8", steps)
     if by_lr:
         records = list(by_lr[best_lr(by_lr)].values())
-        size = state_per_parameter(records)
+        size = state_of(records) / records[0]["trainable"]
         said = f"{size:.2f}, perplexity {spread([perplexity(record) for record in records], 3)} ({_seeds(records)})"
         yield "state at most 1.3 bytes per parameter with momentum in int8", said, size <= 1.3
 
