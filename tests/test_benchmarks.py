@@ -440,6 +440,29 @@ def test_the_default_rank_of_a_basis_counts_as_what_it_is_for_the_model(rank: in
     assert (default == passed) is alike
 
 
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize(
+    "spec", ["scao", "scao:k_max=4", "scao-loraplus:ratio=4", "adamw", "scao-published", "scao-pypi"]
+)
+def test_a_record_is_current_until_the_rule_changes(spec: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = {"rank": rank, "options": peers.resolved(spec, nn.Linear(40, rank))}
+    before = json.dumps(cell)
+    assert peers.is_current(cell) and json.dumps(cell) == before
+    monkeypatch.setattr(peers, "behaviour", lambda *_: "another")
+    assert peers.is_current(cell) is (spec in ("adamw", "scao-pypi"))
+
+
+@pytest.mark.parametrize(("spec", "rule"), [("scao", "orthogonal"), ("scao:from_scratch=False", "eigenbasis")])
+def test_a_record_of_large_matrices_is_current(spec: str, rule: str) -> None:
+    options = peers.resolved(spec, nn.Linear(80, 72))
+    assert options["rule"] == rule and peers.is_current({"options": options})
+
+
+def test_a_record_of_an_option_that_is_gone_is_of_an_earlier_version() -> None:
+    for options in ({"look_ahead": 1}, {"cautious": "maybe"}):
+        assert not peers.is_current({"rank": 4, "options": {"rule": "eigenbasis", **options, "behaviour": "0"}})
+
+
 def test_everything_that_defines_a_run_is_in_its_key(text_file: Path) -> None:
     source = data.load(str(text_file))
     task = tasks.build("gpt", source, 0, 2, 16)
@@ -712,6 +735,24 @@ def test_options_of_scao_stand_in_a_table_of_their_own(results: Path) -> None:
     ]
     assert rows[4] == "", "an option at a rate at which the default has not run has nothing to be compared with"
     assert "`rho`" in rows[5] and "`k_max`" not in rows[5]
+
+
+def test_runs_of_an_earlier_version_are_marked_and_not_compared_with_todays(results: Path) -> None:
+    option = made_up("scao:k_max=8", 2, 0, [2.0, 1.2])
+    option["cell"]["options"] = {"rule": "eigenbasis", "k_max": 8, "behaviour": "another"}
+    made = sweep_tables.tables(added(results, option))
+    assert "k_max=8" not in made["options"] and "earlier version" not in made["tiny-r8-cosine-100"] + made["glance"]
+
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for line in lines:
+        if line["cell"]["optimizer"] == "scao":
+            line["cell"]["options"] = {"rule": "eigenbasis", "behaviour": "another"}
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = sweep_tables.tables(tables.settings([results]))
+    assert "rate 2 (earlier version) | -20.00 % (1)" in made["options"]
+    for name in ("tiny-r8-cosine-100", "tiny-r8-cosine-100:rates"):
+        assert "| `scao` (earlier version) |" in made[name] and "| `adamw` |" in made[name]
+    assert "100 steps of 4 rows (SCAO: earlier version) |" in made["glance"]
 
 
 def test_the_summary_names_who_is_ahead(results: Path) -> None:

@@ -319,6 +319,33 @@ def behaviour(rule: str, options: tuple[tuple[str, Any], ...], shapes: tuple[tup
     return digest.hexdigest()[:12]
 
 
+def _fingerprint(rule: str, options: dict[str, Any], largest: bool) -> str:
+    """``behaviour``, where ``largest`` says that the default rank is the largest for all matrices that are trained."""
+    shapes = LARGE if rule == "orthogonal" else SMALL + LARGE if rule == "auto" else SMALL
+    if largest and RULE_DEFAULTS[rule]["k_max"] is None:
+        options = {"k_max": LARGEST_RANK, **options}  # the problem's own matrices are too small for it
+    return behaviour(rule, tuple(sorted(options.items())), shapes)
+
+
+def is_current(cell: dict[str, Any]) -> bool:
+    """Whether a recorded run's optimizer is still what its options stood for; of others than SCAO, always.
+
+    Args:
+        cell: of the record, with ``resolved`` options.
+    """
+    options = dict(cell["options"])
+    recorded = options.pop("behaviour", None)
+    if recorded is None:
+        return True
+    rule = options.pop("rule")
+    options = {name: value for name, value in options.items() if name not in ("ratio", "blocks")}
+    largest = "rank" not in cell or default_rank(cell["rank"]) == LARGEST_RANK
+    try:
+        return _fingerprint(rule, options, largest) == recorded
+    except (TypeError, ValueError):  # an option or a value of then
+        return False
+
+
 def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
     """The options that a spec stands for. SCAO's name what it does with them: a changed rule makes another run.
 
@@ -346,13 +373,9 @@ def resolved(spec: str, model: nn.Module | None = None) -> dict[str, Any]:
             kinds = {large and scratch for large in sides.values()}
             rule = "auto" if len(kinds) > 1 else "orthogonal" if True in kinds else "eigenbasis"
         shared = {"ratio": options.pop("ratio", LORAPLUS_RATIO)} if name == "scao-loraplus" else {}
-        shapes = LARGE if rule == "orthogonal" else SMALL + LARGE if rule == "auto" else SMALL
-        acting = options
         ranks = {default_rank(min(param.shape)) for param in matrices}
-        if ranks == {LARGEST_RANK} and RULE_DEFAULTS[rule]["k_max"] is None:
-            acting = {"k_max": LARGEST_RANK, **options}  # what the default is for them, and not for the problem's own
         try:
-            mark = behaviour(rule, tuple(sorted(acting.items())), shapes)
+            mark = _fingerprint(rule, options, ranks == {LARGEST_RANK})
             found = {"rule": rule, **shared, **options, "behaviour": mark}
         except TypeError as error:
             near = [match for option in options for match in difflib.get_close_matches(option, OPTIONS, n=1)]

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import data
+import peers
 import sweep
 
 VARIES = ("optimizer", "options", "lr", "seed", "steps", "eval_steps")  # within one setting
+#: What a table says of runs whose options, or SCAO's rule, stood for something else than today.
+EARLIER = "earlier version"
 
 Record = dict[str, Any]
 
@@ -36,6 +39,14 @@ class Setting:
         batch = "" if self.cell["batch"] == sweep.BATCH[self.cell["task"]] else f"-b{self.cell['batch']}"
         answers = f"-{data.SUMS}" if self.cell["data"] == data.SUMS else ""
         return f"{self.cell['task']}{answers}{size}{rank}{batch}{clip}-{self.cell['schedule']}-{self.steps}"
+
+    def is_current(self, optimizer: str) -> bool:
+        """Whether an optimizer's runs are of what it is today."""
+        return all(peers.is_current(record["cell"]) for record in self.runs[optimizer][:1])
+
+    def label(self, optimizer: str) -> str:
+        """What a row calls an optimizer."""
+        return f"`{optimizer}`" + ("" if self.is_current(optimizer) else f" ({EARLIER})")
 
     def at(self, optimizer: str, steps: int | None = None) -> dict[float, dict[int, Record]]:
         """An optimizer's runs of one length, by learning rate and seed."""

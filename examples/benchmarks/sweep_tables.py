@@ -10,6 +10,7 @@ from pathlib import Path
 import peers
 import sweep
 from runs import (
+    EARLIER,
     OTHER_MACHINE,
     Record,
     Setting,
@@ -118,7 +119,7 @@ def comparison(setting: Setting) -> str:
         losses = [loss_of(record) for record in records.values()]
         gains = change(records, reference, loss_of)
         row = {
-            "optimizer": f"`{optimizer}`",
+            "optimizer": setting.label(optimizer),
             "best rate": f"{lr:g} ({enclosure(by_lr)})",
             "held-out loss (seeds)": f"{spread(losses, 4)} ({len(losses)})",
             "against AdamW": "" if usual else percent(gains),
@@ -191,20 +192,23 @@ def rates(setting: Setting) -> str:
             loss = "" if bad else f"{statistics.mean(map(loss_of, seeds.values())):.4f} ({len(seeds)})"
             text = f"{lr:g}: " + (f"diverged ({bad}/{len(seeds)})" if bad else loss)
             texts.append(f"**{text}**" if lr == best_lr(by_lr) else text)
-        rows.append([f"`{optimizer}`", ", ".join(texts)])
+        rows.append([setting.label(optimizer), ", ".join(texts)])
     return grid(["optimizer", "rate: held-out loss (seeds)"], rows)
 
 
 def options(found: Iterable[Setting]) -> str:
     """What options change: runs of SCAO with options against SCAO without, at one rate, on the same seeds.
 
-    ``scao`` and its options have to have run for the same number of steps; single options come first.
+    ``scao`` and its options have to have run for the same number of steps, and both be today's or both of an earlier
+    version; single options come first.
     """
     rows: list[list[str]] = []
     alone = set()
     for setting in found:
         for optimizer in filter(of_subject, list(setting.runs)):
-            passed = optimizer.split(":")[1:]
+            passed, today = optimizer.split(":")[1:], setting.is_current(optimizer)
+            if setting.is_current(SUBJECT) != today:
+                continue
             for steps in sorted({record["cell"]["steps"] for record in setting.runs[optimizer]}):
                 usual = setting.at(SUBJECT, steps)
                 for lr, seeds in setting.at(optimizer, steps).items():
@@ -214,8 +218,8 @@ def options(found: Iterable[Setting]) -> str:
                     if len(passed) == 1:
                         alone.add(passed[0].partition("=")[0])
                     ours, theirs = list(seeds.values()), [usual[lr][seed] for seed in seeds if seed in usual[lr]]
-                    row = [", ".join(f"`{option}`" for option in passed), f"{brief(setting, steps)}, rate {lr:g}"]
-                    row.append(f"{percent(gains)} ({len(gains)})")
+                    where = f"{brief(setting, steps)}, rate {lr:g}" + ("" if today else f" ({EARLIER})")
+                    row = [", ".join(f"`{option}`" for option in passed), where, f"{percent(gains)} ({len(gains)})"]
                     times = f"{milliseconds(ours)} ({milliseconds(theirs, ours)})"
                     rows.append([*row, times, f"{state(ours)} ({state(theirs)})"])
     head = ["set", "in", "held-out loss against the default's (seeds)"]
@@ -335,7 +339,8 @@ def title(setting: Setting) -> str:
     model += f" of {cell.get('size', '838k').upper()} from scratch" if cell["task"] == "gpt" else ""
     model += ", every weight" if cell["task"] == "full" else ""
     steps = f"{setting.steps} steps of {cell['batch']} rows"
-    return f"{model}{rank}, {Path(cell['data']).stem}, {cell['schedule']}, {steps}"
+    mark = f" (SCAO: {EARLIER})" if not setting.is_current(SUBJECT) else ""
+    return f"{model}{rank}, {Path(cell['data']).stem}, {cell['schedule']}, {steps}{mark}"
 
 
 def tables(found: Sequence[Setting]) -> dict[str, str]:
