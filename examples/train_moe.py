@@ -86,7 +86,6 @@ def main() -> int:
             dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-        scao_kwargs={"warmup_steps": 10},
     )
     trainer.train()
     trainer.save_model()

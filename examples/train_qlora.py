@@ -103,9 +103,6 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=256, help="tokens per row (default: %(default)s)")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=2e-3, help="default: %(default)s")
-    parser.add_argument(
-        "--warmup", type=int, default=10, help="AdamW steps before SCAO's phase 2 (default: %(default)s)"
-    )
     parser.add_argument("--report-to", default="none", help="none, tensorboard, wandb (default: %(default)s)")
     arguments = parser.parse_args()
     needed = [arguments.data, *([Path(arguments.model)] if arguments.model.startswith((".", "/")) else [])]
@@ -146,7 +143,6 @@ def main() -> int:
         ),
         train_dataset=rows,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        scao_kwargs={"warmup_steps": arguments.warmup},
     )
     trainer.train()
     trainer.save_model()

@@ -150,10 +150,10 @@ def default_rank(small_side: int) -> int:
 _DEFAULTS: dict[str, tuple[Any, Any]] = {
     "betas": ((0.9, 0.99), (0.9, 0.999)),
     "from_scratch": (None, None),
-    "warmup_steps": (10, 100),
-    "blend_steps": (10, 50),
+    "warmup_steps": (3, 100),
+    "blend_steps": (2, 50),
     "min_precond_updates": (1, 10),
-    "precond_freq": (10, 20),
+    "precond_freq": (2, 20),
     "rho": (0.95, 0.999),
     "epsilon_sparse": (0.05, 0.05),
     "k_min": (4, 8),

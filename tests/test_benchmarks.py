@@ -753,6 +753,7 @@ def test_runs_of_an_earlier_version_are_marked_and_not_compared_with_todays(resu
     for name in ("tiny-r8-cosine-100", "tiny-r8-cosine-100:rates"):
         assert "| `scao` (earlier version) |" in made[name] and "| `adamw` |" in made[name]
     assert "100 steps of 4 rows (SCAO: earlier version) |" in made["glance"]
+    assert sweep_tables.claim(tables.settings([results])[0]).endswith("; SCAO of an earlier version.\n")
 
 
 def test_the_summary_names_who_is_ahead(results: Path) -> None:

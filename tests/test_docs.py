@@ -24,6 +24,7 @@ from formulas import FORMULAS
 import scao_hf
 from scao_hf import SCAO, create_scao_optimizer, ops
 from scao_hf.options import OPTIONS, RULE_DEFAULTS, RULES, SWITCHES
+from scao_hf.rules import rule_of
 
 README = ROOT / "README.md"
 DOCUMENTS = sorted(
@@ -153,8 +154,8 @@ def test_defaults_that_are_named_in_passing_are_the_defaults() -> None:
                 found.append((page.name, name, float(first or second), float(defaults[name])))
     assert len(found) >= 8
     assert not [entry for entry in found if entry[2] != entry[3]]
-    phase = max(defaults["warmup_steps"], defaults["min_precond_updates"] * defaults["precond_freq"])
-    assert f"from about step {phase + defaults['blend_steps'] + 1} on" in (DOCS / "how-it-works.md").read_text("utf-8")
+    phase = rule_of({"rule": "eigenbasis"}, matrix=True).phase1_steps(defaults)
+    assert f"from step {phase + defaults['blend_steps'] + 1} on" in (DOCS / "how-it-works.md").read_text("utf-8")
 
 
 def test_readme_keeps_its_order() -> None:

@@ -776,7 +776,9 @@ def test_bfloat16_weights_lose_neither_small_steps_nor_decay(
         for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
     )
     optimizers = [
-        SCAO(params, lr=lr, weight_decay=decay, rule=rule, stochastic_rounding=rounding, cautious=False)
+        SCAO(
+            params, lr=lr, weight_decay=decay, rule=rule, stochastic_rounding=rounding, cautious=False, warmup_steps=20
+        )
         for params, rounding in ((exact, True), (lost, False), (kept, True))
     ]
     for _ in range(60):

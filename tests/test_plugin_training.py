@@ -228,7 +228,7 @@ def test_training_arguments_reach_the_groups(tiny_llama: Path, tmp_path: Path) -
 def test_what_the_config_leaves_out_is_the_rules_default(tiny_llama: Path, tmp_path: Path) -> None:
     ((group,), _) = groups_of(tiny_llama, tmp_path, adam_beta1=0.8, scao_warmup_steps=None)
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.99), 1e-8, 0.0)
-    assert group["warmup_steps"] == 10
+    assert group["warmup_steps"] == 3
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ ERRORS = {
     "LoftQ": ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "LoftQ has to see the unquantized weights"),
     "fp16 adapter": ({"fp16": True, "peft_autocast_adapter_dtype": False}, "leaves the adapter in float16"),
     "warm-up of SCAO": ({"max_steps": 30, "scao_warmup_steps": 30}, "max_steps: 30 would end before phase 2"),
-    "default warm-up": ({"max_steps": 10}, "max_steps: 10 would end before phase 2"),
+    "default warm-up": ({"max_steps": 3}, "max_steps: 3 would end before phase 2"),
     "published warm-up": ({"max_steps": 200, "scao_rule": "published"}, "is 10 x 20; max_steps: 200"),
     "refresh interval": ({"max_steps": 50, "scao_precond_freq": 60}, "is 1 x 60; max_steps: 50 would end"),
 }

@@ -34,6 +34,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from scao_hf import SCAO
+from scao_hf.rules import rule_of
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory.jsonl"
 PARTS = ("state", "bfloat16", "scratch")
@@ -176,7 +177,7 @@ def kind_of(stepper: loads.Stepper, step: int) -> str | None:
     if not isinstance(optimizer, SCAO):
         return "step" if step > stepper.settle else None
     group = optimizer.param_groups[0]
-    start = max(group["warmup_steps"], group["min_precond_updates"] * group["precond_freq"])
+    start = rule_of(group, matrix=True).phase1_steps(group)
     if step > stepper.settle:
         return "phase 2, refresh included"
     return {start - 1: "phase 1", start: "entry into phase 2", start + 1: "ramp"}.get(step)

@@ -36,7 +36,6 @@ def config(name: str, folder: Path, steps: int) -> dict[str, Any]:
     return {
         "base_model": str(folder / "model"),
         "optimizer": "scao",
-        "scao_warmup_steps": 10,
         "adapter": "qlora" if own.get("load_in_4bit") else "lora",
         "lora_r": 16,
         "lora_alpha": 32,

@@ -298,6 +298,7 @@ def claim(setting: Setting) -> str:
         f"reaches AdamW's final held-out loss {steps} sooner in steps" + (f", {times} in time" if "x" in times else ""),
     )
     marks = "" if enclosure(setting.at(SUBJECT)) == "enclosed" else "; SCAO was not tried at rates on both sides of it"
+    marks += "" if setting.is_current(SUBJECT) else f"; SCAO of an {EARLIER}"
     return (
         f"**At AdamW's best learning rate SCAO {speed}, and ends {end}**: "
         f"{cell['model'].split(',')[0].split(' (')[0]} in 4 bit, LoRA r = {cell['rank']}, {Path(cell['data']).stem}, "

@@ -18,12 +18,8 @@ from scao_hf.tools import ToolError, axolotl_yaml
 from scao_hf.tools.axolotl_yaml import PLUGIN
 from scao_hf.tools.rivals import STATES, state_bytes
 
-#: Below so many steps the defaults of phase 1 and ramp are more than half of a run, and below so few SCAO is AdamW.
-SHORT, TOO_SHORT = 40, 20
 #: Kinds of AdamW whose rates are not AdamW's.
 OTHER_RATES = ("galore", "apollo", "schedule_free")
-#: What phase 1 and the ramp are shortened to.
-SHORTER = {"warmup_steps": 5, "precond_freq": 5, "blend_steps": 5}
 
 
 @dataclass(frozen=True)
@@ -110,10 +106,6 @@ def _options(raw: dict[str, Any], own: str) -> tuple[dict[str, Any], list[str]]:
     elif not raw.get("adapter") and axolotl_yaml.half_precision(raw):
         chosen["moment_dtype"] = "bfloat16"
         reasons.append("scao_moment_dtype: bfloat16: what is trained is in 16 bit, and AdamW's moments are too")
-    steps = raw.get("max_steps")
-    if isinstance(steps, int) and 0 < steps < SHORT:
-        chosen |= SHORTER
-        reasons.append(f"a shorter phase 1 and ramp: with the defaults they take 20 steps, and the run has {steps}")
     return chosen, reasons
 
 
@@ -129,11 +121,9 @@ def _rate(raw: dict[str, Any], own: str) -> list[str]:
 
 
 def _notes(raw: dict[str, Any], own: str, options: dict[str, Any]) -> list[str]:
-    """Length, memory, the namesake and unknown keys."""
+    """Decay, memory, the namesake and unknown keys."""
     notes = []
-    steps, beta2 = raw.get("max_steps"), raw.get("adam_beta2")
-    if isinstance(steps, int) and 0 < steps < TOO_SHORT:
-        notes.append(f"max_steps: {steps}: most of so short a run are AdamW steps and the ramp; AdamW does as well")
+    beta2 = raw.get("adam_beta2")
     if beta2 is not None and own != "scao":
         notes.append(f"adam_beta2: {beta2} is kept; SCAO's default, with which it was measured, is 0.99")
     if own in STATES:
