@@ -314,7 +314,7 @@ def test_decay_and_step_are_rounded_once(
         if native:
             emulate(monkeypatch)
         param = torch.nn.Parameter(start.clone())
-        optimizer = SCAO([param], lr=2e-3, weight_decay=0.5)
+        optimizer = SCAO([param], lr=2e-3, weight_decay=0.5, warmup_steps=10, blend_steps=10, precond_freq=10)
         for grad in grads:
             param.grad = grad.clone()
             optimizer.step()

@@ -777,7 +777,7 @@ def test_bfloat16_weights_lose_neither_small_steps_nor_decay(
     )
     optimizers = [
         SCAO(
-            params, lr=lr, weight_decay=decay, rule=rule, stochastic_rounding=rounding, cautious=False, warmup_steps=20
+            params, lr=lr, weight_decay=decay, rule=rule, stochastic_rounding=rounding, cautious=False, warmup_steps=10
         )
         for params, rounding in ((exact, True), (lost, False), (kept, True))
     ]

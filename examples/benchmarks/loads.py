@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scao_hf import ops
+from scao_hf import notices, ops
 from scao_hf.rules import rule_of
 
 #: How many sets of gradients take turns: with one alone, momentum and gradient would be the same and residuals zero.
@@ -180,7 +180,7 @@ class Stepper:
         if name.startswith("scao") and "scao_version" in group:
             period = group["precond_freq"]
             start = rule_of(group, matrix=True).phase1_steps(group)
-            settle = start + group["blend_steps"] + 1
+            settle = max(start + group["blend_steps"] + 1, notices.PATIENCE)  # its watch over gradients holds counters
             return cls(spec, optimizer, period, -(-settle // period) * period, context)
         period = next((group[key] for key in ("precondition_frequency", "precond_freq") if key in group), 1)
         if spec.startswith("muon"):  # its products are in bfloat16

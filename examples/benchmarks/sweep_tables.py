@@ -340,7 +340,7 @@ def title(setting: Setting) -> str:
     model += f" of {cell.get('size', '838k').upper()} from scratch" if cell["task"] == "gpt" else ""
     model += ", every weight" if cell["task"] == "full" else ""
     steps = f"{setting.steps} steps of {cell['batch']} rows"
-    mark = f" (SCAO: {EARLIER})" if not setting.is_current(SUBJECT) else ""
+    mark = "" if setting.is_current(SUBJECT) else f" (SCAO: {EARLIER})"
     return f"{model}{rank}, {Path(cell['data']).stem}, {cell['schedule']}, {steps}{mark}"
 
 
