@@ -155,7 +155,14 @@ def test_defaults_that_are_named_in_passing_are_the_defaults() -> None:
     assert len(found) >= 8
     assert not [entry for entry in found if entry[2] != entry[3]]
     phase = rule_of({"rule": "eigenbasis"}, matrix=True).phase1_steps(defaults)
-    assert f"from step {phase + defaults['blend_steps'] + 1} on" in (DOCS / "how-it-works.md").read_text("utf-8")
+    ramp = phase + defaults["blend_steps"]
+    for page, words in {
+        "how-it-works": f"from step {ramp + 1} on",
+        "tuning": f"Phase 1 and the ramp take {ramp} steps",
+        "faq": f"after {phase} steps with the defaults",
+        "published": f"phase 2 after {phase} |",
+    }.items():
+        assert words in " ".join((DOCS / f"{page}.md").read_text("utf-8").split()), page
 
 
 def test_readme_keeps_its_order() -> None:
