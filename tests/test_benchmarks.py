@@ -862,6 +862,26 @@ def test_the_pictures_are_drawn_from_the_records() -> None:
         assert said[0] == said[1], f"{name} is out of date: python examples/benchmarks/pictures.py"
 
 
+def test_minutes_are_drawn_where_they_were_measured_on_one_machine(results: Path) -> None:
+    """And the held-out loss where every seed has one."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    def drawn(setting: runs.Setting) -> list[Any]:
+        figure = Figure()
+        pictures.loss(setting, figure)
+        return list(figure.axes)
+
+    setting = tables.settings([results])[0]
+    assert [axis.get_xlabel() for axis in drawn(setting)] == ["step", "minutes on one CPU thread"]
+    for record in setting.runs["scao"]:
+        record["machine"] = {**record["machine"], "cpu": "another"}
+    setting.runs["scao"][0]["evals"] = setting.runs["scao"][0]["evals"][-1:]
+    (axis,) = drawn(setting)
+    held_out = [line.get_xdata() for line in axis.lines if "held out" in str(line.get_label())]
+    assert list(map(len, held_out)) == [len(setting.runs["adamw"][0]["evals"]), 1]
+
+
 def test_the_readmes_hold_what_the_result_files_give() -> None:
     made = tables.everything(sorted((ROOT / "examples" / "benchmarks" / "results").glob("*.jsonl")))
     filled = 0
