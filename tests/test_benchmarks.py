@@ -840,7 +840,9 @@ def test_readme_markers_are_filled(results: Path) -> None:
 
 def test_plots_are_drawn(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert tables.plot(tables.settings([results])[0], tmp_path).stat().st_size > 10_000
+    setting = tables.settings([results])[0]
+    setting.runs["scao"][0]["evals"] = setting.runs["scao"][0]["evals"][-1:]  # measured less often
+    assert tables.plot(setting, tmp_path).stat().st_size > 10_000
 
 
 def test_the_pictures_are_drawn_from_the_records() -> None:

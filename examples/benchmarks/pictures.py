@@ -13,7 +13,6 @@ import json
 import math
 import re
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import costs
 import sweep_tables
-from runs import Record, Setting, best_lr, loss_of, step_seconds
+from runs import Record, Setting, best_lr, held_out, loss_of, step_seconds
 from tables import HERE, ROOT, read
 
 if TYPE_CHECKING:
@@ -57,9 +56,10 @@ def loss(setting: Setting, figure: Figure) -> str:
     both = dict(zip(NAMES, (list(runs.values()) for runs in sweep_tables.same_rate(setting)), strict=True))
     reference = both["adamw"]
     seconds = {optimizer: step_seconds(setting, runs, reference) for optimizer, runs in both.items()}
-    scales = [("step", dict.fromkeys(NAMES, 1.0))]
-    if None not in seconds.values():
-        scales.append(("minutes on one CPU thread", {optimizer: (of or 0.0) / 60 for optimizer, of in seconds.items()}))
+    scales = {"step": dict.fromkeys(NAMES, 1.0)}  # of a step, by optimizer
+    minutes = {optimizer: second / 60 for optimizer, second in seconds.items() if second}
+    if len(minutes) == len(NAMES):
+        scales["minutes on one CPU thread"] = minutes
     axes = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     said = []
     for optimizer, name in NAMES.items():
@@ -67,22 +67,19 @@ def loss(setting: Setting, figure: Figure) -> str:
         curves = [smooth(record["train_loss"], width) for record in found]
         by_step = list(zip(*curves, strict=True))
         means = [statistics.mean(values) for values in by_step]
-        held_out: dict[int, list[float]] = defaultdict(list)
-        for entry in (entry for record in found for entry in record["evals"]):
-            held_out[entry["step"]].append(entry["loss"])
-        measured = {step: statistics.mean(losses) for step, losses in held_out.items() if len(losses) == len(found)}
-        for axis, (_, unit) in zip(axes, scales, strict=True):
+        losses = held_out(found)
+        for axis, unit in zip(axes, scales.values(), strict=True):
             times = [step * unit[optimizer] for step in range(width, width + len(by_step))]
             axis.fill_between(times, *map(list, zip(*((min(v), max(v)) for v in by_step), strict=True)), alpha=0.25)
             axis.collections[-1].set(facecolor=COLOURS[optimizer], linewidth=0)
             axis.plot(times, means, color=COLOURS[optimizer], linewidth=1.8, label=f"{name}, training")
             axis.plot(
-                [step * unit[optimizer] for step in measured],
-                list(measured.values()),
+                [step * unit[optimizer] for step in losses],
+                list(losses.values()),
                 **{"color": COLOURS[optimizer], "marker": "o", "linestyle": ":", "label": f"{name}, held out"},
             )
         said.append(f"{name} {statistics.mean(map(loss_of, found)):.4f}")
-    for axis, (label, _) in zip(axes, scales, strict=True):
+    for axis, label in zip(axes, scales, strict=True):
         axis.set(xlabel=label, xlim=(0, None))
     axes[0].set_ylabel("loss")
     early = axes[0].lines[0].get_ydata()[setting.steps // 15]  # what comes before is much higher, and the same for both

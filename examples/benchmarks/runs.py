@@ -111,6 +111,15 @@ def best_lr(by_lr: dict[float, dict[int, Record]]) -> float:
     )
 
 
+def held_out(records: Sequence[Record]) -> dict[int, float]:
+    """The mean held-out loss by step, where all runs have one."""
+    losses: dict[int, list[float]] = defaultdict(list)
+    for record in records:
+        for entry in record["evals"]:
+            losses[entry["step"]].append(entry["loss"])
+    return {step: statistics.mean(values) for step, values in losses.items() if len(values) == len(records)}
+
+
 def crossing(runs: Sequence[Record], target: float) -> float | None:
     """The step at which runs first reach a held-out loss, of the quickest one, linear between two measurements."""
     reached = []

@@ -23,7 +23,7 @@ import published_tables
 import survival_tables
 import sweep_tables
 import verdict_tables
-from runs import Setting, best_lr, loss_of, means, reversed_pairs, settings, step_seconds
+from runs import Setting, best_lr, held_out, loss_of, means, reversed_pairs, settings, step_seconds
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -99,13 +99,11 @@ def plot(setting: Setting, folder: Path) -> Path:
         drawn += 1
         runs = [record for record in by_lr[lr].values() if not record["diverged"]]
         if runs:
-            points = [list(entries) for entries in zip(*(record["evals"] for record in runs), strict=True)]
-            losses = [statistics.mean(entry["loss"] for entry in entries) for entries in points]
+            losses = held_out(runs)
             step = step_seconds(setting, runs, runs[:1])
-            times = [entries[0]["step"] * step for entries in points]
             label = f"{optimizer} (lr {lr:g})"
-            axes[0].plot([entries[0]["step"] for entries in points], losses, marker=".", color=color, label=label)
-            axes[1].plot(times, losses, marker=".", color=color)
+            axes[0].plot(list(losses), list(losses.values()), marker=".", color=color, label=label)
+            axes[1].plot([at * step for at in losses], list(losses.values()), marker=".", color=color)
         finite = [(lr, [loss_of(r) for r in seeds.values()]) for lr, seeds in by_lr.items()]
         finite = [(lr, values) for lr, values in finite if max(values) < float("inf")]
         axes[2].plot(*zip(*((lr, statistics.mean(v)) for lr, v in finite), strict=True), marker=".", color=color)
