@@ -736,6 +736,15 @@ def test_options_of_scao_stand_in_a_table_of_their_own(results: Path) -> None:
     assert rows[4] == "", "an option at a rate at which the default has not run has nothing to be compared with"
     assert "`rho`" in rows[5] and "`k_max`" not in rows[5]
 
+    wide = [made_up(name, 2, 0, [2.5, loss]) for name, loss in (("scao", 1.5), ("scao:k_max=8", 1.2))]
+    for record in wide:
+        record["cell"]["batch"] = 16
+        record["key"] = sweep.key(record["cell"])
+    other = results.with_name("wide.jsonl")
+    other.write_text("".join(json.dumps(record) + "\n" for record in wide))
+    made = sweep_tables.tables(runs.settings([other]))
+    assert "| `k_max=8` | tiny, r = 8, 100 steps of 16 rows, rate 2 | -20.00 % (1) |" in made["options"]
+
 
 def test_runs_of_an_earlier_version_are_marked_and_not_compared_with_todays(results: Path) -> None:
     option = made_up("scao:k_max=8", 2, 0, [2.0, 1.2])
