@@ -740,9 +740,7 @@ def test_options_of_scao_stand_in_a_table_of_their_own(results: Path) -> None:
     for record in wide:
         record["cell"]["batch"] = 16
         record["key"] = sweep.key(record["cell"])
-    other = results.with_name("wide.jsonl")
-    other.write_text("".join(json.dumps(record) + "\n" for record in wide))
-    made = sweep_tables.tables(runs.settings([other]))
+    made = sweep_tables.tables(added(results, *wide))
     assert "| `k_max=8` | tiny, r = 8, 100 steps of 16 rows, rate 2 | -20.00 % (1) |" in made["options"]
 
 

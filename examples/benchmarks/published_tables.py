@@ -10,7 +10,6 @@ from pathlib import Path
 
 import models
 import published
-import sweep
 import sweep_tables
 import verdict_tables
 from runs import OTHER_MACHINE, Record, Setting, best_lr, crossing, enclosure, loss_of, step_seconds
@@ -61,7 +60,7 @@ def of_size(found: Iterable[Setting], size: str, clip: float = 1.0) -> Setting |
     """The setting of a GPT's size."""
     for setting in found:
         cell = setting.cell
-        usual = cell["task"] == "gpt" and cell["schedule"] == "cosine" and cell["batch"] == sweep.BATCH["gpt"]
+        usual = cell["task"] == "gpt" and cell["schedule"] == "cosine" and setting.usual_batch
         if usual and cell.get("size", "838k") == size and cell["clip"] == clip:
             return setting
     return None

@@ -31,12 +31,17 @@ class Setting:
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
+    def usual_batch(self) -> bool:
+        """Whether a step has as many rows as the task takes unless it is told otherwise."""
+        return bool(self.cell["batch"] == sweep.BATCH[self.cell["task"]])
+
+    @property
     def name(self) -> str:
         """What a README calls it: task, sums, size, rank, batch and clipping if not the usual ones, schedule and steps."""
         size = f"-{self.cell['size']}" if "size" in self.cell else ""
         clip = "" if self.cell["clip"] == sweep.CLIP else f"-clip{self.cell['clip']:g}"
         rank = f"-r{self.cell['rank']}" if "rank" in self.cell else ""
-        batch = "" if self.cell["batch"] == sweep.BATCH[self.cell["task"]] else f"-b{self.cell['batch']}"
+        batch = "" if self.usual_batch else f"-b{self.cell['batch']}"
         answers = f"-{data.SUMS}" if self.cell["data"] == data.SUMS else ""
         return f"{self.cell['task']}{answers}{size}{rank}{batch}{clip}-{self.cell['schedule']}-{self.steps}"
 

@@ -235,7 +235,7 @@ def brief(setting: Setting, steps: int) -> str:
     cell = setting.cell
     rank = f", r = {cell['rank']}" if "rank" in cell else ""
     shape = "" if cell["schedule"] == "cosine" else f", {cell['schedule']}"
-    rows = "" if cell["batch"] == sweep.BATCH[cell["task"]] else f" of {cell['batch']} rows"
+    rows = "" if setting.usual_batch else f" of {cell['batch']} rows"
     return f"{cell['task']}{rank}{shape}, {steps} steps{rows}"
 
 
