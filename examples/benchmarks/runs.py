@@ -37,8 +37,8 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """What a README calls it: task, sums, size, rank, batch and clipping if not the usual ones, schedule and steps."""
-        size = f"-{self.cell['size']}" if "size" in self.cell else ""
+        """What a README calls it: task, model, sums, size, rank, batch and clipping if not the usual ones, schedule, steps."""
+        size = "".join(f"-{self.cell[part]}" for part in ("base", "size") if part in self.cell)
         clip = "" if self.cell["clip"] == sweep.CLIP else f"-clip{self.cell['clip']:g}"
         rank = f"-r{self.cell['rank']}" if "rank" in self.cell else ""
         batch = "" if self.usual_batch else f"-b{self.cell['batch']}"

@@ -267,6 +267,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens", type=at_least(1), help="longest row that is used (default: 128, or the size's context)"
     )
+    parser.add_argument(
+        "--model", choices=tuple(tasks.QLORA), default="smollm2-135m", help="of qlora (default: %(default)s)"
+    )
     parser.add_argument("--size", choices=models.GPT_SIZES, default="838k", help="of gpt (default: %(default)s)")
     parser.add_argument("--clip", type=float, default=CLIP, help="norm of a step's gradient, 0: none (default: 1)")
     parser.add_argument(
@@ -291,7 +294,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         source = data.load(arguments.data)
         task = tasks.build(
-            arguments.task, source, arguments.rank, batch, arguments.max_tokens, arguments.size, arguments.held_out
+            arguments.task,
+            source,
+            arguments.rank,
+            batch,
+            arguments.max_tokens,
+            arguments.size,
+            arguments.held_out,
+            arguments.model,
         )
         if arguments.steps > task.steps_available:
             raise ValueError(f"--steps {arguments.steps} is more than the {task.steps_available} batches of the data")

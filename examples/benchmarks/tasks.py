@@ -1,7 +1,7 @@
 """The three benchmark tasks. A task owns a model, resets it from a seed, and gives training and held-out losses.
 
-- ``qlora``: SmolLM2-135M-Instruct in NF4, LoRA on all seven linear targets, instruction rows.
-- ``full``: the same model without rounding to NF4, every weight of it.
+- ``qlora``: a pretrained model of ``QLORA`` in NF4, LoRA on all seven linear targets, instruction rows.
+- ``full``: SmolLM2-135M-Instruct without rounding to NF4, every weight of it.
 - ``tiny``: the first on a one-million-parameter Qwen2-style model that is pretrained here, once.
 - ``gpt``: a GPT of 837,888 parameters, or of another size of ``models.GPT_SIZES``, from scratch on the bytes of a text.
 """
@@ -18,9 +18,14 @@ import data
 import packed
 import torch
 import torch.nn.functional as F
-from models import GPT, GPT_SIZES, TARGETS, cached, device, prepare_smollm2, prepare_tiny
+from models import GPT, GPT_SIZES, TARGETS, cached, device, prepare_gemma3, prepare_smollm2, prepare_tiny
 from torch import Tensor, nn
 
+#: The models of ``qlora``: what each is called in a table, and what prepares it.
+QLORA = {
+    "smollm2-135m": ("SmolLM2-135M-Instruct", prepare_smollm2),
+    "gemma3-270m": ("Gemma 3 270M (Q4_K_M)", prepare_gemma3),
+}
 EVAL_ROWS = 64
 EVAL_WINDOWS = 64
 
@@ -255,6 +260,7 @@ def build(
     length: int | None = None,
     size: str = "838k",
     eval_rows: int = EVAL_ROWS,
+    model_name: str = "smollm2-135m",
 ) -> Task:
     """Make a task.
 
@@ -266,10 +272,13 @@ def build(
         length: tokens of the longest row that is used (None: 128), or of a window (None: what the size has).
         size: of the GPT, one of ``models.GPT_SIZES``.
         eval_rows: held-out rows that the loss is taken on (not used by ``gpt``).
+        model_name: of ``qlora``, one of ``QLORA``.
 
     Raises:
         ValueError: an unknown name, or data that does not fit.
     """
+    if model_name != "smollm2-135m" and name != "qlora":
+        raise ValueError(f"--model {model_name} is for --task qlora; {name} has a model of its own")
     identity = {"task": name, "data": source.name, "data_sha256": source.fingerprint}
     if name == "gpt":
         task: Task = GptTask(source, batch, length, size)
@@ -283,8 +292,11 @@ def build(
     from transformers import AutoModelForCausalLM
 
     if name == "qlora":
-        folder = cached("smollm2-135m-nf4", prepare_smollm2)
-        identity["model"] = "SmolLM2-135M-Instruct, NF4 dequantised once to bfloat16"
+        called, prepare = QLORA[model_name]
+        folder = cached(f"{model_name}-nf4", prepare)
+        identity["model"] = f"{called}, NF4 dequantised once to bfloat16"
+        # Runs of the first model were recorded before there were others.
+        identity |= {} if model_name == "smollm2-135m" else {"base": model_name}
     elif name == "full":
         folder = cached("smollm2-135m", lambda path: prepare_smollm2(path, four_bit=False))
         identity["model"] = "SmolLM2-135M-Instruct, every weight, float32"
@@ -296,7 +308,8 @@ def build(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     model.config.use_cache = False
     end = model.config.eos_token_id
-    rows = data.encode(source.rows, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, end)
+    start = tokenizer.encode("").ids  # a begin-of-text token where the model was trained with one
+    rows = data.encode(source.rows, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, end, start)
     if name == "full":
         return FullTask(model, rows, batch, length or 128, identity, eval_rows)
     return LoraTask(model, rows, rank, batch, length or 128, identity, eval_rows=eval_rows)
