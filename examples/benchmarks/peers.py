@@ -338,7 +338,11 @@ def is_current(cell: dict[str, Any]) -> bool:
     if recorded is None:
         return True
     rule = options.pop("rule")
-    options = {name: value for name, value in options.items() if name not in ("ratio", "blocks")}
+    options = {  # JSON has made a list of a pair
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if name not in ("ratio", "blocks")
+    }
     largest = "rank" not in cell or default_rank(cell["rank"]) == LARGEST_RANK
     try:
         return _fingerprint(rule, options, largest) == recorded
