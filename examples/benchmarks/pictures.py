@@ -257,7 +257,7 @@ def draw(paths: Sequence[Path]) -> dict[str, str]:
     claimed = next(setting for setting in found if setting.name == sweep_tables.CLAIM)
     pictures = {
         "loss.svg": ((9, 3.6), lambda figure: loss(claimed, figure)),
-        "rates.svg": ((9, 5.2), lambda figure: rates(found, figure)),
+        "rates.svg": ((9, 7.5), lambda figure: rates(found, figure)),
         "state.svg": ((9, 4.2), lambda figure: state(measured, figure)),
         "ranks.svg": (
             (9, 3.4),

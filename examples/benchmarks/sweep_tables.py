@@ -30,7 +30,7 @@ REFERENCE = "adamw"
 SUBJECT = "scao"
 #: What the README rests on: the setting of its claim, and those of its table.
 CLAIM = "qlora-r16-b16-cosine-300"
-EVIDENCE = (CLAIM, "qlora-r8-cosine-60", "full-cosine-60", "gpt-cosine-500")
+EVIDENCE = (CLAIM, "qlora-r8-b16-cosine-60", "qlora-r8-cosine-60", "full-cosine-60", "gpt-cosine-500")
 
 
 #: The head of a column: how many times sooner AdamW's final loss is reached.
