@@ -194,7 +194,7 @@ def split_rows(rows: Sequence[Tokens]) -> tuple[list[Tokens], list[Tokens]]:
 def encode(
     rows: Sequence[tuple[str, str]], tokenize: Callable[[str], list[int]], end: int, start: Sequence[int] = ()
 ) -> list[Tokens]:
-    """Tokenise ``Question: ... Answer: ...`` rows; only the answer and the end token are learned."""
+    """Tokenise ``Question: ... Answer: ...`` rows, each after ``start``; only the answer and the end token are learned."""
     return [
         ([*start, *tokenize(f"Question: {question}\nAnswer:")], [*tokenize(f" {answer}"), end])
         for question, answer in rows
