@@ -275,21 +275,7 @@ def test_a_model_that_is_not_there_or_not_of_the_task_is_named(
 
 def test_gemmas_tokenizer_joins_pairs_by_their_scores() -> None:
     pytest.importorskip("transformers")
-    tokens = [
-        "<pad>",
-        "<eos>",
-        "<bos>",
-        "<unk>",
-        "<mask>",
-        "\u2581",
-        "a",
-        "b",
-        "c",
-        "bc",
-        "ab",
-        "\u2581abc",
-        "\u2581ab",
-    ]
+    tokens = "<pad> <eos> <bos> <unk> <mask> \u2581 a b c bc ab \u2581abc \u2581ab".split()
     tokenizer = models.tokenizer_of_scores(tokens, [0.0] * 9 + [-1, -2, -3, -4])
     assert tokenizer.tokenize("bab abc") == ["b", "ab", "\u2581", "a", "bc"]
     assert tokenizer("").input_ids == [2]

@@ -268,7 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--max-tokens", type=at_least(1), help="longest row that is used (default: 128, or the size's context)"
     )
     parser.add_argument(
-        "--model", choices=tuple(tasks.QLORA), default="smollm2-135m", help="of qlora (default: %(default)s)"
+        "--model", choices=tuple(tasks.QLORA), default=tasks.USUAL_MODEL, help="of qlora (default: %(default)s)"
     )
     parser.add_argument("--size", choices=models.GPT_SIZES, default="838k", help="of gpt (default: %(default)s)")
     parser.add_argument("--clip", type=float, default=CLIP, help="norm of a step's gradient, 0: none (default: 1)")

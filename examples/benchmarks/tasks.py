@@ -1,4 +1,4 @@
-"""The three benchmark tasks. A task owns a model, resets it from a seed, and gives training and held-out losses.
+"""The benchmark tasks. A task owns a model, resets it from a seed, and gives training and held-out losses.
 
 - ``qlora``: a pretrained model of ``QLORA`` in NF4, LoRA on all seven linear targets, instruction rows.
 - ``full``: SmolLM2-135M-Instruct without rounding to NF4, every weight of it.
@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from models import GPT, GPT_SIZES, TARGETS, cached, device, prepare_gemma3, prepare_smollm2, prepare_tiny
 from torch import Tensor, nn
 
+#: The model of ``qlora`` unless another is named. Its runs were recorded before there were others, and do not name it.
+USUAL_MODEL = "smollm2-135m"
 #: The models of ``qlora``: what each is called in a table, and what prepares it.
 QLORA = {
-    "smollm2-135m": ("SmolLM2-135M-Instruct", prepare_smollm2),
+    USUAL_MODEL: ("SmolLM2-135M-Instruct", prepare_smollm2),
     "gemma3-270m": ("Gemma 3 270M (Q4_K_M)", prepare_gemma3),
 }
 EVAL_ROWS = 64
@@ -260,7 +262,7 @@ def build(
     length: int | None = None,
     size: str = "838k",
     eval_rows: int = EVAL_ROWS,
-    model_name: str = "smollm2-135m",
+    model_name: str = USUAL_MODEL,
 ) -> Task:
     """Make a task.
 
@@ -277,7 +279,7 @@ def build(
     Raises:
         ValueError: an unknown name, or data that does not fit.
     """
-    if model_name != "smollm2-135m" and name != "qlora":
+    if model_name != USUAL_MODEL and name != "qlora":
         raise ValueError(f"--model {model_name} is for --task qlora; {name} has a model of its own")
     identity = {"task": name, "data": source.name, "data_sha256": source.fingerprint}
     if name == "gpt":
@@ -295,8 +297,7 @@ def build(
         called, prepare = QLORA[model_name]
         folder = cached(f"{model_name}-nf4", prepare)
         identity["model"] = f"{called}, NF4 dequantised once to bfloat16"
-        # Runs of the first model were recorded before there were others.
-        identity |= {} if model_name == "smollm2-135m" else {"base": model_name}
+        identity |= {} if model_name == USUAL_MODEL else {"base": model_name}
     elif name == "full":
         folder = cached("smollm2-135m", lambda path: prepare_smollm2(path, four_bit=False))
         identity["model"] = "SmolLM2-135M-Instruct, every weight, float32"
