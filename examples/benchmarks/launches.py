@@ -36,8 +36,8 @@ from scao_hf.rules import rule_of
 DEVICE = "fictive"
 #: Operations that make a tensor or a view and launch nothing.
 FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh", "alias", "set_", "resize_")
-#: Operations that are more than one kernel: the input is copied first, or compared first and counted then.
-TWICE = ("addmm", "baddbmm", "count_nonzero", "eye")
+#: Operations that are two kernels, the first of which copies or fills.
+TWICE = ("addmm", "baddbmm", "eye")
 #: Tensors for which one kernel of a foreach operation has room, by the number of its lists.
 ROOM = {1: 110, 2: 64, 3: 48, 4: 36}
 #: Launches of a native operation, and how many matrices they take at most (csrc/launch.cu, tests/test_emulator.py).

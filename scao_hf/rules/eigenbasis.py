@@ -222,10 +222,10 @@ def cautious(direction: Tensor, grads: Tensor, agreement: Tensor) -> Tensor:
         agreement: a, ``[N]``, replaced by this step's share.
     """
     products = grads.mul_(direction)
-    counted = torch.count_nonzero(products, (1, 2))
+    counted = torch.linalg.vector_norm(products, 0, (1, 2))  # count_nonzero takes several times as long on a CPU
     agrees = products.gt_(0)
     direction.mul_(agrees).div_(agreement.clamp_min(0.5)[:, None, None])
-    share = torch.count_nonzero(agrees, (1, 2)) / counted.clamp_min(1)
+    share = agrees.sum((1, 2)) / counted.clamp_min(1)
     agreement.copy_(torch.where(counted > 0, share, agreement))
     return direction
 
