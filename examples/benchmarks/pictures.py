@@ -107,7 +107,9 @@ def rates(found: Iterable[Setting], figure: Figure) -> str:
     order = sorted(found, key=lambda it: (it.cell["task"], it.cell["schedule"], it.cell.get("rank", 0), it.steps))
     drawn = [(setting, curves) for setting in order if (curves := basins(setting))]
     columns = min(3, len(drawn))
-    axes = figure.subplots(-(-len(drawn) // columns), columns, squeeze=False).flatten()
+    rows = -(-len(drawn) // columns)
+    figure.set_figheight(0.5 + 1.75 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     said = []
     for axis in axes[len(drawn) :]:
         axis.set_axis_off()
@@ -118,8 +120,8 @@ def rates(found: Iterable[Setting], figure: Figure) -> str:
             axis.plot(*zip(*line, strict=True), color=COLOURS[optimizer], marker="o", label=NAMES[optimizer])
             if others:
                 axis.plot(*zip(*others, strict=True), color=COLOURS[optimizer], marker=".", linestyle="", alpha=0.6)
-        values = [value for line in axis.lines for value in line.get_ydata()]
-        axis.set_ylim(None, min(axis.get_ylim()[1], 1.1 * min(values)))
+        lowest = [min(line.get_ydata()) for line in axis.lines]
+        axis.set_ylim(None, min(axis.get_ylim()[1], max(1.1 * min(lowest), 1.02 * max(lowest))))
         axis.set_xscale("log", base=2)
         rates = sorted({lr for _, by_lr in curves.values() for lr in by_lr})
         axis.set_xticks(rates, [f"{lr:g}" for lr in rates])
@@ -257,7 +259,7 @@ def draw(paths: Sequence[Path]) -> dict[str, str]:
     claimed = next(setting for setting in found if setting.name == sweep_tables.CLAIM)
     pictures = {
         "loss.svg": ((9, 3.6), lambda figure: loss(claimed, figure)),
-        "rates.svg": ((9, 7.5), lambda figure: rates(found, figure)),
+        "rates.svg": ((9, 3.6), lambda figure: rates(found, figure)),
         "state.svg": ((9, 4.2), lambda figure: state(measured, figure)),
         "ranks.svg": (
             (9, 3.4),
