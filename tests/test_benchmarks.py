@@ -460,6 +460,21 @@ def test_the_behaviour_of_scao_changes_with_its_equations_alone(monkeypatch: pyt
     peers.behaviour.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "options", [(), (("moment_dtype", "int8"),), (("use_int8_ema", True),)], ids=["default", "moments", "curvature"]
+)
+def test_the_behaviour_of_scao_is_the_same_on_another_processor(
+    options: tuple[tuple[str, Any], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, draw = peers.behaviour("eigenbasis", options), torch.randn
+    peers.behaviour.cache_clear()
+    monkeypatch.setattr(torch, "randn", lambda *shape, **of: draw(*shape, **of) * (1 + 1e-15))  # its rounding errors
+    try:
+        assert peers.behaviour("eigenbasis", options) == usual
+    finally:
+        peers.behaviour.cache_clear()
+
+
 @pytest.mark.parametrize(("rank", "alike"), [(8, False), (16, True), (32, True)])
 def test_the_default_rank_of_a_basis_counts_as_what_it_is_for_the_model(rank: int, alike: bool) -> None:
     default, passed = (peers.resolved(spec, nn.Linear(40, rank))["behaviour"] for spec in ("scao", "scao:k_max=16"))
