@@ -780,10 +780,11 @@ def test_options_of_scao_stand_in_a_table_of_their_own(results: Path) -> None:
 
     wide = [made_up(name, 2, 0, [2.5, loss]) for name, loss in (("scao", 1.5), ("scao:k_max=8", 1.2))]
     for record in wide:
-        record["cell"]["batch"] = 16
+        record["cell"] |= {"batch": 16, "data": "sums", "base": "gemma3-270m"}
         record["key"] = sweep.key(record["cell"])
     made = sweep_tables.tables(added(results, *wide))
-    assert "| `k_max=8` | tiny, r = 8, 100 steps of 16 rows, rate 2 | -20.00 % (1) |" in made["options"]
+    where = "tiny sums gemma3-270m, r = 8, 100 steps of 16 rows, rate 2"
+    assert f"| `k_max=8` | {where} | -20.00 % (1) |" in made["options"]
 
 
 def test_runs_of_an_earlier_version_are_marked_and_not_compared_with_todays(results: Path) -> None:

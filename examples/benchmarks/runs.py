@@ -36,14 +36,18 @@ class Setting:
         return bool(self.cell["batch"] == sweep.BATCH[self.cell["task"]])
 
     @property
+    def trained(self) -> list[str]:
+        """The task, and its data, model and size where they are not the usual ones."""
+        sums = [data.SUMS] if self.cell["data"] == data.SUMS else []
+        return [self.cell["task"], *sums, *(self.cell[part] for part in ("base", "size") if part in self.cell)]
+
+    @property
     def name(self) -> str:
-        """What a README calls it: task, model, sums, size, rank, batch and clipping if not the usual ones, schedule, steps."""
-        size = "".join(f"-{self.cell[part]}" for part in ("base", "size") if part in self.cell)
+        """What a README calls it: what is trained, rank, batch and clipping if not the usual ones, schedule, steps."""
         clip = "" if self.cell["clip"] == sweep.CLIP else f"-clip{self.cell['clip']:g}"
         rank = f"-r{self.cell['rank']}" if "rank" in self.cell else ""
         batch = "" if self.usual_batch else f"-b{self.cell['batch']}"
-        answers = f"-{data.SUMS}" if self.cell["data"] == data.SUMS else ""
-        return f"{self.cell['task']}{answers}{size}{rank}{batch}{clip}-{self.cell['schedule']}-{self.steps}"
+        return f"{'-'.join(self.trained)}{rank}{batch}{clip}-{self.cell['schedule']}-{self.steps}"
 
     def is_current(self, optimizer: str) -> bool:
         """Whether an optimizer's runs are of what it is today."""

@@ -236,7 +236,7 @@ def brief(setting: Setting, steps: int) -> str:
     rank = f", r = {cell['rank']}" if "rank" in cell else ""
     shape = "" if cell["schedule"] == "cosine" else f", {cell['schedule']}"
     rows = "" if setting.usual_batch else f" of {cell['batch']} rows"
-    return f"{cell['task']}{rank}{shape}, {steps} steps{rows}"
+    return f"{' '.join(setting.trained)}{rank}{shape}, {steps} steps{rows}"
 
 
 def glance(found: Iterable[Setting]) -> str:
