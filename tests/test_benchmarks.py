@@ -468,7 +468,7 @@ def test_the_behaviour_of_scao_is_the_same_on_another_processor(
 ) -> None:
     usual, draw = peers.behaviour("eigenbasis", options), torch.randn
     peers.behaviour.cache_clear()
-    monkeypatch.setattr(torch, "randn", lambda *shape, **of: draw(*shape, **of) * (1 + 1e-15))  # its rounding errors
+    monkeypatch.setattr(torch, "randn", lambda *shape, **of: draw(*shape, **of) * (1 + 1e-15))  # rounding errors
     try:
         assert peers.behaviour("eigenbasis", options) == usual
     finally:

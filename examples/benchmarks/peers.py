@@ -297,8 +297,8 @@ def behaviour(rule: str, options: tuple[tuple[str, Any], ...], shapes: tuple[tup
     It is the trajectory of a small problem in float64 PyTorch code, through both phases, rounded far above rounding
     errors: code that computes the same thing in another way keeps it, a changed equation or default does not.
 
-    The curvature is held in float64 even with ``use_int8_ema``, whose float32 rounding differs between processors: one
-    code that falls to the other side moves the trajectory by a thousandth.
+    The curvature is held in float64 even with ``use_int8_ema``, which rounds in float32 and so differs between
+    processors: a single code that is rounded the other way moves the trajectory by a thousandth.
 
     Args:
         rule: SCAO's rule.
